@@ -1,0 +1,196 @@
+"""The configuration, as frozen dataclasses. `conf/` holds the YAML that Hydra composes into them; no torch here.
+
+Units: lengths in tokens, batches in samples (sequences), times in seconds, learning rates per step.
+"""
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    name: str = "pretrain"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder. `None` means: derived from the other sizes."""
+
+    name: str = "tiny"
+    num_layers: int = 4
+    hidden_size: int = 256
+    num_attention_heads: int = 8
+    num_query_groups: int | None = None  # key/value heads: None = as many as heads, 1 = multi-query
+    head_dim: int | None = None  # None = hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = None  # None = 4 hidden (gelu) or 8/3 hidden rounded up to 64 (swiglu)
+    max_sequence_length: int = 1024  # rows of a learned position table; the limit of generation for both kinds
+    position_embedding: str = "rope"  # rope | learned
+    rotary_percent: float = 1.0
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False
+    rope_scaling_factor: float | None = None  # Llama 3.1's frequency-dependent scaling; None = off
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-5
+    activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
+    bias: bool = False  # of the linear layers
+    qkv_bias: bool = False
+    tied_embeddings: bool = False
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_std: float = 0.02
+    vocab_size: int | None = None  # None = the tokenizer's
+    vocab_multiple: int = 128  # the table is padded to a multiple of this and of parallel.tp
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tp: int = 1  # tensor parallel
+    pp: int = 1  # pipeline stages
+    vpp: int | None = None  # model chunks a pipeline rank (interleaved 1F1B); None = plain 1F1B
+    cp: int = 1  # context parallel
+    sp: bool = False  # sequence parallel: norms and dropouts split over the tensor-parallel ranks
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    recompute: str = "none"  # none | selective (core attention) | full
+    recompute_layers: int = 1  # full: layers in one recomputed block
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    dtype: str = "fp32"  # fp32 | bf16 | fp16 (weights and activations; main weights and optimizer are fp32)
+    initial_loss_scale: float = 65536.0  # fp16 only
+    loss_scale_window: int = 1000
+    grad_reduce_in_fp32: bool = True
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    corpus: str = "stdlib"  # what is prepared when no path is given: stdlib
+    path: str | None = None  # a directory written by `prepare`
+    paths: tuple[str, ...] = ()  # several prepared directories, or Megatron .bin/.idx prefixes
+    weights: tuple[float, ...] = ()  # of `paths`; empty = by size
+    tokenizer: str | None = None  # a Hugging Face tokenizer.json; None = the prepared directory's
+    vocab_size: int = 2048  # of a tokenizer that `prepare` trains
+    sequence_length: int = 256
+    split: tuple[float, ...] = (0.96, 0.02, 0.02)  # train, validation, test: by a hash of each document
+    seed: int = 1234  # of the order of samples
+    reset_positions: bool = False  # positions start at 0 in each document
+    reset_attention: bool = False  # no attention across documents
+    mask_eod_loss: bool = False  # end-of-document tokens are not predicted
+    max_bad_lines: int = 100  # corrupt JSONL lines skipped before preparation refuses
+    text_key: str = "text"  # the field of a JSONL object or Parquet row
+    workers: int = 0  # tokenisation processes; 0 = one a core
+    cache: str = "outputs/data"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1e-3
+    min_lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0  # global norm of the gradient; 0 = off
+    schedule: str = "cosine"  # cosine | linear | wsd | constant
+    warmup_steps: int = 100
+    decay_steps: int | None = None  # None = train.steps; wsd: length of the final decay, None = a fifth
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    tokens: int | None = None  # token budget: overrides steps
+    global_batch_size: int = 32
+    micro_batch_size: int = 8
+    seed: int = 1234  # initial weights and dropout
+    max_bad_steps: int = 5  # non-finite steps in a row before the run stops
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    every: int = 100  # steps; 0 = never
+    samples: int = 256  # sequences of the validation split
+    at_end: bool = True
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """Each criterion is off at its default."""
+
+    target_loss: float | None = None  # validation loss (nats a token) at or under which the stage is done
+    plateau_patience: int | None = None  # validations without improvement
+    plateau_delta: float = 0.0  # improvement that counts, nats
+    wall_time: float | None = None  # seconds
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    load: str | None = None  # a checkpoint or run directory | auto (this run's newest, else from the start)
+    every: int = 0  # steps; 0 = only at the end
+    keep: int = 3  # newest complete checkpoints kept; 0 = all
+    background: bool = True  # write while training goes on
+    format: str = "fully_reshardable"  # | dp_reshardable: faster, resumes only at the same layout
+    save_at_end: bool = True
+    weights_only: bool = False  # load: take the weights, start optimizer and data anew
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    ranks: int = 1
+    threads: int = 0  # OMP threads a rank; 0 = cores / ranks
+    timeout: float = 600.0  # seconds that a collective may take
+    device: str = "auto"  # auto | cpu | cuda
+    master_port: int = 0  # 0 = a free one
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 1  # steps between progress lines
+    wandb: str = "disabled"  # disabled | offline | online
+    wandb_project: str = "megatron-ext"
+    gpu_every: int = 10  # steps between NVML readings; 0 = off
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str = "outputs/run"
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    max_tokens: int = 64
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    stop: tuple[str, ...] = ()
+    seed: int = 1234  # sample i draws from a generator seeded by (seed, i)
+    samples: int = 1  # completions a prompt
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    split: str = "test"  # train | validation | test
+    samples: int = 0  # sequences; 0 = the whole split
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    input: str | None = None  # prepare: text to read
+    output: str | None = None  # prepare, convert: directory to write
