@@ -94,6 +94,7 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | linear | wsd | constant
     warmup_steps: int = 100
     decay_steps: int | None = None  # None = train.steps; wsd: length of the final decay, None = a fifth
+    wsd_decay: str = "sqrt"  # shape of the final decay of wsd: sqrt (1 - sqrt(t)) | linear
 
 
 @dataclass(frozen=True)

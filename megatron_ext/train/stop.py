@@ -1,0 +1,96 @@
+"""When a run is over, and the sentence that says why.
+
+Criteria: the budget (steps, tokens, wall time), non-finite steps in a row, and on the validation loss a target and a plateau: no
+improvement on the best by more than `delta` nats for `patience` validations.
+What must survive a resume (best loss, validations without improvement, seconds used) goes into the checkpoint as JSON. The wall time is
+a budget, so it is counted over all lives of a run, up to the checkpoint that each life resumed from.
+
+Ranks have clocks of their own: the caller takes one rank's verdict and gives it to all (a `Stop` is two strings).
+"""
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext.config.schema import Config, StopConfig
+
+
+@dataclass(frozen=True)
+class Stop:
+    """`kind`: steps | tokens | wall_time | non_finite | target_loss | plateau. `reason`: a sentence for people."""
+
+    reason: str
+    kind: str
+
+    @property
+    def failed(self) -> bool:
+        """True when the run did not end as it was meant to."""
+        return self.kind == "non_finite"
+
+
+class StopCriteria:
+    """Counts, and says when it is enough.
+
+    Args:
+        steps: updates of the run, the first is number 1. tokens: budget, None = off. max_bad_steps: non-finite steps in a row, 0 = off.
+        stop: the other criteria. clock: seconds, for tests.
+    """
+
+    def __init__(self, *, steps: int, tokens: int | None = None, max_bad_steps: int = 0, stop: StopConfig | None = None,
+                 clock: Callable[[], float] = time.monotonic):
+        self.steps, self.tokens, self.max_bad_steps, self.stop = steps, tokens, max_bad_steps, stop or StopConfig()
+        self._clock, self._start, self._earlier = clock, clock(), 0.0
+        self.bad_steps = 0
+        self.best_loss: float | None = None
+        self.best_step: int | None = None
+        self.stale = 0
+
+    @classmethod
+    def from_config(cls, config: Config, *, steps: int) -> "StopCriteria":
+        """`steps`: length of the run in updates, worked out by the caller when the budget is in tokens."""
+        return cls(steps=steps, tokens=config.train.tokens, max_bad_steps=config.train.max_bad_steps, stop=config.stop)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds used, this life and the earlier ones."""
+        return self._earlier + self._clock() - self._start
+
+    def budget(self, *, steps_done: int, tokens_done: int) -> Stop | None:
+        """Whether anything is left to spend; ask before the first step too, a resumed run may have none."""
+        if steps_done >= self.steps:
+            return Stop(f"all {self.steps} steps are done", "steps")
+        if self.tokens is not None and tokens_done >= self.tokens:
+            return Stop(f"the budget of {self.tokens:,} tokens is spent ({tokens_done:,})", "tokens")
+        if self.stop.wall_time is not None and self.elapsed >= self.stop.wall_time:
+            return Stop(f"the wall time of {self.stop.wall_time:g} s is spent ({self.elapsed:.0f} s)", "wall_time")
+        return None
+
+    def after_step(self, *, steps_done: int, tokens_done: int, finite: bool = True) -> Stop | None:
+        """`finite`: whether loss and gradient were, so that the step was taken. Skipped steps count as steps: their data is spent."""
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+        if self.max_bad_steps and self.bad_steps >= self.max_bad_steps:
+            return Stop(f"{self.bad_steps} non-finite steps in a row, the last was step {steps_done}", "non_finite")
+        return self.budget(steps_done=steps_done, tokens_done=tokens_done)
+
+    def after_validation(self, *, steps_done: int, loss: float) -> Stop | None:
+        """`loss`: nats a token. One that is not finite counts as no improvement."""
+        if self.best_loss is None and math.isfinite(loss) or self.best_loss is not None and loss < self.best_loss - self.stop.plateau_delta:
+            self.best_loss, self.best_step, self.stale = loss, steps_done, 0
+        else:
+            self.stale += 1
+        if self.stop.target_loss is not None and loss <= self.stop.target_loss:
+            return Stop(f"validation loss {loss:.4f} reached the target of {self.stop.target_loss:g} at step {steps_done}", "target_loss")
+        if self.stop.plateau_patience is not None and self.stale >= self.stop.plateau_patience:
+            best = "no finite loss so far" if self.best_loss is None else f"best {self.best_loss:.4f} at step {self.best_step}"
+            return Stop(f"no improvement by more than {self.stop.plateau_delta:g} in {self.stale} validations ({best})", "plateau")
+        return None
+
+    def state_dict(self) -> dict:
+        """JSON-able."""
+        return {"best_loss": self.best_loss, "best_step": self.best_step, "stale": self.stale, "bad_steps": self.bad_steps,
+                "elapsed": self.elapsed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        self.stale, self.bad_steps = int(state["stale"]), int(state["bad_steps"])
+        self._earlier, self._start = float(state["elapsed"]), self._clock()
