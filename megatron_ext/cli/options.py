@@ -1,0 +1,84 @@
+"""The words after `python -m megatron_ext`, taken apart: a verb, overrides for Hydra, and options that Hydra never sees."""
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ext.errors import UserError
+
+VERBS = {
+    "run": "the main job: corpus, tokenizer, pretraining, evaluation, completions and report.md, on the embedded data",
+    "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
+    "check": "validates a config without torch; prints the rank grid and the batch geometry",
+    "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
+    "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
+    "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "doctor": "what serves each op here, and why not something better; versions",
+}
+FLAGS = {"--json": "print one JSON object instead of text"}
+VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line"}
+TAKES = {
+    "check": ("--json",),
+    "doctor": ("--json",),
+    "generate": ("--json", "--prompt", "--prompt-file"),
+    "evaluate": ("--json",),
+    "run": (),
+    "train": (),
+    "prepare": (),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was typed. `argv` is the whole command line (ranks are started with it again)."""
+
+    verb: str
+    argv: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    json: bool = False
+    prompts: tuple[str, ...] = ()
+    prompt_file: Path | None = None
+    help: bool = False
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Raises UserError for an unknown verb or option, naming the nearest."""
+    verb, *words = argv
+    if verb not in VERBS:
+        if "=" in verb:
+            raise UserError("verb", verb, f"the verb comes first: python -m megatron_ext VERB {verb}; VERB is one of {', '.join(VERBS)}")
+        raise UserError("verb", verb, f"unknown; {_closest(verb, list(VERBS))}")
+    options = Options(verb, tuple(argv))
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        if word in ("-h", "--help"):
+            options = replace(options, help=True)
+            continue
+        if not word.startswith("--"):
+            options = replace(options, overrides=(*options.overrides, word))
+            continue
+        name, equals, value = word.partition("=")
+        if name not in TAKES[verb]:
+            raise UserError("option", name, f"unknown to {verb}; {_closest(name, [*TAKES[verb], '--help'])}")
+        if name in FLAGS:
+            if equals:
+                raise UserError(name, value, "takes no value")
+            options = replace(options, json=True)
+            continue
+        if not equals:
+            if position == len(words):
+                raise UserError(name, "", "needs a value after it")
+            value = words[position]
+            position += 1
+        if name == "--prompt":
+            options = replace(options, prompts=(*options.prompts, value))
+        else:
+            options = replace(options, prompt_file=Path(value))
+    return options
+
+
+def _closest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {', '.join(known)}"

@@ -1,0 +1,15 @@
+"""`generate checkpoint.load=DIR ...`, in as many ranks as the layout asks for."""
+from megatron_ext.cli.options import Options
+from megatron_ext.config.schema import Config
+from megatron_ext.parallel import launch
+
+
+def generate(config: Config, options: Options) -> int:
+    """Starts the ranks where nobody has, and calls the room's command in each. Raises UserError."""
+    return launch.in_ranks(config, options, lambda config: _rank(config, options))
+
+
+def _rank(config: Config, options: Options) -> int:
+    from megatron_ext.generate.command import run
+
+    return run(config, options) or 0

@@ -1,0 +1,18 @@
+"""`prepare input=PATH output=DIR ...`: text to tokenised, indexed data."""
+from pathlib import Path
+
+from megatron_ext.cli.options import Options
+from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
+
+
+def prepare(config: Config, options: Options) -> int:
+    """Raises UserError when input or output is missing, and for what `data.prepare` refuses."""
+    if config.output is None:
+        raise UserError("output", "null", "name the directory to write: prepare input=PATH output=DIR")
+    if config.input is not None and not Path(config.input).exists():
+        raise UserError("input", config.input, "is not there; name a text, .jsonl(.gz|.zst) or .parquet file, or a directory of them")
+    from megatron_ext.data.prepare import prepare as write
+
+    write(config.data, config.input, config.output)
+    return 0

@@ -1,0 +1,16 @@
+"""`train stage=NAME ...`: one stage."""
+from megatron_ext.cli.options import Options
+from megatron_ext.config.schema import Config
+from megatron_ext.parallel import launch
+
+
+def train(config: Config, options: Options) -> int:
+    """Starts the ranks where nobody has, and trains in each."""
+    return launch.in_ranks(config, options, _rank)
+
+
+def _rank(config: Config) -> int:
+    from megatron_ext.train.loop import train as loop
+
+    loop(config)
+    return 0
