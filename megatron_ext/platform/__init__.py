@@ -1,0 +1,90 @@
+"""The seam: the only room that knows whether this process runs on CUDA with NCCL or on the CPU with gloo.
+
+Everything else takes `Platform.device` and `Platform.backend` as it finds them. `install()` has to run before megatron-core is used.
+"""
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where tensors live and what carries collectives."""
+
+    device: torch.device
+    backend: str  # nccl | gloo
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Waits for the device: before reading a clock."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def peak_memory(self) -> int | None:
+        """Bytes of device memory at the highest point, where the device counts them."""
+        return torch.cuda.max_memory_allocated() if self.is_cuda else None
+
+
+_installed: Platform | None = None
+
+
+def install(device: str = "auto") -> Platform:
+    """Chooses the device and applies the patches it needs. Safe to call again.
+
+    Args:
+        device: auto | cpu | cuda. `auto` takes CUDA where torch sees a GPU.
+    Raises:
+        UserError: cuda was asked for and there is none, or another device is installed already.
+    """
+    global _installed
+    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise UserError("launch.device", device, "torch sees no CUDA device here; use launch.device=cpu or auto")
+    wanted = "cuda" if has_cuda and device != "cpu" else "cpu"
+    if _installed is not None:
+        if _installed.device.type != wanted:
+            raise UserError("launch.device", device, f"this process already runs on {_installed.device.type}")
+        return _installed
+
+    from megatron_ext.platform import cuda_on_cpu, megatron
+
+    if wanted == "cpu":
+        for patch in cuda_on_cpu.PATCHES:
+            patch.apply()
+    for patch in megatron.PATCHES:
+        patch.apply()
+    if wanted == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        _installed = Platform(torch.device("cuda", index), "nccl")
+    else:
+        _installed = Platform(torch.device("cpu"), "gloo")
+    return _installed
+
+
+def connect(platform: Platform, timeout: float) -> None:
+    """Joins the ranks of the job (environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); one rank needs none of it.
+
+    Args:
+        timeout: seconds that a collective may take.
+    """
+    if torch.distributed.is_initialized():
+        return
+    settings = {"timeout": timedelta(seconds=timeout)}
+    if "RANK" not in os.environ:
+        settings |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    if platform.is_cuda:
+        settings["device_id"] = platform.device
+    torch.distributed.init_process_group(platform.backend, **settings)
+
+
+def disconnect() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

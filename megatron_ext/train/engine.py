@@ -1,0 +1,228 @@
+"""One model with its optimizer in a layout: step, evaluate, and the state that a checkpoint holds.
+
+forward, backward, pipeline schedules, gradient buffers and the distributed optimizer are megatron-core's. What is decided here: losses are
+sums over tokens and gradients are divided by the tokens of the *global* batch, so that nothing depends on how the batch is cut into
+micro-batches and data ranks; and a step whose loss or gradient is not finite changes nothing, on any rank.
+"""
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
+
+from megatron_ext.config.schema import Config
+from megatron_ext.data.batches import Batch
+from megatron_ext.models.attention import document_mask
+from megatron_ext.models.build import build_model
+from megatron_ext.models.layers import DTYPES
+from megatron_ext.parallel.groups import build_groups
+from megatron_ext.parallel.layout import Layout
+from megatron_ext.parallel.seeds import seed_ranks
+from megatron_ext.platform import Platform
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. The same on every rank of the layout.
+
+    Attributes:
+        loss: mean over the tokens that count, nats.
+        tokens: tokens that count in the global batch.
+        grad_norm: global norm before clipping; None where fp16's scaler found an overflow.
+        applied: False when loss or gradient was not finite and the weights stayed as they were.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float | None
+    applied: bool
+
+
+class Engine:
+    """A model chunk list, its optimizer and its process groups on this rank.
+
+    Args:
+        config: the run's.
+        layout: how `layout.ranks` are arranged; several engines of different layouts may live on the same ranks.
+        vocab_size: words that exist.
+        train: False leaves out gradients and optimizer.
+    """
+
+    def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True):
+        self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
+        self.groups = build_groups(layout)
+        # The stream must exist before the first forward pass; with dropout each step seeds it anew.
+        seed_ranks(self.groups, seed=config.train.seed, step=0)
+        self.chunks = build_model(
+            config.model, config.parallel, config.precision, self.groups,
+            vocab_size=vocab_size, seed=config.train.seed, device=platform.device,
+        )
+        self.optimizer = None
+        self._dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+        if train:
+            self._prepare_training()
+        self.core_config = get_model_config(self.chunks[0])
+        self._schedule = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vpp)
+        self._communicator = P2PCommunicator(pp_group=self.groups.pp, config=self.core_config) if layout.pp > 1 else None
+
+    def _prepare_training(self) -> None:
+        parallel, optim, precision = self.config.parallel, self.config.optim, self.config.precision
+        core = get_model_config(self.chunks[0])
+        gather = parallel.distributed_optimizer and parallel.overlap_param_gather and parallel.overlap_grad_reduce
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=precision.grad_reduce_in_fp32,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=gather,
+        )
+        self.chunks = [
+            DistributedDataParallel(core, settings, chunk, disable_bucketing=index > 0, pg_collection=self.groups)
+            for index, chunk in enumerate(self.chunks)
+        ]
+        if parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            core.no_sync_func = no_sync if self.layout.vpp else no_sync[0]
+        core.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
+                adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip,
+                bf16=precision.dtype == "bf16", fp16=precision.dtype == "fp16", params_dtype=DTYPES[precision.dtype],
+                initial_loss_scale=precision.initial_loss_scale, loss_scale_window=precision.loss_scale_window,
+                use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=gather,
+            ),
+            self.chunks, use_gloo_process_groups=False, pg_collection=self.groups,
+        )
+        core.grad_scale_func = self.optimizer.scale_loss if precision.dtype == "fp16" else None
+
+    # ---------------------------------------------------------------- forward and backward
+
+    def _forward_step(self, batches, model):
+        batch = next(batches)
+        mask = None if batch.documents is None else document_mask(batch.documents)
+        out = model(batch.tokens, batch.position_ids, mask, labels=batch.labels, rows_differ=self.config.data.reset_positions)
+
+        def loss(token_losses):
+            # Losses share storage with what the schedule scales afterwards: what is kept is a copy.
+            total, count = (token_losses * batch.loss_mask).sum(), batch.loss_mask.sum().to(torch.int)
+            return total, count, {"sums": torch.stack((total.detach().double(), count.double()))}
+
+        return out, loss
+
+    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
+        """Forward (and backward) over this data rank's micro-batches; the global sum of losses and number of tokens."""
+        batches = [batch.to(self.platform.device) for batch in batches]
+        iterators = [iter(batches) for _ in self.chunks]
+        losses = self._schedule(
+            forward_step_func=self._forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=batches[0].tokens.shape[0],
+            forward_only=forward_only,
+            pg_collection=self.groups,
+            p2p_communicator=self._communicator,
+        )
+        totals = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
+        if self.groups.tp.rank() == 0:  # of the last stage: elsewhere the list is empty
+            for entry in losses:
+                totals += entry["sums"]
+        dist.all_reduce(totals, group=self.groups.intra_dist_opt)  # every rank of the layout: all have to decide alike
+        loss, tokens = totals.tolist()
+        return loss, int(tokens)
+
+    def step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            batches: this data rank's micro-batches.
+            lr: learning rate of this step.
+            step: number of the step from 0; dropout depends on it.
+        """
+        if self._dropout:
+            seed_ranks(self.groups, seed=self.config.train.seed, step=step)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        total, tokens = self._run(batches, forward_only=False)
+        loss = total / max(tokens, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+        if self.optimizer.prepare_grads():
+            return StepResult(loss, tokens, None, False)
+        norm = float(self.optimizer.get_grad_norm())
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            return StepResult(loss, tokens, norm, False)
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and self.config.optim.clip > 0:
+                clip_grad_by_total_norm_fp32(parameters, self.config.optim.clip, norm)
+        return StepResult(loss, tokens, norm, bool(self.optimizer.step_with_ready_grads()))
+
+    @contextmanager
+    def complete_weights(self):
+        """Inside, every rank holds the newest weights: with overlap they are gathered only by the next forward pass."""
+        hooked = [chunk for chunk in self.chunks if getattr(chunk, "use_forward_hook", False)]
+        for chunk in hooked:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for chunk in hooked:
+                chunk.enable_forward_pre_hook()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Sum of losses (nats) and number of tokens over all data ranks, without dropout. `batches`: this data rank's."""
+        with self.complete_weights():
+            for chunk in self.chunks:
+                chunk.eval()
+            try:
+                return self._run(batches, forward_only=True)
+            finally:
+                for chunk in self.chunks:
+                    chunk.train()
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The bare `Decoder` chunks, without the wrappers for data parallelism and precision."""
+        bare = []
+        for chunk in self.chunks:
+            while hasattr(chunk, "module"):
+                chunk = chunk.module
+            bare.append(chunk)
+        return bare
+
+    def sharded_state(self, *, loading: bool, weights_only: bool = False) -> dict:
+        """The sharded state dict, {"model": ..., "optimizer": ...} ("model0", "model1", ... with interleaving)."""
+        metadata = {"distrib_optim_sharding_type": self.config.checkpoint.format, "dp_cp_group": self.groups.dp_cp}
+        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.models)}
+        if not weights_only and self.optimizer is not None:
+            if loading:
+                for part in self.optimizer.chained_optimizers:
+                    part.init_state_fn(part.optimizer, part.config)
+            optimizer = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+            state = state | {"optimizer": optimizer}
+        return state
+
+    def load_state(self, state: dict) -> None:
+        """Takes what `checkpoint.load` filled into `sharded_state(loading=True)`."""
+        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+        for name, chunk in zip(names, self.models):
+            chunk.load_state_dict(state[name])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        elif self.optimizer is not None:
+            self.optimizer.reload_model_params()  # the fp32 main weights are copies
