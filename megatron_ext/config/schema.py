@@ -75,7 +75,7 @@ class DataConfig:
     seed: int = 1234  # of the order of samples
     reset_positions: bool = False  # positions start at 0 in each document
     reset_attention: bool = False  # no attention across documents
-    mask_eod_loss: bool = False  # end-of-document tokens are not predicted
+    mask_eod_loss: bool = False  # no loss where the input is an end-of-document token (megatron-core's eod_mask_loss)
     max_bad_lines: int = 100  # corrupt JSONL lines skipped before preparation refuses
     text_key: str = "text"  # the field of a JSONL object or Parquet row
     workers: int = 0  # tokenisation processes; 0 = one a core

@@ -1,0 +1,70 @@
+"""Samples to the micro-batches of one data-parallel rank."""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_ext.data.samples import Masking, Sample, Samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU: b samples of s tokens.
+
+    Attributes:
+        tokens: int64 [b, s], the inputs.
+        labels: int64 [b, s], the token that follows each.
+        loss_mask: float32 [b, s], 1 where the loss counts. With `mask_eod_loss` it is 0 where the *input* is an end-of-document token: what begins
+            the next document cannot be known (megatron-core's `eod_mask_loss`). That a document ends is still learned.
+        position_ids: int64 [b, s], from 0; with `reset_positions` from 0 in each document (one that began in an earlier sample: from 0 too).
+        documents: int32 [b, s], the number of each token's document in its sample, when attention is reset; else None.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    documents: torch.Tensor | None
+
+
+def micro_batches(samples: Samples, first: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[Batch]:
+    """The micro-batches of data rank `dp_rank` for the global batch of samples [first, first + global_batch).
+
+    Micro-batch m of rank r holds samples first + (m * dp_size + r) * micro_batch + [0, micro_batch), so the ranks together hold each sample of
+    the global batch once, whatever their number.
+
+    Raises:
+        ValueError: global_batch is not a multiple of micro_batch * dp_size.
+    """
+    count, rest = divmod(global_batch, micro_batch * dp_size)
+    if rest or count < 1:
+        raise ValueError(f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} data ranks")
+    starts = [first + (m * dp_size + dp_rank) * micro_batch for m in range(count)]
+    return [collate([samples[k] for k in range(start, start + micro_batch)], eod=samples.eod, masking=samples.masking) for start in starts]
+
+
+def collate(samples: list[Sample], *, eod: int, masking: Masking) -> Batch:
+    """Stacks samples of equal length into one micro-batch."""
+    tokens = np.stack([sample.tokens for sample in samples])
+    documents = np.stack([sample.documents[:-1] for sample in samples])
+    inputs = tokens[:, :-1]
+    mask = np.ones(inputs.shape, dtype=np.float32)
+    if masking.mask_eod_loss:
+        mask[inputs == eod] = 0.0
+    return Batch(
+        tokens=torch.from_numpy(np.ascontiguousarray(inputs)),
+        labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+        loss_mask=torch.from_numpy(mask),
+        position_ids=torch.from_numpy(positions(documents, reset=masking.reset_positions)),
+        documents=torch.from_numpy(documents) if masking.reset_attention else None,
+    )
+
+
+def positions(documents: np.ndarray, *, reset: bool) -> np.ndarray:
+    """Position ids int64 [b, s]; with `reset`, each token's distance to the first one of its document in the sample."""
+    steps = np.broadcast_to(np.arange(documents.shape[1], dtype=np.int64), documents.shape)
+    if not reset:
+        return steps.copy()
+    begins = np.zeros(documents.shape, dtype=np.int64)
+    begins[:, 1:] = np.where(documents[:, 1:] != documents[:, :-1], steps[:, 1:], 0)
+    return steps - np.maximum.accumulate(begins, axis=1)

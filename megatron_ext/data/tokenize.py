@@ -1,0 +1,113 @@
+"""Tokenisation at speed, and the indexed datasets it fills.
+
+The library encodes a batch on all cores by itself; what remains serial is the copying of ids from Rust to Python. Above `PROCESSES_FROM` bytes on a machine with many cores
+several processes therefore share the work, each with a few threads; results come back in the order of the documents either way.
+"""
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from megatron_ext.data.prepared import SPLITS
+from megatron_ext.data.tokenizer import Tokenizer
+
+BATCH = 1 << 21  # characters encoded at once
+PROCESSES_FROM = 1 << 28  # bytes of input from which starting processes pays
+
+_tokenizer: Tokenizer | None = None  # of a worker process
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The smallest type of an indexed dataset that holds ids below `vocab_size`."""
+    return np.uint16 if vocab_size <= 2**16 else np.int32
+
+
+class SplitWriters:
+    """One megatron-core indexed dataset a split, `DIRECTORY/SPLIT.bin` and `.idx`; a document is its tokens and the end-of-document token."""
+
+    def __init__(self, directory: Path, *, vocab_size: int, eod: int):
+        self.directory, self.dtype, self.eod = directory, token_dtype(vocab_size), eod
+        self.tokens = dict.fromkeys(SPLITS, 0)
+        self._builders: dict = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for split, builder in self._builders.items():
+            builder.finalize(str(self.directory / f"{split}.idx"))
+
+    def add(self, split: str, ids: np.ndarray) -> None:
+        import torch
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        if split not in self._builders:
+            self._builders[split] = IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
+        document = np.append(ids, self.eod).astype(np.int32)
+        self._builders[split].add_document(torch.from_numpy(document), [len(document)])
+        self.tokens[split] += len(document)
+
+
+def encoded(documents: Iterable[tuple[str, str]], tokenizer_path: Path, *, workers: int, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, int32 ids) of each (split, text), in order.
+
+    Args:
+        workers: processes; 0 = one a core for large inputs, the library's threads alone for small ones.
+        size: bytes of input.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = workers or (cores if size >= PROCESSES_FROM else 1)
+    if processes <= 1:
+        tokenizer = Tokenizer.from_file(tokenizer_path)
+        for splits, texts in _batches(documents):
+            yield from zip(splits, _arrays(tokenizer.encode_batch(texts)))
+        return
+    yield from _in_processes(documents, tokenizer_path, processes)
+
+
+def _in_processes(documents: Iterable[tuple[str, str]], path: Path, processes: int) -> Iterator[tuple[str, np.ndarray]]:
+    import multiprocessing
+    from collections import deque
+
+    # spawn: the parent has torch and the library's threads, which a fork would not survive
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=_start_worker, initargs=(str(path),)) as pool:
+        waiting: deque = deque()
+        for splits, texts in _batches(documents):
+            waiting.append((splits, pool.apply_async(_encode, (texts,))))
+            if len(waiting) > 2 * processes:  # bounds the text and tokens in flight
+                splits, result = waiting.popleft()
+                yield from zip(splits, result.get())
+        for splits, result in waiting:
+            yield from zip(splits, result.get())
+
+
+def _start_worker(path: str) -> None:
+    global _tokenizer
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    _tokenizer = Tokenizer.from_file(path)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    return _arrays(_tokenizer.encode_batch(texts))
+
+
+def _arrays(batch: list[list[int]]) -> list[np.ndarray]:
+    return [np.array(ids, dtype=np.int32) for ids in batch]
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
+    splits: list[str] = []
+    texts: list[str] = []
+    size = 0
+    for split, text in documents:
+        splits.append(split)
+        texts.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield splits, texts
+            splits, texts, size = [], [], 0
+    if texts:
+        yield splits, texts
