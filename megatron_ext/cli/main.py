@@ -48,5 +48,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     verb = getattr(importlib.import_module(f"megatron_ext.cli.verbs.{options.verb}"), options.verb)
     from megatron_ext.config.compose import compose
+    from megatron_ext.config.validate import validate
 
-    return verb(compose(options.overrides), options) or 0
+    config = compose(options.overrides)
+    validate(config, options.verb)
+    return verb(config, options) or 0

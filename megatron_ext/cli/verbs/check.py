@@ -1,0 +1,12 @@
+"""`check ...`: what a configuration means, without torch. It has been validated by the time it comes here."""
+import json
+
+from megatron_ext.cli.options import Options
+from megatron_ext.config import geometry
+from megatron_ext.config.schema import Config
+
+
+def check(config: Config, options: Options) -> int:
+    """Prints the rank grid and the batch geometry."""
+    print(json.dumps(geometry.report(config)) if options.json else geometry.text(config))
+    return 0

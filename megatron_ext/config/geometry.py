@@ -1,0 +1,153 @@
+"""Who is where (the rank grid) and how much goes through at once (the batch geometry). No torch.
+
+Ranks are numbered as megatron-core's default order "tp-cp-ep-dp-pp" does, tensor parallel fastest:
+    rank = tp + TP (cp + CP (dp + DP pp)).
+"""
+import math
+from dataclasses import asdict, dataclass
+
+from megatron_ext.config import sizes
+from megatron_ext.config.schema import Config
+
+SHOWN = 8  # entries of one axis printed before the middle is left out
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes of the four kinds of parallelism; `dp` follows from the number of ranks."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Grid":
+        parallel = config.parallel
+        model_ranks = parallel.tp * parallel.cp * parallel.pp
+        assert config.launch.ranks % model_ranks == 0, "validate() comes first"
+        return cls(parallel.tp, parallel.cp, config.launch.ranks // model_ranks, parallel.pp)
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.cp * self.dp * self.pp
+
+    def rank(self, *, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+        """The rank at these coordinates."""
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """`rank` taken apart: {"tp": .., "cp": .., "dp": .., "pp": ..}."""
+        found = {}
+        for name, size in (("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp)):
+            rank, found[name] = divmod(rank, size)
+        return found
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How a step is cut, in samples (sequences) unless said otherwise."""
+
+    global_batch: int
+    micro_batch: int
+    data_ranks: int
+    accumulation: int  # micro-batches a rank runs before the optimizer steps
+    sequence_length: int
+    tokens_per_step: int
+    steps: int
+    samples: int  # of the whole run
+    tokens: int  # of the whole run
+
+    @classmethod
+    def of(cls, config: Config) -> "Batch":
+        train, length, data_ranks = config.train, config.data.sequence_length, Grid.of(config).dp
+        per_step = train.global_batch_size * length
+        steps = steps_of(config)
+        return cls(
+            train.global_batch_size, train.micro_batch_size, data_ranks,
+            train.global_batch_size // (train.micro_batch_size * data_ranks), length, per_step, steps,
+            steps * train.global_batch_size, steps * per_step,
+        )
+
+
+def steps_of(config: Config) -> int:
+    """Steps of the run: `train.steps`, or as many as `train.tokens` needs (the last one may go over)."""
+    if config.train.tokens is None:
+        return config.train.steps
+    return math.ceil(config.train.tokens / (config.train.global_batch_size * config.data.sequence_length))
+
+
+def grid_lines(grid: Grid) -> list[str]:
+    """The grid as a table: a row a pipeline stage, a column a data rank, in each cell the ranks that share its layers; elided when large."""
+    kinds = [("TP", grid.tp), ("CP", grid.cp), ("DP", grid.dp), ("PP", grid.pp)]
+    inner = grid.tp * grid.cp
+    lines = [f"ranks       {grid.ranks:,} = " + " x ".join(f"{name} {size}" for name, size in kinds if size > 1 or name == "DP")]
+
+    def cell(pp: int, dp: int) -> str:
+        first = grid.rank(dp=dp, pp=pp)
+        return str(first) if inner == 1 else f"{first}-{first + inner - 1}"
+
+    columns = _some(grid.dp)
+    table = [["", *("..." if dp is None else f"data {dp}" for dp in columns)]]
+    for pp in _some(grid.pp):
+        if pp is None:
+            table.append(["..."] + [""] * len(columns))
+        else:
+            table.append([f"stage {pp}", *("..." if dp is None else cell(pp, dp) for dp in columns)])
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns) + 1)]
+    return lines + [("  " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))).rstrip() for row in table]
+
+
+def _some(size: int) -> list[int | None]:
+    """0 .. size-1, with None for a middle that is left out."""
+    if size <= SHOWN:
+        return list(range(size))
+    return [*range(SHOWN // 2), None, *range(size - SHOWN // 2, size)]
+
+
+def report(config: Config) -> dict[str, object]:
+    """Everything that `check` prints, as one JSON-able object."""
+    grid, vocab = Grid.of(config), sizes.vocab_size(config)
+    padded = sizes.padded_vocabulary(vocab, config.model.vocab_multiple, config.parallel.tp)
+    chunks = config.parallel.pp * (config.parallel.vpp or 1)
+    return {
+        "stage": config.stage.name,
+        "model": config.model.name,
+        "parameters": sizes.parameters(config.model, vocab),
+        "vocab_size": vocab,
+        "padded_vocab_size": padded,
+        "layers_per_stage": config.model.num_layers // config.parallel.pp,
+        "layers_per_chunk": config.model.num_layers // chunks,
+        "ranks": grid.ranks,
+        "grid": asdict(grid),
+        "batch": asdict(Batch.of(config)),
+    }
+
+
+def text(config: Config) -> str:
+    """What `check` prints for people."""
+    found, batch, model, parallel = report(config), Batch.of(config), config.model, config.parallel
+    groups = sizes.query_groups(model)
+    heads = f"{model.num_attention_heads} heads" + (f" ({groups} key/value)" if groups != model.num_attention_heads else "")
+    vocabulary = f"{found['vocab_size']:,} words" + (" (of the tokenizer to be trained)" if model.vocab_size is None else "")
+    if found["padded_vocab_size"] != found["vocab_size"]:
+        vocabulary += f", padded to {found['padded_vocab_size']:,} rows: a multiple of {model.vocab_multiple} that divides over " \
+                      f"{parallel.tp} tensor-parallel ranks"
+    extras = [word for word, on in (("sequence parallel", parallel.sp), (f"{parallel.vpp} chunks a stage", parallel.vpp),
+                                    (f"recompute {parallel.recompute}", parallel.recompute != "none"),
+                                    ("distributed optimizer", parallel.distributed_optimizer and found["grid"]["dp"] > 1)) if on]
+    lines = [
+        f"stage       {config.stage.name}",
+        f"model       {model.name}: {found['parameters']:,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {heads}, "
+        f"feed-forward {sizes.ffn_size(model)}",
+        f"vocabulary  {vocabulary}",
+        *grid_lines(Grid.of(config)),
+        f"layout      {found['layers_per_stage']} layers a stage" + "".join(f", {word}" for word in extras) + f", {config.precision.dtype}",
+        f"batch       {batch.global_batch} samples = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
+        f"{batch.data_ranks} data ranks",
+        f"tokens      {batch.tokens_per_step:,} a step ({batch.global_batch} x {batch.sequence_length}); {batch.steps:,} steps = "
+        f"{batch.tokens:,} tokens, {batch.samples:,} samples",
+    ]
+    if config.train.tokens is not None:
+        lines.append(f"budget      train.tokens={config.train.tokens:,} gives {batch.steps:,} steps (train.steps is not used)")
+    return "\n".join(lines)

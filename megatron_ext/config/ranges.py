@@ -1,0 +1,97 @@
+"""What a single value may be: choices, and ranges of numbers. Rules that look at several keys are in `validate.py`."""
+import difflib
+import math
+from collections.abc import Iterator
+
+from megatron_ext.config import build
+from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.position_embedding": ("rope", "learned"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "parallel.recompute": ("none", "selective", "full"),
+    "precision.dtype": ("fp32", "bf16", "fp16"),
+    "data.corpus": ("stdlib",),
+    "optim.schedule": ("cosine", "linear", "wsd", "constant"),
+    "optim.wsd_decay": ("sqrt", "linear"),
+    "checkpoint.format": ("fully_reshardable", "dp_reshardable"),
+    "launch.device": ("auto", "cpu", "cuda"),
+    "log.wandb": ("disabled", "offline", "online"),
+    "evaluate.split": ("train", "validation", "test"),
+}
+
+# Interval notation, as in a textbook: [0,1) holds 0 and not 1.
+RANGES: dict[str, str] = {
+    **dict.fromkeys((
+        "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.head_dim",
+        "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "parallel.tp", "parallel.pp",
+        "parallel.cp", "parallel.recompute_layers", "precision.loss_scale_window", "data.sequence_length", "train.steps", "train.tokens",
+        "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
+        "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size",
+    ), "[1,inf)"),
+    **dict.fromkeys((
+        "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
+        "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
+        "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
+    ), "[0,inf)"),
+    **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
+    **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "stop.wall_time", "launch.timeout",
+                     "precision.initial_loss_scale"), "(0,inf)"),
+    "model.init_std": "[0,inf)",
+    "model.rope_scaling_factor": "[1,inf)",
+    **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2"), "[0,1)"),
+    "model.rotary_percent": "(0,1]",
+    "generate.top_p": "(0,1]",
+    "parallel.vpp": "[2,inf)",
+    "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
+    "launch.master_port": "[0,65536)",
+}
+
+
+def value_of(config: Config, key: str) -> object:
+    """The value at a dotted key."""
+    found: object = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def check_values(config: Config) -> Iterator[UserError]:
+    """One error for each value that is no choice, out of range, or not finite."""
+    for key, choices in CHOICES.items():
+        value = value_of(config, key)
+        if value not in choices:
+            close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}? " if close else ""
+            yield UserError(key, value, f"{hint}must be one of {', '.join(choices)}")
+    for key, interval in RANGES.items():
+        value = value_of(config, key)
+        if value is not None and not _inside(value, interval):
+            also = " or null" if "null" in build.describe(build.key_types()[key]) else ""
+            yield UserError(key, value, f"must be {_words(interval)}{also}")
+    for key, hint in build.key_types().items():
+        value = value_of(config, key)
+        if hint in (float, float | None) and value is not None and not math.isfinite(value) and key not in RANGES:
+            yield UserError(key, value, "must be a finite number")
+
+
+def _ends(interval: str) -> tuple[float, float]:
+    low, high = interval[1:-1].split(",")
+    return float(low), float(high)
+
+
+def _inside(value: float, interval: str) -> bool:
+    low, high = _ends(interval)
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below  # nan is in no interval
+
+
+def _words(interval: str) -> str:
+    low, high = _ends(interval)
+    lower = f"at least {low:g}" if interval[0] == "[" else f"greater than {low:g}"
+    if math.isinf(high):
+        return lower
+    return f"{lower} and " + (f"at most {high:.10g}" if interval[-1] == "]" else f"below {high:.10g}")

@@ -1,0 +1,55 @@
+"""The sizes of a decoder that follow from its configuration, and its number of parameters. No torch.
+
+With h hidden, L layers, a heads of d, g key/value heads, f feed-forward, V words, S learned positions, a layer holds
+    attention  h (a + 2 g) d + a d h,    feed-forward  h f (2, or 3 with a gate),    two norms,    biases where there are any,
+and around the layers stand V h (twice when untied), S h with learned positions, and a last norm.
+"""
+import math
+
+from megatron_ext.config.schema import Config, ModelConfig
+
+GATED = ("swiglu", "geglu")
+
+
+def head_dim(model: ModelConfig) -> int:
+    """Width of one attention head."""
+    return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: ModelConfig) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def ffn_size(model: ModelConfig) -> int:
+    """Width of the feed-forward layer: 4 hidden, or with a gate 8/3 hidden rounded up to 64 (as many parameters)."""
+    if model.ffn_hidden_size is not None:
+        return model.ffn_hidden_size
+    return 64 * math.ceil(8 * model.hidden_size / 3 / 64) if model.activation in GATED else 4 * model.hidden_size
+
+
+def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
+    """Rows of the embedding table: the next multiple of `multiple` that also divides over the tensor-parallel ranks."""
+    step = math.lcm(multiple, tp)
+    return step * math.ceil(vocab_size / step)
+
+
+def vocab_size(config: Config) -> int:
+    """Words that the configuration alone tells of: the model's, else those of the tokenizer that `prepare` would train."""
+    return config.model.vocab_size or config.data.vocab_size
+
+
+def parameters(model: ModelConfig, vocab: int) -> int:
+    """Number of parameters with `vocab` rows of the table (give the padded number for what memory holds)."""
+    hidden, width = model.hidden_size, head_dim(model) * model.num_attention_heads
+    key_value, ffn = 2 * head_dim(model) * query_groups(model), ffn_size(model)
+    norm = hidden * (2 if model.norm == "layernorm" else 1)
+    into_ffn = 2 * ffn if model.activation in GATED else ffn
+    layer = hidden * (width + key_value) + width * hidden + hidden * into_ffn + ffn * hidden + 2 * norm
+    if model.bias:
+        layer += width + key_value + hidden + into_ffn + hidden
+    elif model.qkv_bias:
+        layer += width + key_value
+    tables = vocab * hidden * (1 if model.tied_embeddings else 2)
+    positions = model.max_sequence_length * hidden if model.position_embedding == "learned" else 0
+    return model.num_layers * layer + tables + positions + norm

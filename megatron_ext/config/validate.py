@@ -1,0 +1,267 @@
+"""Everything that cannot work, refused in seconds, before anything is allocated. No torch.
+
+One rule, one function: it yields a `UserError` for each mistake it sees. `validate` collects them all, so that a person mends a
+configuration in one go. Rules that look at one value alone are tables in `ranges.py`.
+"""
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from megatron_ext.config import geometry, sizes
+from megatron_ext.config.overrides import options_of
+from megatron_ext.config.ranges import check_values
+from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
+
+Rule = Callable[[Config], Iterator[UserError]]
+
+
+class ConfigErrors(UserError):
+    """Several mistakes at once: `.errors`. Its key, value and reason are those of the first."""
+
+    def __init__(self, errors: Iterable[UserError]):
+        self.errors = tuple(errors)
+        super().__init__(self.errors[0].key, self.errors[0].value, self.errors[0].reason)
+
+    def __str__(self) -> str:
+        return "\nerror: ".join(str(error) for error in self.errors)
+
+    def __reduce__(self):
+        return type(self), (self.errors,)
+
+
+def validate(config: Config, verb: str = "train") -> None:
+    """Raises UserError (one mistake) or ConfigErrors (several).
+
+    Args:
+        verb: what the configuration is for. `prepare` trains nothing; `generate` and `evaluate` take their model from a checkpoint,
+            so that `check_layout` is called again once it is known.
+    """
+    errors = problems(config, verb)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def problems(config: Config, verb: str = "train") -> list[UserError]:
+    """All mistakes. Values that make no sense alone are not looked at together: 0 layers divide into anything."""
+    errors = list(check_values(config))
+    if errors:
+        return errors
+    rules: tuple[Rule, ...] = COMMON
+    if verb in ("train", "check", "run"):
+        rules += MODEL + LAYOUT + TRAIN
+    elif verb in ("generate", "evaluate"):
+        rules += READ
+    return [error for rule in rules for error in rule(config)]
+
+
+def check_layout(config: Config) -> None:
+    """The rules of a model in a layout alone: for a model that came out of a checkpoint. Raises UserError."""
+    errors = [error for rule in MODEL + LAYOUT for error in rule(config)]
+    if errors:
+        raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
+
+def divisors(number: int) -> str:
+    """The divisors of `number` for a message: "1, 2, 4, 8"."""
+    found = [i for i in range(1, number + 1) if number % i == 0]
+    return ", ".join(map(str, found if len(found) <= 12 else [*found[:8], "...", found[-1]]))
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------------------
+
+def heads_divide_hidden(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        yield UserError("model.num_attention_heads", model.num_attention_heads,
+                        f"must divide model.hidden_size={model.hidden_size}, or model.head_dim must say how wide a head is")
+
+
+def groups_divide_heads(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.num_attention_heads % sizes.query_groups(model):
+        yield UserError("model.num_query_groups", model.num_query_groups,
+                        f"must divide model.num_attention_heads={model.num_attention_heads}: {divisors(model.num_attention_heads)}")
+
+
+def rotary_is_even(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.position_embedding != "rope":
+        if model.rope_scaling_factor is not None:
+            yield UserError("model.rope_scaling_factor", model.rope_scaling_factor,
+                            f"scales rotary positions, but model.position_embedding={model.position_embedding}; set it to null")
+        return
+    width = sizes.head_dim(model) * model.rotary_percent
+    if width != int(width) or int(width) % 2 or width < 2:
+        yield UserError("model.rotary_percent", model.rotary_percent,
+                        f"of a head of {sizes.head_dim(model)} is {width:g} dimensions; rotations need an even whole number")
+
+
+# ---- the model in a layout -------------------------------------------------------------------------------------------------------
+
+def ranks_fit(config: Config) -> Iterator[UserError]:
+    parallel, ranks = config.parallel, config.launch.ranks
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if ranks % model_ranks:
+        more = (ranks // model_ranks + 1) * model_ranks
+        fewer = f"{more - model_ranks} or " if ranks > model_ranks else ""
+        yield UserError("launch.ranks", ranks, f"must be a multiple of parallel.tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp}"
+                                               f" = {model_ranks}: {fewer}{more}")
+
+
+def no_context_parallel(config: Config) -> Iterator[UserError]:
+    if config.parallel.cp > 1:
+        yield UserError("parallel.cp", config.parallel.cp, "context parallelism comes with the attention kernel; 1 for now. Long sequences "
+                                                           "fit with parallel.sp=true and parallel.recompute=full")
+
+
+def tp_divides(config: Config) -> Iterator[UserError]:
+    model, tp = config.model, config.parallel.tp
+    sized = {"model.num_attention_heads": model.num_attention_heads, "feed-forward": sizes.ffn_size(model), "hidden": model.hidden_size}
+    wrong = [f"{name}={size}" for name, size in sized.items() if size % tp]
+    if wrong:
+        yield UserError("parallel.tp", tp, f"must divide {', '.join(wrong)}; what divides all: {divisors(math.gcd(*sized.values()))}")
+    groups = sizes.query_groups(model)
+    if not wrong and groups % tp and tp % groups:  # with fewer groups than ranks megatron-core gives a group to several ranks
+        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups} or be a multiple of it")
+
+
+def sequence_parallel_fits(config: Config) -> Iterator[UserError]:
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.sp and parallel.tp == 1:
+        yield UserError("parallel.sp", "true", "splits norms over the tensor-parallel ranks: needs parallel.tp greater than 1")
+    elif parallel.sp and length % parallel.tp:
+        yield UserError("data.sequence_length", length, f"must be a multiple of parallel.tp={parallel.tp} with parallel.sp=true")
+
+
+def stages_divide_layers(config: Config) -> Iterator[UserError]:
+    parallel, layers = config.parallel, config.model.num_layers
+    if parallel.vpp is not None and parallel.pp == 1:
+        yield UserError("parallel.vpp", parallel.vpp, "interleaves pipeline stages: needs parallel.pp greater than 1, or null")
+    elif parallel.vpp is not None and layers % (parallel.pp * parallel.vpp):
+        yield UserError("model.num_layers", layers, f"must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
+                                                    f"{parallel.pp * parallel.vpp}")
+    elif layers % parallel.pp:
+        yield UserError("parallel.pp", parallel.pp, f"must divide model.num_layers={layers}: {divisors(layers)}")
+
+
+def recompute_fits(config: Config) -> Iterator[UserError]:
+    parallel = config.parallel
+    chunk = config.model.num_layers // (parallel.pp * (parallel.vpp or 1))
+    if parallel.recompute == "full" and parallel.recompute_layers > max(chunk, 1):
+        yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------------
+
+def stage_is_known(config: Config) -> Iterator[UserError]:
+    if config.stage.name not in options_of("stage"):
+        yield UserError("stage.name", config.stage.name, f"unknown; conf/stage has {', '.join(options_of('stage'))}")
+
+
+def batch_divides(config: Config) -> Iterator[UserError]:
+    parallel, train, ranks = config.parallel, config.train, config.launch.ranks
+    model_ranks = parallel.tp * parallel.pp * parallel.cp
+    if ranks % model_ranks:
+        return  # ranks_fit has said so
+    data_ranks = ranks // model_ranks
+    slots = train.micro_batch_size * data_ranks
+    if train.global_batch_size % slots:
+        below = train.global_batch_size // slots * slots
+        right = f"{below} or {below + slots}" if below else str(slots)
+        yield UserError("train.global_batch_size", train.global_batch_size,
+                        f"must be a multiple of train.micro_batch_size x data ranks = {train.micro_batch_size} x {data_ranks} = {slots}: "
+                        f"{right}")
+    elif parallel.vpp is not None and parallel.pp > 1 and train.global_batch_size // slots % parallel.pp:
+        yield UserError("train.global_batch_size", train.global_batch_size,
+                        f"gives {train.global_batch_size // slots} micro-batches a rank; interleaved pipelines need a multiple of "
+                        f"parallel.pp={parallel.pp}, so a multiple of {slots * parallel.pp} samples")
+
+
+def sequence_fits_positions(config: Config) -> Iterator[UserError]:
+    model, length = config.model, config.data.sequence_length
+    if model.position_embedding == "learned" and length > model.max_sequence_length:
+        yield UserError("data.sequence_length", length, f"is longer than the table of model.max_sequence_length={model.max_sequence_length} "
+                                                        "learned positions")
+
+
+def schedule_fits(config: Config) -> Iterator[UserError]:
+    optim, steps = config.optim, geometry.steps_of(config)
+    if optim.warmup_steps >= steps:
+        yield UserError("optim.warmup_steps", optim.warmup_steps, f"must be below the {steps} steps of the run")
+    if optim.min_lr > optim.lr:
+        yield UserError("optim.min_lr", optim.min_lr, f"must be at most optim.lr={optim.lr:g}")
+    if optim.decay_steps is None or optim.schedule == "constant":
+        return
+    if optim.schedule == "wsd" and optim.decay_steps + optim.warmup_steps > steps:
+        yield UserError("optim.decay_steps", optim.decay_steps, f"and optim.warmup_steps={optim.warmup_steps} are more than the {steps} steps")
+    if optim.schedule in ("cosine", "linear") and optim.decay_steps <= optim.warmup_steps:
+        yield UserError("optim.decay_steps", optim.decay_steps, f"is where the decay ends: must be above optim.warmup_steps="
+                                                                f"{optim.warmup_steps}")
+
+
+def checkpoint_fits(config: Config) -> Iterator[UserError]:
+    if config.checkpoint.format == "dp_reshardable" and not config.parallel.distributed_optimizer:
+        yield UserError("checkpoint.format", "dp_reshardable", "is a format of the distributed optimizer; set "
+                                                               "parallel.distributed_optimizer=true or checkpoint.format=fully_reshardable")
+
+
+def tokenizer_exists(config: Config) -> Iterator[UserError]:
+    if config.data.tokenizer is not None and not Path(config.data.tokenizer).is_file():
+        yield UserError("data.tokenizer", config.data.tokenizer, "is not a file; name a tokenizer.json of the tokenizers library")
+
+
+# ---- every verb ------------------------------------------------------------------------------------------------------------------
+
+def split_is_whole(config: Config) -> Iterator[UserError]:
+    split = config.data.split
+    shown = "[" + ",".join(f"{part:g}" for part in split) + "]"
+    if len(split) != 3:
+        yield UserError("data.split", shown, "must be three parts: train, validation, test, such as [0.96,0.02,0.02]")
+    elif not all(0 <= part <= 1 for part in split) or abs(sum(split) - 1) > 1e-6:
+        yield UserError("data.split", shown, f"parts must be from 0 to 1 and sum to 1, not {sum(split):g}")
+    elif split[0] == 0:
+        yield UserError("data.split", shown, "leaves nothing to train on; the first part must be greater than 0")
+
+
+def weights_fit_paths(config: Config) -> Iterator[UserError]:
+    data = config.data
+    shown = "[" + ",".join(f"{weight:g}" for weight in data.weights) + "]"
+    if data.path is not None and data.paths:
+        yield UserError("data.path", data.path, "and data.paths are both given; put all directories into data.paths")
+    if data.weights and len(data.weights) != len(data.paths):
+        yield UserError("data.weights", shown, f"must have one weight for each of the {len(data.paths)} data.paths")
+    elif data.weights and not all(0 < weight < float("inf") for weight in data.weights):
+        yield UserError("data.weights", shown, "weights must be greater than 0")
+
+
+def run_dir_is_no_file(config: Config) -> Iterator[UserError]:
+    path = Path(config.run.dir)
+    if not config.run.dir.strip():
+        yield UserError("run.dir", config.run.dir, "is empty; name a directory, such as outputs/run")
+    elif next((part for part in (path, *path.parents) if part.exists() and not part.is_dir()), None):
+        yield UserError("run.dir", config.run.dir, "is a file, or lies below one; name a directory")
+
+
+def load_exists(config: Config) -> Iterator[UserError]:
+    load = config.checkpoint.load
+    if load not in (None, "auto") and not Path(load).is_dir():
+        yield UserError("checkpoint.load", load, "is not there; name a checkpoint or run directory, or auto")
+
+
+# ---- generate, evaluate ----------------------------------------------------------------------------------------------------------
+
+def load_is_given(config: Config) -> Iterator[UserError]:
+    if config.checkpoint.load is None:
+        yield UserError("checkpoint.load", "null", "name the checkpoint or run directory to read, such as checkpoint.load=outputs/run")
+
+
+COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_file, load_exists, tokenizer_exists)
+MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even)
+LAYOUT: tuple[Rule, ...] = (ranks_fit, no_context_parallel, tp_divides, stages_divide_layers, recompute_fits)
+TRAIN: tuple[Rule, ...] = (
+    stage_is_known, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
+)
+READ: tuple[Rule, ...] = (load_is_given, ranks_fit, no_context_parallel)
