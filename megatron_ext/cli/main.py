@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `check | head`
         sys.stderr.close()
         return launch.leave(1)
-    except Exception:
+    except Exception:  # noqa: BLE001 whatever it is, a rank has to tell its parent
         text = traceback.format_exc()
         if not launch.report_failure(1, text):
             print(text, file=sys.stderr, end="")
@@ -51,5 +51,12 @@ def run(argv: Sequence[str]) -> int:
     from megatron_ext.config.validate import validate
 
     config = compose(options.overrides)
+    if options.verb in ("train", "generate", "evaluate"):
+        from megatron_ext.parallel import launch
+
+        layout = config.parallel
+        asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)
+        needed = layout.tp * layout.pp * layout.cp if options.verb != "train" else None
+        config = launch.with_ranks(config, asked=asked, default=needed)
     validate(config, options.verb)
     return verb(config, options) or 0

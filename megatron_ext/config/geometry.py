@@ -138,15 +138,15 @@ def text(config: Config) -> str:
                                     ("distributed optimizer", parallel.distributed_optimizer and found["grid"]["dp"] > 1)) if on]
     lines = [
         f"stage       {config.stage.name}",
-        f"model       {model.name}: {found['parameters']:,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {heads}, "
-        f"feed-forward {sizes.ffn_size(model)}",
+        (f"model       {model.name}: {found['parameters']:,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {heads}, "
+        f"feed-forward {sizes.ffn_size(model)}"),
         f"vocabulary  {vocabulary}",
         *grid_lines(Grid.of(config)),
         f"layout      {found['layers_per_stage']} layers a stage" + "".join(f", {word}" for word in extras) + f", {config.precision.dtype}",
-        f"batch       {batch.global_batch} samples = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
-        f"{batch.data_ranks} data ranks",
-        f"tokens      {batch.tokens_per_step:,} a step ({batch.global_batch} x {batch.sequence_length}); {batch.steps:,} steps = "
-        f"{batch.tokens:,} tokens, {batch.samples:,} samples",
+        (f"batch       {batch.global_batch} samples = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
+        f"{batch.data_ranks} data ranks"),
+        (f"tokens      {batch.tokens_per_step:,} a step ({batch.global_batch} x {batch.sequence_length}); {batch.steps:,} steps = "
+        f"{batch.tokens:,} tokens, {batch.samples:,} samples"),
     ]
     if config.train.tokens is not None:
         lines.append(f"budget      train.tokens={config.train.tokens:,} gives {batch.steps:,} steps (train.steps is not used)")

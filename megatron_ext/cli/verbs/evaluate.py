@@ -6,7 +6,7 @@ from megatron_ext.parallel import launch
 
 def evaluate(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and calls the room's command in each. Raises UserError."""
-    return launch.in_ranks(config, options, lambda config: _rank(config, options))
+    return launch.in_ranks(config, options.argv, lambda: _rank(config, options))
 
 
 def _rank(config: Config, options: Options) -> int:

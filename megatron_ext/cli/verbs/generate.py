@@ -6,7 +6,8 @@ from megatron_ext.parallel import launch
 
 def generate(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and calls the room's command in each. Raises UserError."""
-    return launch.in_ranks(config, options, lambda config: _rank(config, options))
+    given = options.prompts or options.prompt_file is not None
+    return launch.in_ranks(config, options.argv, lambda: _rank(config, options), stdin=not given)
 
 
 def _rank(config: Config, options: Options) -> int:

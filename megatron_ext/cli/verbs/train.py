@@ -6,7 +6,7 @@ from megatron_ext.parallel import launch
 
 def train(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and trains in each."""
-    return launch.in_ranks(config, options, _rank)
+    return launch.in_ranks(config, options.argv, lambda: _rank(config))
 
 
 def _rank(config: Config) -> int:
