@@ -1,0 +1,118 @@
+"""Floating-point operations of a decoder, the peak of known devices, and the two ratios between them.
+
+A matrix product of [m, k] and [k, n] is 2 m k n operations. Only matrix products are counted (norms, softmax, rotations and the
+embedding lookup are not). Forward, for one token, with h hidden, a heads and g key/value heads of size d, f the MLP's width, s the sequence:
+
+    linear layers     L [2 h d (a + 2 g) + 2 h d a + 2 h f c]        c = 3 for gated activations (SwiGLU, GeGLU), else 2
+    core attention    L [4 a d s]                                    scores and weighted values; causal=True: s -> s / 2
+    logits            2 h V
+
+Training is three times that: backward has two products for every one of forward. Without the embedding table this is the 6 N + 12 L H Q T
+of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which counts the *whole* attention matrix; so does `causal=False`, the default.
+`causal=True` counts the half that a causal kernel needs, as Megatron-LM and Megatron-Bridge do since 2025. Say which when you compare.
+
+MFU (model FLOPs utilisation) is model operations over peak: recomputation earns nothing. HFU counts the recomputed operations too.
+"""
+import re
+from dataclasses import dataclass
+
+from megatron_ext.config.schema import ModelConfig
+
+# Device name as torch and NVML report it (regular expression, whole name) -> dense TFLOP/s in bf16 (= fp16) and fp8, both with fp32
+# accumulation and without sparsity. A variant that is not listed (laptop, MIG slice, export model) is unknown rather than guessed at.
+_PEAKS: tuple[tuple[str, float, float | None], ...] = (
+    # NVIDIA A100 data sheet: 312 for every form factor. Others of the Ampere generation: data sheets, GA102 white paper (RTX).
+    (r"A[18]00[- ](SXM4|PCIE)\S*|A[18]00 \d+GB PCIe", 312.0, None),
+    (r"A40", 149.7, None),
+    (r"A30", 165.0, None),
+    (r"A10", 125.0, None),
+    (r"RTX A6000", 154.8, None),
+    (r"GeForce RTX 3090", 71.0, None),
+    # NVIDIA H100 data sheet; H100 white paper for the exact 989.4; H200, GH200, H20 data sheets.
+    (r"H100( \d+GB)? (HBM3|SXM5?).*|H800( \d+GB)? (HBM3|SXM5?).*|H800", 989.4, 1978.9),
+    (r"H100 PCIe", 756.0, 1513.0),
+    (r"H100 NVL", 835.5, 1671.0),
+    (r"H200|H200 SXM.*|GH200.*", 989.4, 1978.9),
+    (r"H200 NVL", 835.5, 1671.0),
+    (r"H20( .*)?", 148.0, 296.0),
+    # NVIDIA Blackwell data sheets: HGX B200 and B300 per GPU, GB200 NVL72 / 72.
+    (r"B200|B300.*", 2250.0, 4500.0),
+    (r"GB200|GB300", 2500.0, 5000.0),
+    # NVIDIA L4, L40, L40S data sheets; Ada and Blackwell RTX white papers (figures with fp32 accumulation).
+    (r"L40S", 362.05, 733.0),
+    (r"L40", 181.05, 362.0),
+    (r"L4", 121.0, 242.5),
+    (r"RTX 6000 Ada Generation", 364.2, 728.5),
+    (r"GeForce RTX 4090", 165.2, 330.3),
+    (r"GeForce RTX 5090", 209.5, 419.0),
+    # AMD Instinct MI250X (per die, which is what torch calls a device), MI300X, MI325X, MI355X data sheets.
+    (r"AMD Instinct MI250X?", 191.5, None),
+    (r"AMD Instinct MI3(00|25)X", 1307.4, 2614.9),
+    (r"AMD Instinct MI355X", 2516.6, 5033.2),
+)
+
+
+def peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
+    """Dense peak of a device in FLOP/s.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name()` gives it.
+        dtype: bf16 | fp16 | fp8. Anything else (fp32, where TF32 may or may not be in use) has no peak here.
+
+    Returns:
+        None when the device or the type is not known; then there is no MFU.
+    """
+    name = re.sub(r"^(NVIDIA|Tesla|NVIDIA Tesla)\s+", "", device_name.strip())
+    for pattern, bf16, fp8 in _PEAKS:
+        if "MIG" not in name and re.fullmatch(pattern, name):
+            tera = {"bf16": bf16, "fp16": bf16, "fp8": fp8}.get(dtype)
+            return None if tera is None else tera * 1e12
+    return None
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """Operations for one token, forward only."""
+
+    linear: float
+    attention: float
+    logits: float
+
+    @property
+    def forward(self) -> float:
+        return self.linear + self.attention + self.logits
+
+    @property
+    def training(self) -> float:
+        """Forward and backward: the numerator of MFU."""
+        return 3 * self.forward
+
+    def hardware(self, recompute: str = "none") -> float:
+        """What is really computed in training: the numerator of HFU. `recompute`: none, selective (core attention), full (all layers)."""
+        again = {"none": 0.0, "selective": self.attention, "full": self.linear + self.attention}
+        if recompute not in again:
+            raise ValueError(f"recompute={recompute}: none, selective or full")
+        return self.training + again[recompute]
+
+
+def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, causal: bool = False) -> TokenFlops:
+    """Operations a token of a decoder; `vocab_size` without padding, since padding is no use to the model."""
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    groups = model.num_query_groups or heads
+    head_dim = model.head_dim or hidden // heads
+    gated = model.activation in ("swiglu", "geglu")
+    width = model.ffn_hidden_size or (-(-8 * hidden // (3 * 64)) * 64 if gated else 4 * hidden)
+    linear = 2 * hidden * head_dim * (heads + 2 * groups) + 2 * heads * head_dim * hidden + 2 * hidden * width * (3 if gated else 2)
+    attention = 4 * heads * head_dim * sequence_length * (0.5 if causal else 1.0)
+    return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=2.0 * hidden * vocab_size)
+
+
+def utilisation(flops_per_token: float, *, tokens_per_second: float, devices: int, peak: float | None) -> float | None:
+    """MFU or HFU as a fraction of 1, by whether the operations are `.training` or `.hardware(...)`.
+
+    Args:
+        tokens_per_second: of the whole job. peak: of one device, FLOP/s; None = unknown, and so is the result.
+    """
+    if peak is None:
+        return None
+    return flops_per_token * tokens_per_second / (devices * peak)

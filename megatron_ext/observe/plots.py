@@ -1,0 +1,119 @@
+"""The plots of a report, as PNG files. matplotlib is imported when a plot is drawn; colours are Okabe and Ito's, told apart by all eyes."""
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+BLUE, ORANGE, GREEN, GREY, RED = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#CC79A7"
+
+
+def column(records: Sequence[dict], key: str, scale: float = 1.0) -> tuple[list[int], list[float]]:
+    """Steps and finite values of one field; records without it are left out."""
+    rows = [(r["step"], r[key] * scale) for r in records
+            if isinstance(r.get(key), (int, float)) and not isinstance(r.get(key), bool) and math.isfinite(r[key])]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over about a fiftieth of the run, unbiased at the start."""
+    keep = 1 - 1 / max(1.0, len(values) / 50)
+    out, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(total / weight)
+    return out
+
+
+def plot_loss(path: Path, records: Sequence[dict], *, bytes_per_token: float | None = None, baseline: tuple[str, float] | None = None,
+              restarts: Sequence[int] = ()) -> bool:
+    """Training and validation loss in nats a token; on the right in bits a byte where the bytes of a token are known.
+
+    Args:
+        baseline: name and bits per byte, drawn as a line (needs `bytes_per_token`). restarts: steps at which the run was resumed.
+
+    Returns:
+        False, and no file, when there is nothing to draw.
+    """
+    steps, losses = column(records, "loss")
+    val_steps, val_losses = column(records, "validation_loss")
+    if not steps and not val_steps:
+        return False
+    plt, figure, (axis,) = _figure(1, 4.6)
+    if steps:
+        axis.plot(steps, losses, color=BLUE, alpha=0.28 if len(steps) > 20 else 1.0, linewidth=0.9 if len(steps) > 20 else 1.6,
+                  marker="." if len(steps) <= 20 else None, label=None if len(steps) > 20 else "training")
+        if len(steps) > 20:
+            axis.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, label="training (smoothed)")
+    if val_steps:
+        axis.plot(val_steps, val_losses, color=ORANGE, marker="o", markersize=4, linewidth=1.6, label=f"validation (last {val_losses[-1]:.3f})")
+    if baseline is not None and bytes_per_token:
+        name, bits = baseline
+        axis.axhline(bits * math.log(2) * bytes_per_token, color=GREEN, linestyle="--", linewidth=1.5, label=f"{name} ({bits:.3f} bits/byte)")
+    axis.set_ylabel("loss, nats per token")
+    if bytes_per_token:
+        factor = 1 / (math.log(2) * bytes_per_token)
+        right = axis.secondary_yaxis("right", functions=(lambda x: x * factor, lambda x: x / factor))
+        right.set_ylabel("bits per byte")
+        right.spines["right"].set_visible(False)
+    _finish(plt, figure, (axis,), path, restarts)
+    return True
+
+
+def plot_throughput(path: Path, records: Sequence[dict], *, restarts: Sequence[int] = ()) -> bool:
+    """Tokens a second, with its median; False when there is nothing to draw."""
+    steps, speed = column(records, "tokens_per_second")
+    if not steps:
+        return False
+    median = sorted(speed)[len(speed) // 2]
+    unit, name = (1e3, "thousand ") if median >= 10_000 else (1.0, "")
+    plt, figure, (axis,) = _figure(1, 3.2)
+    axis.plot(steps, [v / unit for v in speed], color=BLUE, linewidth=0.9, alpha=0.8, marker="." if len(steps) <= 20 else None)
+    axis.axhline(median / unit, color=GREY, linestyle="--", linewidth=1.2, label=f"median {median:,.0f} tokens/s")
+    axis.set_ylim(0, 1.25 * sorted(speed)[min(len(speed) - 1, int(0.99 * len(speed)))] / unit)
+    axis.set_ylabel(f"{name}tokens per second")
+    _finish(plt, figure, (axis,), path, restarts)
+    return True
+
+
+def plot_optimizer(path: Path, records: Sequence[dict], *, restarts: Sequence[int] = ()) -> bool:
+    """Learning rate above, gradient norm (logarithmic) below; False when there is neither."""
+    rate, norm = column(records, "lr"), column(records, "grad_norm")
+    drawn = [(x, y, label) for (x, y), label in ((rate, "learning rate"), (norm, "gradient norm")) if x]
+    if not drawn:
+        return False
+    plt, figure, axes = _figure(len(drawn), 2.3 * len(drawn) + 0.6)
+    for axis, (x, y, label) in zip(axes, drawn, strict=True):
+        axis.plot(x, y, color=BLUE if label == "learning rate" else ORANGE, linewidth=1.1, marker="." if len(x) <= 20 else None)
+        axis.set_ylabel(label)
+        if label == "gradient norm" and min(y) > 0 and max(y) > 5 * min(y):
+            axis.set_yscale("log")
+        elif label == "learning rate":
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+            axis.set_ylim(bottom=0)
+    _finish(plt, figure, axes, path, restarts)
+    return True
+
+
+def _figure(rows: int, height: float) -> tuple:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, 1, figsize=(8.2, height), sharex=True, squeeze=False, layout="constrained")
+    for axis in axes[:, 0]:
+        axis.grid(True, color="#E3E5E8", linewidth=0.8)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    return plt, figure, tuple(axes[:, 0])
+
+
+def _finish(plt, figure, axes: tuple, path: Path, restarts: Sequence[int]) -> None:
+    for axis in axes:
+        for i, step in enumerate(restarts):
+            axis.axvline(step, color=RED, linestyle=":", linewidth=1.3, label="resumed" if i == 0 and axis is axes[0] else None)
+    axes[-1].set_xlabel("step")
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
