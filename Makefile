@@ -1,0 +1,44 @@
+# make run    the main job on the embedded data: corpus, tokenizer, pretraining over two ranks, evaluation, completions, report.md
+# make test   everything proven: all tests here, and parity and checkpoints on Python 3.12 with the newest megatron-core
+# Both make .venv first where it is missing or out of date. PYTHON=/path/to/python picks the interpreter.
+SHELL := bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+ARGS ?=
+export PYTHON
+
+.PHONY: help setup run test test-fast test-312 campaign lint clean
+
+help:
+	@grep -E '^# make|^## ' Makefile | sed 's/^#* //'
+
+## make setup      .venv alone
+setup:
+	@.ci/environment .venv
+
+run: setup
+	@$(PY) -m megatron_ext run $(ARGS)
+
+test: setup
+	@.ci/test
+
+## make test-fast  the tests of this Python, without the second leg, stopping at the first failure
+test-fast: setup
+	@$(PY) -m pytest tests -x -q $(ARGS)
+
+## make test-312   the second leg alone
+test-312:
+	@.ci/second_leg
+
+## make campaign   what takes longer than a test run should; its results are committed under docs/
+campaign: setup
+	@$(PY) -m pytest tests -m campaign -o addopts= $(ARGS)
+
+## make lint       ruff
+lint: setup
+	@$(PY) -m ruff check --line-length 140 .
+
+## make clean      environments, caches and builds; runs under outputs/ stay
+clean:
+	rm -rf .venv .venv-312 build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

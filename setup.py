@@ -1,0 +1,39 @@
+"""Packages, pinned ranges and extras. `make setup` installs this into .venv (`.ci/environment` says how torch is chosen)."""
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "torch>=2.9,<2.15",
+    "megatron-core>=0.16.1,<0.20",
+    "numpy>=1.26,<3",
+    "einops>=0.8,<1",  # megatron-core needs it and does not say so
+    "psutil>=5.9,<8",  # megatron-core 0.19 too, when it writes a checkpoint
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "PyYAML>=6,<7",
+    "tokenizers>=0.20,<0.24",
+    "pyarrow>=16,<27",
+    "zstandard>=0.22,<0.26",
+    "tqdm>=4.66,<5",
+    "matplotlib>=3.8,<4",
+    "nvidia-ml-py>=12,<14",
+]
+EXTRAS = {
+    "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
+    "wandb": ["wandb>=0.18,<1"],
+    "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.8,<1", "transformers>=4.55,<6", "safetensors>=0.4,<1", "wheel<1",
+            "setuptools>=77,<100"],
+}
+
+setup(
+    name="megatron-ext",
+    version="0.1.0",
+    description="A training runtime for large language models on megatron-core: one config and one code path from a laptop to a cluster",
+    python_requires=">=3.11,<3.14",
+    # conf/ lies at the top of a checkout and inside the package of a wheel; config/overrides.py looks in both places.
+    packages=[*find_packages(include=["kernels", "kernels.*", "megatron_ext", "megatron_ext.*", "rlhf", "rlhf.*"]), "megatron_ext.conf"],
+    package_dir={"megatron_ext.conf": "conf"},
+    package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli.main:main"]},
+)
