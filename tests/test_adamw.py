@@ -189,6 +189,14 @@ def test_zero_grad_and_closure():
     assert p.grad is None
 
 
+def test_the_arguments_that_megatron_core_passes():
+    """0.16.1 passes these by keyword; 0.19.2 adds `capturable`."""
+    params = parameters()
+    optimizer = AdamW(params=[{"params": params, "wd_mult": 1.0}], **HYPER, adam_w_mode=True, capturable=False)
+    train(optimizer, params, range(1))
+    assert optimizer.param_groups[0]["wd_mult"] == 1.0
+
+
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="amsgrad"):
         AdamW(parameters(), amsgrad=True)

@@ -143,6 +143,17 @@ def test_events(tmp_path):
     assert [e["kind"] for e in read_events(path)] == ["start", "stop", "resume"]
 
 
+def test_a_torn_event_is_cut_off_when_the_next_life_begins(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for torn in ("", '{"kind": "sa', "x" * 200_000):
+        path.write_text('{"kind": "start"}\n' + torn)
+        Events(path).write("resume", step=2)
+        assert [strict(line)["kind"] for line in path.read_text().splitlines()] == ["start", "resume"]
+    path.write_text('{"kind": "torn fir')
+    Events(path).write("start")
+    assert [e["kind"] for e in read_events(path)] == ["start"]
+
+
 def test_a_full_disk_warns_once_and_leaves_whole_lines(tmp_path):
     """RLIMIT_FSIZE makes the kernel refuse, after a part of a line, what a full disk would refuse."""
     code = ("import resource, sys, warnings; from megatron_ext.observe.events import Events\n"

@@ -13,7 +13,7 @@ class Events:
         self._lines = LineFile(self.path)
 
     def write(self, kind: str, **fields: object) -> None:
-        """Append {"time": UTC in ISO 8601, "kind": kind, ...}."""
+        """Append {"time": UTC in ISO 8601, "kind": kind, ...}; a stop names its criterion in another field than `kind`."""
         self._lines.append({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "kind": kind, **fields})
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The plots of a report, as PNG files. matplotlib is imported when a plot is drawn; colours are Okabe and Ito's, told apart by all eyes."""
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 BLUE, ORANGE, GREEN, GREY, RED = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#CC79A7"
@@ -14,12 +15,13 @@ def column(records: Sequence[dict], key: str, scale: float = 1.0) -> tuple[list[
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a fiftieth of the run, unbiased at the start."""
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    out, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
+    """Mean over a window of about a fiftieth of the run, narrower at the ends. Centred: a trailing mean lags behind a falling loss and
+    would draw it above the validation loss."""
+    half, sums = max(1, len(values) // 100), [0.0, *accumulate(values)]
+    out = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        out.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
     return out
 
 
@@ -86,6 +88,8 @@ def plot_optimizer(path: Path, records: Sequence[dict], *, restarts: Sequence[in
         axis.set_ylabel(label)
         if label == "gradient norm" and min(y) > 0 and max(y) > 5 * min(y):
             axis.set_yscale("log")
+            for each in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                each(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else "")
         elif label == "learning rate":
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
             axis.set_ylim(bottom=0)
@@ -113,7 +117,9 @@ def _finish(plt, figure, axes: tuple, path: Path, restarts: Sequence[int]) -> No
         for i, step in enumerate(restarts):
             axis.axvline(step, color=RED, linestyle=":", linewidth=1.3, label="resumed" if i == 0 and axis is axes[0] else None)
     axes[-1].set_xlabel("step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    axes[-1].margins(x=0.02)
     if axes[0].get_legend_handles_labels()[1]:
-        axes[0].legend(frameon=False, fontsize=9)
+        axes[0].legend(framealpha=0.85, edgecolor="none", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
