@@ -16,6 +16,7 @@ MFU (model FLOPs utilisation) is model operations over peak: recomputation earns
 import re
 from dataclasses import dataclass
 
+from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
 
 # Device name as torch and NVML report it (regular expression, whole name) -> dense TFLOP/s in bf16 (= fp16) and fp8, both with fp32
@@ -97,13 +98,11 @@ class TokenFlops:
 
 def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, causal: bool = False) -> TokenFlops:
     """Operations a token of a decoder; `vocab_size` without padding, since padding is no use to the model."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    groups = model.num_query_groups or heads
-    head_dim = model.head_dim or hidden // heads
-    gated = model.activation in ("swiglu", "geglu")
-    width = model.ffn_hidden_size or (-(-8 * hidden // (3 * 64)) * 64 if gated else 4 * hidden)
-    linear = 2 * hidden * head_dim * (heads + 2 * groups) + 2 * heads * head_dim * hidden + 2 * hidden * width * (3 if gated else 2)
-    attention = 4 * heads * head_dim * sequence_length * (0.5 if causal else 1.0)
+    hidden, width = model.hidden_size, sizes.head_dim(model) * model.num_attention_heads
+    key_value = 2 * sizes.head_dim(model) * sizes.query_groups(model)
+    matrices = 3 if model.activation in sizes.GATED else 2
+    linear = 2 * hidden * (2 * width + key_value) + 2 * hidden * sizes.ffn_size(model) * matrices
+    attention = 4 * width * sequence_length * (0.5 if causal else 1.0)
     return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=2.0 * hidden * vocab_size)
 
 
