@@ -14,7 +14,7 @@ from megatron_ext.data.prepare import prepare
 from megatron_ext.data.prepared import FILE, SPLITS, Prepared
 from megatron_ext.data.samples import BlendedSamples, IndexedSamples, Masking, Samples
 from megatron_ext.data.subset import split_documents
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_ext.errors import UserError
 
 
@@ -47,7 +47,7 @@ def dataset_tokenizer(data: DataConfig) -> tuple[Path, Tokenizer]:
     """
     found: dict[str, tuple[Path, Tokenizer]] = {}
     if data.tokenizer:
-        path = Path(data.tokenizer) / "tokenizer.json" if Path(data.tokenizer).is_dir() else Path(data.tokenizer)
+        path = tokenizer_file(data.tokenizer)
         tokenizer = Tokenizer.from_file(path)
         found[tokenizer.sha256] = path, tokenizer
     for path in _inputs(data) or [default_directory(data)]:

@@ -4,6 +4,7 @@ The input is read two or three times instead of held: once for its hash and the 
 given), once to tokenise. Everything is written to a temporary directory beside the output and renamed at the end, so a crash leaves
 nothing that looks complete. Called by one process, before ranks start.
 """
+import errno
 import glob
 import hashlib
 import json
@@ -14,6 +15,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 
 from megatron_ext import __version__
@@ -23,7 +25,7 @@ from megatron_ext.data.progress import Progress
 from megatron_ext.data.read import BadRecords
 from megatron_ext.data.source import Source, open_source
 from megatron_ext.data.split import check_split, document_digest, split_of
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
 from megatron_ext.errors import UserError
 
 TRAINING_BYTES = 1 << 28  # text a tokenizer is trained on: 256 MiB, evenly drawn by hash from a larger training split
@@ -70,9 +72,10 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
 
     temporary = _temporary(output)
     try:
-        content = Path(_tokenizer_file(data.tokenizer)).read_bytes() if given else _train(source, fractions, scan, data, bars)
+        content = tokenizer_file(data.tokenizer).read_bytes() if given else _train(source, fractions, scan, data, bars)
         (temporary / "tokenizer.json").write_bytes(content)
         tokenizer = Tokenizer.from_bytes(content)
+        lossless = tokenizer.lossless(text[:10_000] for text in islice(source.documents(bad=BadRecords(data.max_bad_lines)), 64))
         splits = _tokenize(source, fractions, scan, tokenizer, temporary, data, bars)
         fields = {
             "format": FORMAT,
@@ -84,6 +87,7 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
             "settings": settings,
             "tokenizer": {
                 "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod, "eod_text": tokenizer.eod_text,
+                "lossless": lossless,  # on a sample of the documents
             },
             "splits": split_fields(splits),
             "files": describe_files(temporary),
@@ -91,6 +95,8 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
         }
         (temporary / FILE).write_text(json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         _publish(temporary, output)
+    except OSError as error:  # a full disk; what concerns the input is a UserError already
+        raise UserError("output", output, f"cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Prepared.load(output, key="output")
@@ -169,10 +175,6 @@ def _tokenize(
     }
 
 
-def _tokenizer_file(path: str) -> Path:
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-
-
 def _temporary(output: Path) -> Path:
     """A new directory beside `output`, after removing those that killed processes of this machine left."""
     try:
@@ -211,7 +213,9 @@ def _publish(temporary: Path, output: Path) -> None:
     try:
         os.rename(temporary, output)
     except OSError as error:
-        raise UserError("output", output, f"was written by someone else meanwhile ({error.strerror}); start again to use it") from error
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        raise UserError("output", output, "was written by another process meanwhile; start again to use it") from error
 
 
 def _versions() -> dict[str, str]:

@@ -40,13 +40,12 @@ class SplitWriters:
             builder.finalize(str(self.directory / f"{split}.idx"))
 
     def add(self, split: str, ids: np.ndarray) -> None:
-        import torch
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         if split not in self._builders:
             self._builders[split] = IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
-        document = np.append(ids, self.eod).astype(np.int32)
-        self._builders[split].add_document(torch.from_numpy(document), [len(document)])
+        document = np.append(ids, self.eod).astype(self.dtype)
+        self._builders[split].add_document(document, [len(document)])  # it says torch.Tensor and takes what numpy.array takes
         self.tokens[split] += len(document)
 
 

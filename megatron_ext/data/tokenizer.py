@@ -13,7 +13,7 @@ from megatron_ext.errors import UserError
 
 EOD = "<|endoftext|>"
 EOD_NAMES = (
-    EOD, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>", "<|endofprompt|>", "<|im_end|>", "[SEP]",
+    EOD, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>", "[SEP]",
 )
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-document token
 
@@ -33,6 +33,12 @@ class Tokenizer:
         self.eod: int = inner.token_to_id(eod_text)
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.sha256 = sha256
+        # Unigram models may take the eod's spelling for a piece of their vocabulary even when special tokens are off.
+        self._cut = self.eod in inner.encode(eod_text, add_special_tokens=False).ids
+
+    def lossless(self, texts: Iterable[str]) -> bool:
+        """Whether each text comes back from its ids byte for byte (a tokenizer that normalises does not give it back)."""
+        return all(self.decode(self.encode(text)) == text for text in texts)
 
     @classmethod
     def from_file(cls, path: str | Path, *, key: str = "data.tokenizer") -> "Tokenizer":
@@ -41,8 +47,7 @@ class Tokenizer:
         Raises:
             UserError: not there, not a tokenizer, or without an end-of-document token.
         """
-        path = Path(path)
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = tokenizer_file(path)
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -69,15 +74,31 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no token is added before or behind it."""
+        if self._cut and self.eod_text in text:
+            return [token for part in self._parts(text) for token in self._inner.encode(part, add_special_tokens=False).ids]
         return self._inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; the library's threads share the work (`RAYON_NUM_THREADS`)."""
+        if self._cut:
+            return [self.encode(text) for text in texts]
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _parts(self, text: str) -> list[str]:
+        """`text` cut behind the first character of each spelled-out eod, so that no part holds one."""
+        head, tail = self.eod_text[:1], self.eod_text[1:]
+        pieces = text.split(self.eod_text)
+        return [(tail if number else "") + piece + (head if number < len(pieces) - 1 else "") for number, piece in enumerate(pieces)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 (a sequence that was cut) become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """`path` itself, or the `tokenizer.json` of that directory."""
+    path = Path(path)
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, progress: bool = False) -> bytes:
