@@ -166,8 +166,53 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     dead = prepare_module._temporary(tmp_path / "out")
     dead = dead.rename(dead.with_suffix(f".{child.pid}"))
     (dead / "train.bin").write_bytes(b"half")
+    alive = dead.with_suffix(f".{os.getppid()}")
+    alive.mkdir()
     prepare(DATA, str(source), tmp_path / "out")
-    assert not dead.exists()
+    assert not dead.exists() and alive.exists()
+
+
+def test_input_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    train = prepare_module._train
+
+    def train_and_append(*arguments):
+        content = train(*arguments)
+        write_jsonl(source, [*TEXTS, "one more"])
+        return content
+
+    monkeypatch.setattr(prepare_module, "_train", train_and_append)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(DATA, str(source), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_another_process_that_was_faster(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl")
+    describe = prepare_module.describe_files
+
+    def late(directory):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "prepared.json").touch()
+        return describe(directory)
+
+    monkeypatch.setattr(prepare_module, "describe_files", late)
+    with pytest.raises(UserError, match="was written by another process meanwhile"):
+        prepare(DATA, str(source), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+
+
+def test_tokenizer_changed_or_files_elsewhere(tmp_path):
+    prepared = prepare(DATA, str(write_jsonl(tmp_path / "a.jsonl")), tmp_path / "out")
+    content = prepared.tokenizer_path.read_bytes()
+    prepared.tokenizer_path.write_bytes(content[:-1] + b" ")
+    with pytest.raises(UserError, match="tokenizer.json: changed since it was written"):
+        Prepared.load(tmp_path / "out")
+    prepared.tokenizer_path.write_bytes(content)
+    fields = {**prepared.fields, "files": {**prepared.fields["files"], "../a.jsonl": {"size": 0, "sha256": ""}}}
+    (tmp_path / "out" / "prepared.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match="names a file outside the directory"):
+        Prepared.load(tmp_path / "out")
 
 
 def test_bad_input(tmp_path):
@@ -182,6 +227,7 @@ def test_bad_input(tmp_path):
         assert not (tmp_path / "out").exists()
     skipped = prepare(replace(DATA, max_bad_lines=1, split=(1.0, 0.0, 0.0)), str(tmp_path / "bad.jsonl"), tmp_path / "out")
     assert skipped.fields["corpus"]["bad_records"] == 1 and skipped.fields["corpus"]["bad_places"][0].endswith("column 8")
+    assert "1 unreadable records were skipped:\n    " in skipped.describe() and "bad.jsonl:2: not JSON" in skipped.describe()
     with pytest.raises(UserError, match="none of 1 documents falls to train"):
         prepare(replace(DATA, split=(0.0, 0.0, 1.0), max_bad_lines=1), str(tmp_path / "bad.jsonl"), tmp_path / "other")
     with pytest.raises(UserError, match="data.corpus=wiki: known are stdlib"):

@@ -166,7 +166,7 @@ def test_truncated_and_damaged_index_and_tokens(tmp_path):
         whole + b"12345": "where its header speaks of",
         whole[:begin] + struct.pack("<i", -4) + whole[begin + 4 :]: "contradict each other",
         whole[: begin + 4 * count] + struct.pack("<q", -2) + whole[begin + 4 * count + 8 :]: "do not follow each other",
-        whole[: begin + 12 * count] + struct.pack("<q", 5) + whole[begin + 12 * count + 8 :]: "contradict each other",
+        whole[: begin + 12 * count] + struct.pack("<q", 1) + whole[begin + 12 * count + 8 :]: "contradict each other",
     }
     for content, reason in others.items():
         damage(index, content)

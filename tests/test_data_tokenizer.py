@@ -54,6 +54,14 @@ def test_special_text_in_a_document_is_plain_text(tokenizer):
     assert tokenizer.decode([tokenizer.eod]) == EOD and tokenizer.decode([tokenizer.eod], skip_special_tokens=True) == ""
 
 
+def test_other_special_tokens_of_a_foreign_tokenizer_are_plain_text_too():
+    inner = tokenizers.Tokenizer.from_str(train_tokenizer(TEXTS, vocab_size=300).decode())
+    inner.add_special_tokens(["<|user|>"])
+    tokenizer = Tokenizer.from_bytes(inner.to_str().encode())
+    special = inner.token_to_id("<|user|>")
+    assert special == 300 and special not in tokenizer.encode("<|user|>hello") + tokenizer.encode_batch(["a<|user|>"])[0]
+
+
 def test_special_text_is_plain_for_a_unigram_model_too():
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abs</> ")]
     inner = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))

@@ -106,7 +106,7 @@ def _one(data: DataConfig, split: str, path: str, number: int, tokenizer: Tokeni
         prepared = Prepared.load(path, key=key)
         facts = prepared.splits[split]
         if facts.documents == 0:
-            raise UserError(key, path, f"its {split} split has no documents (of {prepared.fields['corpus']['documents']}); change data.split or give more")
+            raise UserError(key, path, f"its {split} split has no documents (of {prepared.fields['corpus']['documents']}; a text file is one): prepare more of them, or other data.split")
         file, bytes_per_token = TokenFile(facts.prefix, key=key), facts.bytes_per_token
     else:
         file = TokenFile(path, key=key)

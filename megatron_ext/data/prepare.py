@@ -132,7 +132,7 @@ def _scan(source: Source, fractions: tuple[float, ...], max_bad: int, bars: Prog
     if documents["train"] == 0:
         raise UserError(
             "data.split", list(fractions),
-            f"a hash of each document decides its split, and none of {total} documents falls to train; give more documents, or data.split=[1,0,0]",
+            f"a hash of each document decides its split, and none of {total} documents falls to train; give more documents (a text file is one), or data.split=[1,0,0]",
         )
     return _Scan(corpus.hexdigest(), documents, sizes, bad)
 

@@ -80,6 +80,26 @@ class Prepared:
             _check_file(directory / name, size, sha256 if verify or name == "tokenizer.json" else None, key)
         return prepared
 
+    def describe(self) -> str:
+        """What a person wants to know of it, a few lines; places of bad records, never text."""
+        corpus, tokenizer = self.fields["corpus"], self.fields["tokenizer"]
+        found = [
+            f"{self.directory}: {corpus['documents']:,} documents, {corpus['bytes']:,} bytes of {corpus['name']}, sha256 {self.corpus_sha256[:16]}",
+            *(
+                f"  {name:<10}  {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes / max(split.tokens, 1):.2f} bytes a token"
+                for name, split in self.splits.items()
+            ),
+            f"  tokenizer   {self.vocab_size:,} tokens, end of document {tokenizer['eod_text']}",
+        ]
+        if not tokenizer["lossless"]:
+            found.append("  note: this tokenizer does not give text back byte for byte (it normalises)")
+        if corpus["skipped_files"]:
+            found.append(f"  note: {corpus['skipped_files']} files of other kinds were passed over")
+        if corpus["bad_records"]:
+            found.append(f"  note: {corpus['bad_records']} unreadable records were skipped:")
+            found.extend(f"    {place}" for place in corpus["bad_places"])
+        return "\n".join(found)
+
 
 def file_sha256(path: Path) -> str:
     with path.open("rb") as stream:

@@ -14,5 +14,5 @@ def prepare(config: Config, options: Options) -> int:
         raise UserError("input", config.input, "is not there; name a text, .jsonl(.gz|.zst) or .parquet file, or a directory of them")
     from megatron_ext.data.prepare import prepare as write
 
-    write(config.data, config.input, config.output)
+    print(write(config.data, config.input, config.output).describe())
     return 0
