@@ -47,6 +47,10 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
             setattr(collection, name, group(grid[index].reshape(-1), "data" if "dp" in axes else ""))
     pipeline = grid[:, where["dp"], where["cp"], where["tp"]]
     ends = sorted({int(pipeline[0]), int(pipeline[-1])})
-    collection.embd = group(ends, "embedding") if me in ends else None
-    collection.pos_embd = group(ends[:1], "embedding") if me == ends[0] else None
+    # torch names a group by its ranks and by how many groups this rank has made so far, and waits for ever where the counts differ:
+    # stages without embeddings make groups of themselves, so that every rank of a layout has made equally many.
+    embedding = group(ends if me in ends else [me], "embedding")
+    position = group(ends[:1] if me == ends[0] else [me], "position")
+    collection.embd = embedding if me in ends else None
+    collection.pos_embd = position if me == ends[0] else None
     return collection
