@@ -1,7 +1,31 @@
-"""The help pages. The keys of a verb, their defaults and meanings are read from `schema.py` itself: one place says them."""
+"""The help pages. Keys, their defaults and meanings are read from the text of `schema.py`: one place says them."""
+import ast
 import importlib.metadata
+from pathlib import Path
 
 from megatron_ext.cli.options import FLAGS, TAKES, VALUES, VERBS
+from megatron_ext.config import schema
+from megatron_ext.config.overrides import GROUPS, options_of
+
+# The groups of keys that a verb reads.
+READS = {
+    "run": ("launch", "run"),
+    "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run"),
+    "check": ("model", "parallel", "precision", "data", "optim", "train", "launch"),
+    "prepare": ("data",),
+    "generate": ("checkpoint", "generate", "parallel", "launch"),
+    "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
+    "doctor": (),
+}
+EXAMPLES = {
+    "run": "run launch.ranks=2",
+    "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
+    "check": "check model=llama3_8b parallel.tp=8 launch.ranks=64 data.sequence_length=8192",
+    "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
+    "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
+    "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
+    "doctor": "doctor --json",
+}
 
 
 def version() -> str:
@@ -9,7 +33,7 @@ def version() -> str:
     try:
         return importlib.metadata.version("megatron-ext")
     except importlib.metadata.PackageNotFoundError:
-        return "(checkout, not installed)"
+        return "(a checkout, not installed)"
 
 
 def overview() -> str:
@@ -20,12 +44,51 @@ def overview() -> str:
 {verbs}
 
 Each verb has its own page: python -m megatron_ext VERB --help
-Start here:  python -m megatron_ext run"""
+Start here:  python -m megatron_ext run
+Exit code 0 when it did what it says, 2 for bad input (one line says what would be right), 130 when interrupted, 1 for a bug."""
+
+
+def keys() -> dict[str, list[tuple[str, str, str]]]:
+    """Group of keys -> [(dotted key, default, meaning)]; "" holds the keys at the top."""
+    text = Path(schema.__file__).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+    found: dict[str, list[tuple[str, str, str]]] = {"": []}
+    for entry in classes["Config"].body:
+        if not isinstance(entry, ast.AnnAssign):
+            continue
+        kind = ast.unparse(entry.annotation)
+        if kind not in classes:
+            found[""].append(_row(entry, "", lines))
+            continue
+        group = entry.target.id
+        found[group] = [_row(field, group + ".", lines) for field in classes[kind].body if isinstance(field, ast.AnnAssign)]
+    return found
+
+
+def _row(field: ast.AnnAssign, prefix: str, lines: list[str]) -> tuple[str, str, str]:
+    default = {"None": "null", "True": "true", "False": "false", "()": "[]"}.get(text := ast.unparse(field.value), text)
+    if isinstance(field.value, ast.Tuple):
+        default = "[" + ",".join(ast.unparse(item) for item in field.value.elts) + "]"
+    comment = lines[field.end_lineno - 1][field.end_col_offset:].partition("#")[2].strip()
+    return prefix + field.target.id, default.strip("'\""), comment
 
 
 def verb_page(verb: str) -> str:
     """The page of `VERB --help`."""
-    lines = [f"python -m megatron_ext {verb} [key=value ...]", "", f"  {VERBS[verb]}"]
+    lines = [f"python -m megatron_ext {verb} [key=value ...]" + "".join(f" [{name}]" for name in TAKES[verb]), "", f"  {VERBS[verb]}", "",
+             f"Example: python -m megatron_ext {EXAMPLES[verb]}"]
     if TAKES[verb]:
         lines += ["", *(f"  {name:<16}{(FLAGS | VALUES)[name]}" for name in TAKES[verb])]
+    if verb == "generate":
+        lines += ["", "Without --prompt and --prompt-file, standard input is one prompt a line."]
+    groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check"))]
+    if verb in ("train", "check", "run"):
+        lines += ["", "Presets (conf/):", *(f"  {group + '=':<12}{' | '.join(options_of(group))}" for group in groups)]
+    table = keys()
+    rows = (table[""] if verb == "prepare" else []) + [row for group in READS[verb] for row in table[group]]
+    if rows:
+        width = max(len(f"{key}={default}") for key, default, _ in rows) + 2
+        lines += ["", "Keys, with their defaults:"]
+        lines += [f"  {f'{key}={default}':<{width}}{comment}".rstrip() for key, default, comment in rows]
     return "\n".join(lines)

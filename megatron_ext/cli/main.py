@@ -1,35 +1,16 @@
 """The front door: words in, exit code out. 0: it did what it says; 2: bad input, one line; 130: interrupted; 1: a bug, with traceback."""
 import importlib
 import sys
-import traceback
 from collections.abc import Sequence
 
 from megatron_ext.cli import options as command_line
-from megatron_ext.errors import UserError
+from megatron_ext.parallel import launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. A rank that this project started reports its failure to its parent, which prints it once."""
-    from megatron_ext.parallel import launch
-
-    launch.follow_parent()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return run(argv)
-    except UserError as error:
-        if not launch.report_failure(2, str(error)):
-            print(f"error: {error}", file=sys.stderr)
-        return launch.leave(2)
-    except KeyboardInterrupt:
-        return launch.leave(130)
-    except BrokenPipeError:  # `check | head`
-        sys.stderr.close()
-        return launch.leave(1)
-    except Exception:  # noqa: BLE001 whatever it is, a rank has to tell its parent
-        text = traceback.format_exc()
-        if not launch.report_failure(1, text):
-            print(text, file=sys.stderr, end="")
-        return launch.leave(1)
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return launch.guarded(lambda: run(words))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -47,13 +28,15 @@ def run(argv: Sequence[str]) -> int:
         print(pages.verb_page(options.verb))
         return 0
     verb = getattr(importlib.import_module(f"megatron_ext.cli.verbs.{options.verb}"), options.verb)
+    if options.verb == "doctor" and not options.overrides:  # has to work where Hydra is missing
+        from megatron_ext.config.schema import Config
+
+        return verb(Config(), options)
     from megatron_ext.config.compose import compose
     from megatron_ext.config.validate import validate
 
     config = compose(options.overrides)
     if options.verb in ("train", "generate", "evaluate"):
-        from megatron_ext.parallel import launch
-
         layout = config.parallel
         asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)
         needed = layout.tp * layout.pp * layout.cp if options.verb != "train" else None

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,27 @@ from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
 
-# ---- in a rank -----------------------------------------------------------------------------------------------------------------
+# ---- in a process that may be a rank -----------------------------------------------------------------------------------------------------------------
+
+def guarded(body: Callable[[], int | None]) -> int:
+    """Runs `body()` as a whole process and returns its exit code: its own, 2 for a UserError (one line, no traceback), 130 when
+    interrupted, 1 with the traceback for anything else. A rank tells its parent, which prints the first failure of the job once."""
+    follow_parent()
+    try:
+        return body() or 0
+    except UserError as error:
+        code, text = 2, str(error)
+    except KeyboardInterrupt:
+        return leave(130)
+    except BrokenPipeError:  # `check | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave(1)
+    except Exception:  # noqa: BLE001 whatever it is, a rank has to tell its parent
+        code, text = 1, traceback.format_exc()
+    if not report_failure(code, text):
+        print(f"error: {text}" if code == 2 else text.rstrip(), file=sys.stderr)
+    return leave(code)
+
 
 def follow_parent() -> None:
     """In a rank that we started: die with the parent. Elsewhere: nothing."""

@@ -1,0 +1,147 @@
+"""What cannot work is refused, with the key, the value and what would be right."""
+import pytest
+
+from megatron_ext.config import geometry, sizes
+from megatron_ext.config.build import key_types
+from megatron_ext.config.compose import compose
+from megatron_ext.config.ranges import CHOICES, RANGES
+from megatron_ext.config.validate import ConfigErrors, problems, validate
+
+FOUR = ["launch.ranks=4"]
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    (["model.hidden_size=250"], ["model.num_attention_heads=8", "model.hidden_size=250"]),
+    (["model.num_query_groups=3"], ["model.num_query_groups=3", "1, 2, 4, 8"]),
+    (["model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "even"]),
+    (["model.head_dim=7"], ["even"]),
+    (["model=micro_gpt2", "model.rope_scaling_factor=8", "data.sequence_length=64"], ["model.rope_scaling_factor=8", "null"]),
+    (["parallel.tp=2"], ["launch.ranks=1", "multiple", "2"]),
+    (["parallel.tp=2", "launch.ranks=5"], ["launch.ranks=5", "4 or 6"]),
+    (["parallel.tp=3", "launch.ranks=3"], ["parallel.tp=3", "1, 2, 4, 8"]),
+    (["parallel.tp=4", "model.num_query_groups=8", "model.num_attention_heads=8", "model.ffn_hidden_size=510", *FOUR], ["feed-forward=510"]),
+    (["model.num_attention_heads=12", "model.hidden_size=768", "model.num_query_groups=3", "parallel.tp=2", "launch.ranks=2"],
+     ["model.num_query_groups=3"]),
+    (["parallel.pp=3", "launch.ranks=3"], ["parallel.pp=3", "1, 2, 4"]),
+    (["parallel.vpp=2"], ["parallel.vpp=2", "parallel.pp greater than 1"]),
+    (["parallel.vpp=1", "parallel.pp=2", "launch.ranks=2"], ["parallel.vpp=1", "at least 2", "null"]),
+    (["parallel.vpp=3", "parallel.pp=2", "launch.ranks=2"], ["model.num_layers=4", "6"]),
+    (["parallel.vpp=2", "parallel.pp=2", "launch.ranks=2", "train.global_batch_size=24"], ["train.global_batch_size=24", "multiple of 16"]),
+    (["parallel.sp=true"], ["parallel.sp=true", "parallel.tp greater than 1"]),
+    (["parallel.sp=true", "parallel.tp=2", "launch.ranks=2", "data.sequence_length=255"], ["data.sequence_length=255", "parallel.tp=2"]),
+    (["parallel.cp=2", "launch.ranks=2"], ["parallel.cp=2", "attention kernel"]),
+    (["parallel.recompute=full", "parallel.recompute_layers=5"], ["parallel.recompute_layers=5", "4 layers"]),
+    (["train.global_batch_size=20"], ["train.global_batch_size=20", "16 or 24"]),
+    (["train.micro_batch_size=64"], ["train.global_batch_size=32", "64"]),
+    (["model=micro_gpt2", "data.sequence_length=512"], ["data.sequence_length=512", "max_sequence_length=256"]),
+    (["train.steps=100"], ["optim.warmup_steps=100", "100 steps"]),
+    (["train.tokens=8192"], ["optim.warmup_steps=100", "1 steps"]),
+    (["optim.min_lr=1"], ["optim.min_lr=1", "optim.lr=0.001"]),
+    (["optim.schedule=wsd", "optim.decay_steps=950"], ["optim.decay_steps=950", "1000 steps"]),
+    (["optim.decay_steps=50"], ["optim.decay_steps=50", "optim.warmup_steps=100"]),
+    (["checkpoint.format=dp_reshardable", "parallel.distributed_optimizer=false"], ["checkpoint.format=dp_reshardable"]),
+    (["data.tokenizer=/no/such.json"], ["data.tokenizer=/no/such.json", "not a file"]),
+    (["data.split=[0.5,0.5]"], ["data.split=[0.5,0.5]", "three parts"]),
+    (["data.split=[0.5,0.2,0.2]"], ["sum to 1, not 0.9"]),
+    (["data.split=[0,0.5,0.5]"], ["nothing to train on"]),
+    (["data.split=[1.5,-0.5,0]"], ["from 0 to 1"]),
+    (["data.path=a", "data.paths=[b]"], ["data.path=a", "data.paths"]),
+    (["data.paths=[a,b]", "data.weights=[1]"], ["data.weights=[1]", "2 data.paths"]),
+    (["data.paths=[a,b]", "data.weights=[1,0]"], ["greater than 0"]),
+    (["run.dir= "], ["run.dir", "empty"]),
+    (["run.dir=/etc/passwd/x"], ["run.dir=/etc/passwd/x", "is a file"]),
+    (["checkpoint.load=/no/such"], ["checkpoint.load=/no/such", "is not there"]),
+    (["stage.name=sft"], ["stage.name=sft", "pretrain"]),
+    (["model.norm=rms"], ["model.norm=rms", "did you mean rmsnorm", "layernorm"]),
+    (["parallel.recompute=slective"], ["did you mean selective"]),
+    (["precision.dtype=bfloat16"], ["fp32, bf16, fp16"]),
+    (["optim.lr=0"], ["optim.lr=0.0", "greater than 0"]),
+    (["optim.lr=nan"], ["optim.lr=nan"]),
+    (["optim.beta2=1"], ["optim.beta2=1.0", "below 1"]),
+    (["generate.top_p=1.5"], ["generate.top_p=1.5", "greater than 0 and at most 1"]),
+    (["model.num_layers=0"], ["model.num_layers=0", "at least 1"]),
+    (["data.vocab_size=100"], ["data.vocab_size=100", "at least 257"]),
+    (["launch.master_port=70000"], ["launch.master_port=70000", "below 65536"]),
+])
+def test_refused(words, expected):
+    text = "\n".join(map(str, problems(compose(words))))
+    assert all(part in text for part in expected), text
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(ConfigErrors) as error:
+        validate(compose(["parallel.tp=3", "launch.ranks=3", "train.steps=10", "optim.min_lr=1"]))
+    assert [one.key for one in error.value.errors] == ["parallel.tp", "optim.warmup_steps", "optim.min_lr"]
+    assert str(error.value).count("\nerror: ") == 2
+
+
+@pytest.mark.parametrize("words", [
+    [], ["parallel=tp2", "launch.ranks=2"], ["parallel=pp2", "launch.ranks=2", "parallel.vpp=2"], ["parallel=tp2_pp2", "launch.ranks=8"],
+    ["parallel.tp=2", "parallel.sp=true", "launch.ranks=4", "parallel.recompute=full"],
+    ["model.num_query_groups=1", "parallel.tp=2", "launch.ranks=2"],  # multi-query: a group on several ranks
+    ["model=micro_gpt2", "data.sequence_length=256"], ["model.num_layers=3"], ["optim.schedule=wsd", "optim.decay_steps=900"],
+])
+def test_accepted(words):
+    validate(compose(words))
+
+
+def test_generate_needs_a_checkpoint_and_not_a_batch():
+    config = compose(["train.global_batch_size=7"])
+    assert [error.key for error in problems(config, "generate")] == ["checkpoint.load"]
+    assert problems(config, "prepare") == []
+
+
+def test_every_number_has_a_range_and_every_listed_key_exists():
+    numbers = {key for key, hint in key_types().items() if hint in (int, float, int | None, float | None)}
+    assert numbers - RANGES.keys() == {"stop.target_loss"}  # any finite number is a target
+    assert CHOICES.keys() | RANGES.keys() <= key_types().keys()
+
+
+@pytest.mark.parametrize(("preset", "published"), [
+    ("gpt2_124m", 124_439_808), ("gpt2_355m", 354_823_168), ("gpt2_774m", 774_030_080), ("gpt2_1558m", 1_557_611_200),
+    ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496), ("llama31_8b", 8_030_261_248), ("llama31_70b", 70_553_706_496),
+    ("llama3_405b", 405_853_388_800), ("llama32_1b", 1_235_814_400), ("llama32_3b", 3_212_749_824),
+    ("gpt3_175b", 175e9), ("mtnlg_530b", 530e9),
+])
+def test_presets_have_the_published_number_of_parameters(preset, published):
+    model = compose([f"model={preset}"]).model
+    assert sizes.parameters(model, model.vocab_size) == pytest.approx(published, rel=0 if isinstance(published, int) else 0.01)
+    assert model.name == preset
+
+
+def test_every_preset_is_valid():
+    from megatron_ext.config.overrides import options_of
+
+    for preset in options_of("model"):
+        validate(compose([f"model={preset}", "data.sequence_length=128"]))
+
+
+def test_padded_vocabulary():
+    assert sizes.padded_vocabulary(50257, 128, 8) == 50304
+    assert sizes.padded_vocabulary(2048, 128, 2) == 2048
+    assert sizes.padded_vocabulary(100, 128, 3) == 384
+
+
+def test_rank_grid_numbers_as_megatron_core_does():
+    """tp fastest, then cp, dp, pp; and back."""
+    grid = geometry.Grid(tp=2, cp=2, dp=3, pp=2)
+    assert grid.ranks == 24 and grid.rank(tp=1) == 1 and grid.rank(cp=1) == 2 and grid.rank(dp=1) == 4 and grid.rank(pp=1) == 12
+    assert [grid.rank(**grid.coordinates(rank)) for rank in range(24)] == list(range(24))
+
+
+def test_batch_geometry():
+    batch = geometry.Batch.of(compose(["launch.ranks=4", "parallel.tp=2", "train.steps=200"]))
+    assert (batch.data_ranks, batch.accumulation, batch.tokens_per_step, batch.steps) == (2, 2, 32 * 256, 200)
+    assert (batch.samples, batch.tokens) == (6400, 6400 * 256)
+
+
+def test_token_budget_gives_the_steps():
+    assert geometry.steps_of(compose(["train.tokens=1e6"])) == 123  # 122.07 steps of 8,192: the last one goes over
+
+
+def test_thousands_of_ranks_are_elided():
+    config = compose(["model=mtnlg_530b", "launch.ranks=2240", "parallel.tp=8", "parallel.pp=35", "train.global_batch_size=1920",
+                      "train.micro_batch_size=1"])
+    text = geometry.text(config)
+    assert len(text.splitlines()) < 25 and max(map(len, text.splitlines())) <= 160
+    assert "2,240 = TP 8 x DP 8 x PP 35" in text and "2232-2239" in text and "padded to 50,304 rows" in text
