@@ -5,9 +5,9 @@ memory-mapped file, so a rank reads only what it needs. All that can be wrong is
 """
 import math
 import mmap
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
@@ -42,7 +42,6 @@ class Stored:
         self.tensors: dict[str, StoredTensor] = {}
         self._objects: dict[str, object] = {}
         self._maps: dict[str, torch.Tensor] = {}
-        self._open = ExitStack()
         shards = []
         for name in sorted(self.manifest["files"]):
             if name.startswith("shard_") and name.endswith(".json"):
@@ -54,12 +53,11 @@ class Stored:
                 stored = self.tensors.setdefault(key, StoredTensor(dtype_of(tensor["dtype"]), tuple(tensor["shape"])))
                 stored.chunks += [(shard["file"], tuple(offset), tuple(extent), byte) for offset, extent, byte in tensor["chunks"]]
 
-    def __enter__(self) -> "Stored":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc) -> None:
         self._maps.clear()
-        self._open.close()
 
     def common(self) -> dict:
         value = self._decode(m.COMMON, m.parse_json(self.path, m.COMMON, self._content(m.COMMON)))
@@ -81,8 +79,8 @@ class Stored:
             return torch.empty(extent, dtype=stored.dtype)
         if file not in self._maps:
             try:
-                opened = self._open.enter_context(open(self.path / file, "rb"))
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                with open(self.path / file, "rb") as opened:
+                    mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             except (OSError, ValueError) as error:
                 raise m.damaged(self.path, file, f"cannot be read ({error})") from None
             self._maps[file] = torch.frombuffer(mapped, dtype=torch.uint8)
