@@ -225,6 +225,30 @@ def test_megatron_paths_build_and_blend(tmp_path, vocabulary):
     assert build_datasets(replace(data, weights=()))["train"].samples_per_epoch == train.samples_per_epoch
 
 
+def test_splits_of_a_megatron_file_share_no_document(tmp_path, vocabulary):
+    documents = [[[n % 49 + 1] * 20 + [EOD]] for n in range(49)]  # each has a token of its own
+    prefix = write(tmp_path / "a", documents)
+    data = DataConfig(paths=(str(prefix),), tokenizer=vocabulary, sequence_length=5, split=(0.6, 0.2, 0.2), cache=str(tmp_path / "c"))
+    members = split_documents(TokenFile(prefix), data.split, cache=data.cache)
+    for split, samples in build_datasets(data, ("train", "validation", "test")).items():
+        seen = {int(token) for k in range(samples.samples_per_epoch) for token in samples[k].tokens} - {EOD}
+        assert seen == {int(document) + 1 for document in members[split]}
+
+
+def test_validation_is_the_same_text_each_time_and_training_is_not(tmp_path, vocabulary):
+    data = DataConfig(paths=(str(write(tmp_path / "a", random_documents(8, 200))),), tokenizer=vocabulary, sequence_length=8, cache=str(tmp_path / "c"))
+    built = build_datasets(replace(data, split=(0.5, 0.5, 0.0)))
+    for split, same in (("train", False), ("validation", True)):
+        samples, count = built[split], built[split].samples_per_epoch
+        assert ([samples[k].tokens.tolist() for k in range(count)] == [samples[count + k].tokens.tolist() for k in range(count)]) is same
+
+
+def test_the_same_data_twice_in_a_blend_is_not_in_lockstep(tmp_path, vocabulary):
+    prefix = str(write(tmp_path / "a", random_documents(9, 200)))
+    train = build_datasets(DataConfig(paths=(prefix, prefix), tokenizer=vocabulary, sequence_length=8, cache=str(tmp_path / "c")))["train"]
+    assert len({tuple(train[k].tokens) for k in range(60)}) > 45
+
+
 def test_longer_runs_begin_with_the_same_samples(tmp_path, vocabulary):
     """megatron-core's own order fails this: its shuffle spans all epochs that a run asks for."""
     data = DataConfig(paths=(str(write(tmp_path / "a", random_documents(7, 100))),), tokenizer=vocabulary, sequence_length=16, cache=str(tmp_path / "c"))

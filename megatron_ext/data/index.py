@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.mcore import indexed_dataset
 from megatron_ext.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -36,9 +37,7 @@ class TokenFile:
         """
         self.prefix = Path(prefix)
         self.dtype = _check_sizes(self.prefix, key)
-        from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-        self._data = IndexedDataset(str(self.prefix), multimodal=False, mmap=True)
+        self._data = indexed_dataset().IndexedDataset(str(self.prefix), multimodal=False, mmap=True)
         lengths, pointers = self._data.index.sequence_lengths, self._data.index.sequence_pointers
         bounds = self._data.document_indices
         if np.any(lengths < 0) or bounds[0] != 0 or bounds[-1] != len(lengths) or np.any(np.diff(bounds) < 0):

@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 
+from megatron_ext.data.mcore import indexed_dataset
 from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.tokenizer import Tokenizer
 
@@ -41,10 +42,8 @@ class SplitWriters:
             builder.finalize(str(self.directory / f"{split}.idx"))
 
     def add(self, split: str, ids: np.ndarray) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
         if split not in self._builders:
-            self._builders[split] = IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
+            self._builders[split] = indexed_dataset().IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
         document = np.append(ids, self.eod).astype(self.dtype)
         self._builders[split].add_document(document, [len(document)])  # it says torch.Tensor and takes what numpy.array takes
         self.tokens[split] += len(document)
