@@ -79,6 +79,11 @@ def measure(options) -> dict:
         with engine.complete_weights():
             return engine.sharded_state(loading=False)
 
+    def their_state():  # gathers, for fully_reshardable
+        made = engine.sharded_state(loading=False, weights_only=True)
+        metadata = {"distrib_optim_sharding_type": options.format, "dp_cp_group": engine.groups.dp_cp}
+        return made | {"optimizer": engine.optimizer.sharded_state_dict(made, is_loading=False, metadata=metadata)}
+
     root = Path(tempfile.mkdtemp(prefix="bench_checkpoint", dir=options.directory))
     log = Saves()
     store = Checkpoints(root / "checkpoints", keep=1, background=True, sharding=options.format, events=log)
@@ -107,7 +112,7 @@ def measure(options) -> dict:
             store.wait()
             theirs = root / f"mcore{number}"
             theirs.mkdir()
-            clocked("mcore_blocking", lambda d=theirs: dist_checkpointing.save(state(), str(d)))
+            clocked("mcore_blocking", lambda d=theirs: dist_checkpointing.save(their_state(), str(d)))
             shutil.rmtree(theirs)
     finally:
         store.close()

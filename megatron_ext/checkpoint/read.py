@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.agree import Ranks
 from megatron_ext.checkpoint.encode import decode, dtype_of
+from megatron_ext.checkpoint.opaque import inspect
 from megatron_ext.errors import UserError
 
 EXTRA_STATE = "_extra_state"
@@ -122,7 +123,9 @@ class Stored:
 
     def _decode(self, name: str, value: object) -> object:
         try:
-            return decode(value)
+            value = decode(value)
+            inspect(value)
+            return value
         except (ValueError, RecursionError) as error:
             raise m.damaged(self.path, name, f"holds what no checkpoint holds: {error}") from None
 
@@ -157,16 +160,22 @@ def _load(stored: Stored, sharded_state: dict, ranks: Ranks, expect: dict) -> di
     values = list(nested_values(sharded))
     tensors = [value for value in values if isinstance(value, ShardedTensor)]
 
-    def prepare() -> tuple[dict, list]:
+    def prepare() -> tuple[dict, dict, list]:
         _compare_record(stored, expect, tensors)
         _compare_keys(stored, values)
-        return stored.common(), [_reads(stored, tensor) for tensor in tensors]
+        there = stored.objects()
+        wanted = {value.unique_key for value in values if isinstance(value, ShardedObject)}
+        return stored.common(), {key: stored.object(key) for key in wanted & there}, [_reads(stored, tensor) for tensor in tensors]
 
-    common, reads = _agreed(ranks, prepare)
+    common, objects, reads = _agreed(ranks, prepare)
     with torch.no_grad():
         for tensor, pieces in zip(tensors, reads):
             _fill(stored, tensor, pieces)
-    dict_list_map_inplace(lambda value: value.data.detach() if isinstance(value, ShardedTensor) else _object(stored, value), sharded)
+
+    def plain(value: ShardedTensor | ShardedObject) -> object:
+        return value.data.detach() if isinstance(value, ShardedTensor) else objects.get(value.unique_key, value.data)
+
+    dict_list_map_inplace(plain, sharded)
     result = {key: value for key, value in common.items() if key in sharded_state}
     merge(result, local)
     merge(result, sharded)
@@ -261,10 +270,6 @@ def _fill(stored: Stored, tensor: ShardedTensor, pieces: list) -> None:
     source = stored.tensors[tensor.key]
     for number, there, here in pieces:
         target[there].copy_(stored.chunk(source, number)[here])
-
-
-def _object(stored: Stored, value: ShardedObject) -> object:
-    return stored.object(value.unique_key) if value.unique_key in stored.objects() else value.data
 
 
 def _overlap(boxes: list[tuple[list[int], list[int]]]) -> bool:
