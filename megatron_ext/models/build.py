@@ -1,20 +1,31 @@
 """Builds this rank's part of a model in a layout."""
-import math
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.initialise import initialise
 from megatron_ext.models.layers import transformer_config
 
 
-def padded_vocabulary(vocab_size: int, multiple: int, tp: int) -> int:
-    """Rows of the table: the next multiple of `multiple` that also divides over the tensor-parallel ranks."""
-    step = math.lcm(multiple, tp)
-    return step * math.ceil(vocab_size / step)
+def _mark_partitions(chunk: torch.nn.Module) -> None:
+    """Says which parameters are split over tensor-parallel ranks: the gradient norm counts the others once.
+
+    megatron-core 0.16 says it only while it draws initial weights, which is not its task here.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            dim = 0
+        elif isinstance(module, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if module.weight is not None and not getattr(module.weight, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, groups: ProcessGroupCollection, *,
@@ -39,6 +50,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
             last=pp_rank == parallel.pp - 1 and index == chunks - 1,
             chunk=index if parallel.vpp else None,
         )
+        _mark_partitions(chunk)
         initialise(chunk, model, vocab_size=vocab_size, seed=seed)
         chunk.to(device)
         built.append(chunk if precision.dtype == "fp32" else Float16Module(config, chunk))

@@ -1,6 +1,4 @@
 """Of what a layer is made, and megatron-core's configuration of it: the one place where `ModelConfig` meets `TransformerConfig`."""
-import math
-
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_ext.config.sizes import ffn_size, head_dim, query_groups
 from megatron_ext.models.attention import CoreAttention
 from megatron_ext.models.norm import Norm
 
@@ -34,14 +33,6 @@ ACTIVATIONS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def ffn_size(model: ModelConfig) -> int:
-    """Width of the feed-forward layer: 4 hidden, or with a gate 8/3 hidden rounded up to 64 (equal parameters)."""
-    if model.ffn_hidden_size is not None:
-        return model.ffn_hidden_size
-    gated = ACTIVATIONS[model.activation][1]
-    return 64 * math.ceil(8 * model.hidden_size / 3 / 64) if gated else 4 * model.hidden_size
-
-
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, on_cpu: bool) -> TransformerConfig:
     """megatron-core's configuration of a decoder in a layout."""
     activation, gated = ACTIVATIONS[model.activation]
@@ -55,8 +46,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        kv_channels=model.head_dim or model.hidden_size // model.num_attention_heads,
+        num_query_groups=query_groups(model),
+        kv_channels=head_dim(model),
         ffn_hidden_size=ffn_size(model),
         normalization={"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[model.norm],
         layernorm_epsilon=model.norm_eps,
@@ -80,7 +71,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         context_parallel_size=parallel.cp,
         sequence_parallel=parallel.sp,
         calculate_per_token_loss=True,  # gradients are divided by the tokens of the global batch, however it is cut
-        deallocate_pipeline_outputs=True,
+        # gloo sends from the tensor's own memory while the next micro-batch runs; NCCL keeps what it still needs.
+        deallocate_pipeline_outputs=not on_cpu,
+        # Of two stages each is the other's next and previous: batched sends of the interleaved schedule would be taken for each other.
+        overlap_p2p_comm=parallel.vpp is not None,
+        batch_p2p_comm=parallel.vpp is None,
         # Fusions that need CUDA extensions or scripted kernels; kernels/ will take their place.
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,

@@ -1,7 +1,6 @@
 """Process groups of a layout, as megatron-core's `ProcessGroupCollection`. megatron-core's `parallel_state` is left alone.
 
-Only the members of a group take part in making it, so that layouts on disjoint ranks can be built at the same time. Every rank must
-build its layouts in the same order as the others that share a group with it.
+Only the members of a group take part in making it, so that layouts on disjoint ranks can be built at the same time.
 """
 from dataclasses import fields
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ext.parallel.layout import Layout
+from megatron_ext.platform.process_groups import new_group
 
 # Which axes of the [PP, DP, CP, TP] grid a group spans.
 AXES = {
@@ -22,8 +22,8 @@ AXES = {
 ORDER = ("pp", "dp", "cp", "tp")
 
 
-def build_groups(layout: Layout) -> ProcessGroupCollection:
-    """The groups that this rank belongs to. Collective over `layout.ranks`.
+def build_groups(layout: Layout, timeout: float | None = None) -> ProcessGroupCollection:
+    """The groups that this rank belongs to. Collective over `layout.ranks`. `timeout`: seconds that a collective may take.
 
     Embedding groups hold the first and the last pipeline stage (tied weights), position embeddings the first; they are None on the
     stages between, as megatron-core expects.
@@ -37,7 +37,7 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
         # Gradients travel beside activations: a communicator of their own lets the two overlap.
         key = (tuple(int(r) for r in ranks), kind)
         if key not in made:
-            made[key] = dist.new_group(list(key[0]), use_local_synchronization=True)
+            made[key] = new_group(*key, timeout)
         return made[key]
 
     collection = ProcessGroupCollection()
@@ -47,10 +47,6 @@ def build_groups(layout: Layout) -> ProcessGroupCollection:
             setattr(collection, name, group(grid[index].reshape(-1), "data" if "dp" in axes else ""))
     pipeline = grid[:, where["dp"], where["cp"], where["tp"]]
     ends = sorted({int(pipeline[0]), int(pipeline[-1])})
-    # torch names a group by its ranks and by how many groups this rank has made so far, and waits for ever where the counts differ:
-    # stages without embeddings make groups of themselves, so that every rank of a layout has made equally many.
-    embedding = group(ends if me in ends else [me], "embedding")
-    position = group(ends[:1] if me == ends[0] else [me], "position")
-    collection.embd = embedding if me in ends else None
-    collection.pos_embd = position if me == ends[0] else None
+    collection.embd = group(ends, "embedding") if me in ends else None
+    collection.pos_embd = group(ends[:1], "embedding") if me == ends[0] else None
     return collection

@@ -80,8 +80,7 @@ def connect(platform: Platform, timeout: float) -> None:
     settings = {"timeout": timedelta(seconds=timeout)}
     if "RANK" not in os.environ:
         settings |= {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
-    if platform.is_cuda:
-        settings["device_id"] = platform.device
+    # No device_id: it would make every later group a split of the world, which needs all ranks; here only a group's members make it.
     torch.distributed.init_process_group(platform.backend, **settings)
 
 

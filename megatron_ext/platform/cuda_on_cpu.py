@@ -92,14 +92,24 @@ def _probe_streams():
         torch.cuda.Event().record()
 
 
+class _TensorType(type):
+    """A class like torch.cuda.FloatTensor: calling it makes a tensor, and tensors of its dtype are its instances."""
+
+    def __call__(cls, *args, **kwargs):
+        return torch.tensor(*args, dtype=cls.dtype, **kwargs)
+
+    def __instancecheck__(cls, value):
+        return isinstance(value, torch.Tensor) and value.dtype == cls.dtype
+
+
 def _apply_tensor_types():
     for name, dtype in TENSOR_TYPES.items():
-        setattr(torch.cuda, name, functools.partial(torch.tensor, dtype=dtype))
+        setattr(torch.cuda, name, _TensorType(name, (), {"dtype": dtype}))
 
 
 def _probe_tensor_types():
     assert torch.cuda.FloatTensor([1.0]).dtype == torch.float32
-    assert torch.cuda.LongTensor([1]).dtype == torch.int64
+    assert isinstance(torch.ones(1), torch.cuda.FloatTensor) and not isinstance(torch.ones(1), torch.cuda.HalfTensor)
 
 
 def _apply_factories():

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.utils import get_model_config
 
+from megatron_ext.checkpoint.optimizer import optimizer_state
 from megatron_ext.config.schema import Config
 from megatron_ext.data.batches import Batch
 from megatron_ext.models.attention import document_mask
@@ -27,6 +28,7 @@ from megatron_ext.parallel.groups import build_groups
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.parallel.seeds import seed_ranks
 from megatron_ext.platform import Platform
+from megatron_ext.platform.megatron import default_group
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Engine:
 
     def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True):
         self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
-        self.groups = build_groups(layout)
+        self.groups = build_groups(layout, config.launch.timeout)
         # The stream must exist before the first forward pass; with dropout each step seeds it anew.
         seed_ranks(self.groups, seed=config.train.seed, step=0)
         self.chunks = build_model(
@@ -91,16 +93,15 @@ class Engine:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             core.no_sync_func = no_sync if self.layout.vpp else no_sync[0]
         core.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
-                adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip,
-                bf16=precision.dtype == "bf16", fp16=precision.dtype == "fp16", params_dtype=DTYPES[precision.dtype],
-                initial_loss_scale=precision.initial_loss_scale, loss_scale_window=precision.loss_scale_window,
-                use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=gather,
-            ),
-            self.chunks, use_gloo_process_groups=False, pg_collection=self.groups,
+        wanted = OptimizerConfig(
+            optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip,
+            bf16=precision.dtype == "bf16", fp16=precision.dtype == "fp16", params_dtype=DTYPES[precision.dtype],
+            initial_loss_scale=precision.initial_loss_scale, loss_scale_window=precision.loss_scale_window,
+            use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=gather,
         )
+        with default_group(self.groups.intra_dist_opt):
+            self.optimizer = get_megatron_optimizer(wanted, self.chunks, use_gloo_process_groups=False, pg_collection=self.groups)
         core.grad_scale_func = self.optimizer.scale_loss if precision.dtype == "fp16" else None
 
     # ---------------------------------------------------------------- forward and backward
@@ -213,10 +214,13 @@ class Engine:
             if loading:
                 for part in self.optimizer.chained_optimizers:
                     part.init_state_fn(part.optimizer, part.config)
-            optimizer = self.optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+                optimizer = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+            else:
+                optimizer = optimizer_state(self.optimizer, state, metadata)
             state = state | {"optimizer": optimizer}
         return state
 
+    @torch.no_grad()  # dp_reshardable copies into views of leaf parameters (fp32)
     def load_state(self, state: dict) -> None:
         """Takes what `checkpoint.load` filled into `sharded_state(loading=True)`."""
         names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
