@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MINOR = "%d.%d" % sys.version_info[:2]
+MINOR = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 # A build backend of twenty lines: an editable install that needs nothing from any index.
 BACKEND = '''

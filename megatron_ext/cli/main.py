@@ -2,6 +2,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_ext.cli import options as command_line
 from megatron_ext.parallel import launch
@@ -35,6 +36,10 @@ def run(argv: Sequence[str]) -> int:
     from megatron_ext.config.compose import compose
     from megatron_ext.config.validate import validate
 
+    if options.verb == "run":
+        from megatron_ext.cli import recipe
+
+        options = replace(options, overrides=recipe.with_defaults(options.overrides))
     config = compose(options.overrides)
     if options.verb in ("train", "generate", "evaluate"):
         layout = config.parallel

@@ -105,9 +105,9 @@ def _some(size: int) -> list[int | None]:
     return [*range(SHOWN // 2), None, *range(size - SHOWN // 2, size)]
 
 
-def report(config: Config) -> dict[str, object]:
-    """Everything that `check` prints, as one JSON-able object."""
-    grid, vocab = Grid.of(config), sizes.vocab_size(config)
+def report(config: Config, vocab: int | None = None) -> dict[str, object]:
+    """Everything that `check` prints, as one JSON-able object. `vocab`: words of the tokenizer, where it is known."""
+    grid, vocab = Grid.of(config), vocab or sizes.vocab_size(config)
     padded = sizes.padded_vocabulary(vocab, config.model.vocab_multiple, config.parallel.tp)
     chunks = config.parallel.pp * (config.parallel.vpp or 1)
     return {
@@ -124,12 +124,12 @@ def report(config: Config) -> dict[str, object]:
     }
 
 
-def text(config: Config) -> str:
+def text(config: Config, vocab: int | None = None) -> str:
     """What `check` prints for people."""
-    found, batch, model, parallel = report(config), Batch.of(config), config.model, config.parallel
+    found, batch, model, parallel = report(config, vocab), Batch.of(config), config.model, config.parallel
     groups = sizes.query_groups(model)
     heads = f"{model.num_attention_heads} heads" + (f" ({groups} key/value)" if groups != model.num_attention_heads else "")
-    vocabulary = f"{found['vocab_size']:,} words" + (" (of the tokenizer to be trained)" if model.vocab_size is None else "")
+    vocabulary = f"{found['vocab_size']:,} words" + (" (of the tokenizer to be trained)" if not (model.vocab_size or vocab) else "")
     if found["padded_vocab_size"] != found["vocab_size"]:
         vocabulary += f", padded to {found['padded_vocab_size']:,} rows: a multiple of {model.vocab_multiple} that divides over " \
                       f"{parallel.tp} tensor-parallel ranks"

@@ -1,4 +1,7 @@
 """`train stage=NAME ...`: one stage."""
+import os
+
+from megatron_ext.cli import vocabulary
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.parallel import launch
@@ -6,6 +9,10 @@ from megatron_ext.parallel import launch
 
 def train(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and trains in each."""
+    if launch.launched_ranks(os.environ) is None:  # once, before ranks exist
+        vocab = vocabulary.words(config)
+        if vocab is not None and (note := vocabulary.padding_note(config, vocab)):
+            print(note, flush=True)
     return launch.in_ranks(config, options.argv, lambda: _rank(config))
 
 
