@@ -38,10 +38,6 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def is_step(path: Path) -> bool:
-    return bool(_STEP.fullmatch(path.name)) and path.is_dir()
-
-
 def shard_name(rank: int, kind: str) -> str:
     return f"shard_{rank:05d}.{kind}"
 

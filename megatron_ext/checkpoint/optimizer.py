@@ -87,6 +87,8 @@ def _targets(optimizer: DistributedOptimizer, model_state: dict) -> dict | None:
 
 @torch.no_grad()
 def _ungathered(optimizer: DistributedOptimizer, targets: dict) -> dict:
+    if not optimizer.optimizer.state:  # before the first step: moments of zero, which is what the first step starts from
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     state = optimizer.state_dict()
     tensors = {}
     for buckets in (ranges for by_dtype in optimizer.gbuf_ranges for ranges in by_dtype.values()):

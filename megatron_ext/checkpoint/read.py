@@ -245,7 +245,7 @@ def _compare_keys(stored: Stored, values: list) -> None:
             wrong.append(f"{value.key} is not in it")
         elif len(there.shape) != len(value.global_shape) or (there.shape != tuple(value.global_shape) and not value.allow_shape_mismatch):
             wrong.append(f"{value.key} has shape {list(there.shape)}, this run's {list(value.global_shape)}")
-    if wrong:
+    if wrong := list(dict.fromkeys(wrong)):
         what = f"does not fit this run: {'; '.join(wrong[:4])}{f'; and {len(wrong) - 4} more' if len(wrong) > 4 else ''}"
         of_optimizer = all(line.startswith("optimizer") for line in wrong)
         hint = f". It {_bound(stored.record)}" if of_optimizer and stored.record.get("sharding") == "dp_reshardable" else ""

@@ -31,7 +31,7 @@ class Pending:
     directory: Path  # temporary
     record: dict
     began: float
-    stalled: float = 0.0  # seconds the loop stood still
+    stalled: float | None = None  # seconds that the loop stood still; None: until the end
     phase: str = "write"  # -> commit -> done, or -> discard -> failed
     answer: dict | None = None  # this rank's answer where it has no job of its own
     reason: str = ""
@@ -100,8 +100,9 @@ class Checkpoints:
                 "index": json.dumps(plan.index_of(state, self._mine, offsets)),
                 "common": json.dumps(state.common) if self._ranks.rank == 0 else None,
             })  # fmt: skip
-        self._pending.stalled = time.monotonic() - began
-        if not (self.background if background is None else background):
+        if self.background if background is None else background:
+            self._pending.stalled = time.monotonic() - began
+        else:
             self._finish()
 
     def poll(self) -> None:
@@ -200,9 +201,10 @@ class Checkpoints:
             })  # fmt: skip
         else:
             self._pending = self._failed = None
+            seconds = time.monotonic() - pending.began
             self._event(
                 "save", step=pending.step, path=str(self.directory / m.step_name(pending.step)), bytes=mine.get("bytes"),
-                hash=mine.get("hash"), stalled=round(pending.stalled, 4), seconds=round(time.monotonic() - pending.began, 4),
+                hash=mine.get("hash"), stalled=round(seconds if pending.stalled is None else pending.stalled, 4), seconds=round(seconds, 4),
             )  # fmt: skip
 
     def _next(self, phase: str, job: dict) -> None:

@@ -56,6 +56,7 @@ class SharedMemory:
 
     def close(self) -> None:
         self._unpin()
+        self.bytes = torch.empty(0, dtype=torch.uint8)
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -90,7 +91,7 @@ class Writer:
         self._process = subprocess.Popen(
             [sys.executable, "-S", "-m", "megatron_ext.checkpoint.writer", str(self.memory.descriptor), str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, pass_fds=[self.memory.descriptor],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "LD_PRELOAD": ""}, cwd="/",
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd="/",
         )  # fmt: skip
 
     def send(self, job: dict) -> None:
@@ -107,7 +108,9 @@ class Writer:
     def answer(self, *, wait: bool = False) -> dict | None:
         """The answer to the last job, None while it is being done. {"error": reason} when it failed or the process died."""
         while self._answer is None:
-            if not select.select([self._process.stdout], [], [], None if wait else 0)[0]:
+            ready = select.poll()  # select() refuses descriptors above 1,023, which a rank with many sockets has
+            ready.register(self._process.stdout, select.POLLIN)
+            if not ready.poll(None if wait else 0):
                 return None
             data = os.read(self._process.stdout.fileno(), 1 << 16)
             self._received += data

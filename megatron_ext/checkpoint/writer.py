@@ -60,8 +60,11 @@ def commit(job: dict) -> dict:
     sealed = m.seal(fields)
     durable(directory / m.MANIFEST, sealed)
     m.sync_directory(directory)
-    place(directory)
-    retain(directory.parent, keep=job["keep"], protect={m.final_name(directory), *map(Path, job["protect"])})
+    final = place(directory)
+    try:
+        retain(final.parent, keep=job["keep"], protect={final, *map(Path, job["protect"])})
+    except OSError as error:  # the checkpoint is good all the same
+        print(f"checkpoints: an old one could not be removed: {error}", file=sys.stderr, flush=True)
     return {"bytes": sum(entry["size"] for entry in files.values()) + len(sealed), "hash": json.loads(sealed)["hash"]}
 
 
@@ -98,17 +101,16 @@ def recover(directory: Path) -> list[str]:
 
 
 def retain(directory: Path, *, keep: int, protect: set[Path]) -> None:
-    """Removes all but the `keep` newest (0: all stay) and the protected. The manifest goes first: what remains of a removal that is
-    interrupted is incomplete, and is removed with the next."""
+    """Removes all but the `keep` newest (0: all stay) and the protected. Each is renamed first: what remains of a removal that is
+    interrupted is cleared at the next start."""
     names = {path.name for path in protect}
-    complete = m.steps(directory)
-    for path in complete[: -keep or len(complete)] if keep else []:
+    for path in m.steps(directory)[:-keep] if keep else []:
         if path.name not in names:
-            (path / m.MANIFEST).unlink()
-            shutil.rmtree(path, ignore_errors=True)
-    for path in directory.iterdir():
-        if m.is_step(path) and not (path / m.MANIFEST).is_file():
-            shutil.rmtree(path, ignore_errors=True)
+            doomed = path.with_name(f"{path.name}.tmp-removed")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.rename(path, doomed)
+            (doomed / m.MANIFEST).unlink()
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def durable(path: Path, content: bytes) -> None:
