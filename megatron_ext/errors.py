@@ -1,8 +1,12 @@
-"""Errors that a user can mend. The command line prints them as one line, without a traceback, and exits with code 2."""
+"""Errors that are told in one line, without a traceback."""
+
+
+class RunFailed(Exception):
+    """A run that could not do what it was asked for, through nobody's wrong input: exit code 1."""
 
 
 class UserError(Exception):
-    """Bad input: which key, which value, and what would be right.
+    """Bad input: which key, which value, and what would be right. Exit code 2.
 
     Args:
         key: the configuration key, option or file that is wrong, as the user would type it.

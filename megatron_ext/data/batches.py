@@ -26,6 +26,12 @@ class Batch:
     position_ids: torch.Tensor
     documents: torch.Tensor | None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on `device` (copies run beside the computation where memory is pinned)."""
+        if device.type == "cpu":
+            return self
+        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in vars(self).values()))
+
 
 def micro_batches(samples: Samples, first: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[Batch]:
     """The micro-batches of data rank `dp_rank` for the global batch of samples [first, first + global_batch).

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.config.schema import Config
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunFailed, UserError
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
 
 # ---- in a process that may be a rank -----------------------------------------------------------------------------------------------------------------
@@ -36,6 +36,8 @@ def guarded(body: Callable[[], int | None]) -> int:
         return body() or 0
     except UserError as error:
         code, text = 2, str(error)
+    except RunFailed as error:
+        code, text = 1, f"error: {error}"
     except KeyboardInterrupt:
         return leave(130)
     except BrokenPipeError:  # `check | head`

@@ -2,7 +2,9 @@
 
 Everything else takes `Platform.device` and `Platform.backend` as it finds them. `install()` has to run before megatron-core is used.
 """
+import logging
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -33,6 +35,16 @@ class Platform:
 
 
 _installed: Platform | None = None
+
+
+def quiet() -> None:
+    """Silences what megatron-core and torch say at every start about libraries that are optional here (`doctor` tells of those).
+
+    To be called before megatron-core is imported.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor|.*reduce_scatter_tensor|.*_coalescing_manager", category=FutureWarning)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 def install(device: str = "auto") -> Platform:
@@ -67,6 +79,11 @@ def install(device: str = "auto") -> Platform:
     else:
         _installed = Platform(torch.device("cpu"), "gloo")
     return _installed
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 of its job; needs no connection."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def connect(platform: Platform, timeout: float) -> None:

@@ -205,9 +205,15 @@ class Engine:
             bare.append(chunk)
         return bare
 
-    def sharded_state(self, *, loading: bool, weights_only: bool = False) -> dict:
-        """The sharded state dict, {"model": ..., "optimizer": ...} ("model0", "model1", ... with interleaving)."""
-        metadata = {"distrib_optim_sharding_type": self.config.checkpoint.format, "dp_cp_group": self.groups.dp_cp}
+    def sharded_state(self, *, loading: bool, weights_only: bool = False, sharding: str | None = None) -> dict:
+        """The sharded state dict, {"model": ..., "optimizer": ...} ("model0", "model1", ... with interleaving).
+
+        Args:
+            loading: made to be filled, not to be written.
+            weights_only: leave the optimizer out.
+            sharding: format of the optimizer's state, that of the checkpoint when loading; None = the configuration's.
+        """
+        metadata = {"distrib_optim_sharding_type": sharding or self.config.checkpoint.format, "dp_cp_group": self.groups.dp_cp}
         names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
         state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.models)}
         if not weights_only and self.optimizer is not None:

@@ -9,6 +9,10 @@ from megatron_ext.parallel import launch
 
 def train(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and trains in each."""
+    if not launch.is_rank():  # a rank has only as long as a collective may take
+        from megatron_ext.data.build import ensure_prepared
+
+        ensure_prepared(config.data)
     if launch.launched_ranks(os.environ) is None:  # once, before ranks exist
         vocab = vocabulary.words(config)
         if vocab is not None and (note := vocabulary.padding_note(config, vocab)):
@@ -17,6 +21,9 @@ def train(config: Config, options: Options) -> int:
 
 
 def _rank(config: Config) -> int:
+    from megatron_ext import platform
+
+    platform.quiet()
     from megatron_ext.train.loop import train as loop
 
     loop(config)

@@ -1,0 +1,83 @@
+"""What a run tells while it goes: metrics.jsonl, events.jsonl, the progress line, wandb, GPU figures. Rank 0 writes, the others are silent."""
+import hashlib
+from pathlib import Path
+
+import torch
+
+from megatron_ext.config.schema import Config
+from megatron_ext.observe.events import Events
+from megatron_ext.observe.flops import peak_flops, token_flops, utilisation
+from megatron_ext.observe.gpu import GpuMonitor
+from megatron_ext.observe.metrics import Metrics
+from megatron_ext.observe.progress import Progress
+from megatron_ext.observe.track import Tracker
+from megatron_ext.platform import Platform
+from megatron_ext.train.engine import StepResult
+
+
+class Journal:
+    """The writers of one rank.
+
+    Args:
+        writes: True on rank 0.
+        steps: length of the run; done: steps done before this life.
+    """
+
+    def __init__(self, config: Config, platform: Platform, *, writes: bool, steps: int, done: int, ranks: int, vocab_size: int):
+        self.writes, self._config, self._ranks = writes, config, ranks
+        self.events: Events | None = None
+        if not writes:
+            return
+        directory = Path(config.run.dir)
+        self.events = Events(directory / "events.jsonl")
+        self._metrics = Metrics(directory / "metrics.jsonl", first=done + 1)
+        self._progress = Progress(steps, done=done, every=config.log.every)
+        run_id = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
+        self._tracker = Tracker(config.log, run_dir=directory, config=config, run_id=run_id)
+        self._gpu = GpuMonitor(platform.device.index or 0) if platform.is_cuda and config.log.gpu_every else None
+        flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab_size)
+        self._flops, self._hardware_flops = flops.training, flops.hardware(config.parallel.recompute)
+        self._peak = peak_flops(torch.cuda.get_device_name(), config.precision.dtype) if platform.is_cuda else None
+
+    def event(self, kind: str, **fields) -> None:
+        if self.writes:
+            self.events.write(kind, **fields)
+
+    def note(self, text: str) -> None:
+        """A line for people, above the progress line."""
+        if self.writes:
+            self._progress.note(text)
+
+    def step(self, step: int, result: StepResult, *, lr: float, seconds: float, tokens_done: int, validation: dict) -> None:
+        """Records step number `step` (1 is the first).
+
+        Args:
+            seconds: of the step itself.
+            validation: `validation_loss`, ... where one followed this step, else empty.
+        """
+        if not self.writes:
+            return
+        batch = self._config.train.global_batch_size * self._config.data.sequence_length
+        fields = {
+            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": tokens_done, "tokens_per_second": batch / seconds,
+            "seconds": seconds, "applied": result.applied, **validation,
+        }
+        for name, flops in (("mfu", self._flops), ("hfu", self._hardware_flops)):
+            share = utilisation(flops, tokens_per_second=batch / seconds, devices=self._ranks, peak=self._peak)
+            if share is not None:
+                fields[name] = share
+        if self._gpu is not None and step % self._config.log.gpu_every == 0:
+            fields |= self._gpu.read()
+        self._metrics.write(step, **fields)
+        self._tracker.log(step, **fields)
+        self._progress.update(
+            step, loss=result.loss, tokens_per_second=batch / seconds, lr=lr, grad_norm=result.grad_norm,
+            validation_loss=validation.get("validation_loss"), mfu=fields.get("mfu"),
+        )
+
+    def close(self, *, exit_code: int = 0) -> None:
+        if self.writes:
+            self._progress.close()
+            self._tracker.close(exit_code=exit_code)
+            self._metrics.close()
+            self.events.close()

@@ -1,0 +1,58 @@
+"""What a checkpoint says about its run beside the tensors: JSON, readable without torch.
+
+A resume is refused where it would silently go on with something else: another model (checkpoint/read.py compares `model`), or other data,
+whose position in samples would mean nothing.
+"""
+from dataclasses import asdict
+
+from megatron_ext.checkpoint import manifest
+from megatron_ext.config import sizes
+from megatron_ext.config.schema import Config, DataConfig, ModelConfig
+from megatron_ext.data.build import dataset_tokenizer, default_directory
+from megatron_ext.data.prepared import FILE, Prepared
+from megatron_ext.errors import UserError
+
+# Choices of training, not of the model that a checkpoint holds.
+NOT_THE_MODEL = ("name", "hidden_dropout", "attention_dropout", "init_std", "vocab_multiple")
+
+
+def architecture(model: ModelConfig, vocab_size: int) -> dict:
+    """What two runs must share to share weights."""
+    found = {key: value for key, value in asdict(model).items() if key not in NOT_THE_MODEL}
+    if model.position_embedding == "rope":
+        del found["max_sequence_length"]
+    return found | {
+        "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
+        "ffn_hidden_size": sizes.ffn_size(model),
+    }
+
+
+def layout(config: Config) -> dict:
+    parallel = config.parallel
+    return {"tp": parallel.tp, "pp": parallel.pp, "vpp": parallel.vpp, "cp": parallel.cp, "ranks": config.launch.ranks,
+            "distributed_optimizer": parallel.distributed_optimizer}
+
+
+def data_identity(data: DataConfig) -> dict:
+    """What the order of samples depends on."""
+    from pathlib import Path
+
+    sources = {}
+    for path in data.paths or (data.path or str(default_directory(data)),):
+        if (Path(path) / FILE).exists():
+            sources[str(path)] = Prepared.load(path).corpus_sha256
+        else:  # a Megatron prefix: its index is the table of documents
+            sources[str(path)] = manifest.hash_file(Path(f"{path}.idx"))
+    return {
+        "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
+        "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
+    }
+
+
+def check_data(stored: dict, ours: dict, path) -> None:
+    """Raises UserError where a resume would count samples of other data."""
+    different = [key for key in ours if stored.get(key) != ours[key]]
+    if different:
+        words = "; ".join(f"data {key}: {stored.get(key)} / {ours[key]}" for key in different)
+        raise UserError("checkpoint.load", path, f"its position is counted in other samples ({words}, checkpoint / this run); "
+                                                 "to start on other data from its weights add checkpoint.weights_only=true")
