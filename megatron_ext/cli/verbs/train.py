@@ -1,6 +1,8 @@
 """`train stage=NAME ...`: one stage."""
 import os
 
+import os
+
 from megatron_ext.cli import vocabulary
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
@@ -9,7 +11,7 @@ from megatron_ext.parallel import launch
 
 def train(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and trains in each."""
-    if not launch.is_rank():  # a rank has only as long as a collective may take
+    if launch.launched_ranks(os.environ) is None:  # a rank has only as long as a collective may take
         from megatron_ext.data.build import ensure_prepared
 
         ensure_prepared(config.data)
