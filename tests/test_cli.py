@@ -50,7 +50,7 @@ def test_every_verb_is_in_the_help_and_has_a_module():
 def test_help_knows_every_key():
     shown = {key for rows in pages.keys().values() for key, _, _ in rows}
     assert shown == set(key_types())
-    assert "data.split=[0.96,0.02,0.02]" in pages.verb_page("train") and "checkpoint.load=null" in pages.verb_page("generate")
+    assert "data.split=[0.92,0.04,0.04]" in pages.verb_page("train") and "checkpoint.load=null" in pages.verb_page("generate")
 
 
 def test_check_is_quick_and_imports_no_torch():

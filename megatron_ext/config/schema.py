@@ -71,7 +71,7 @@ class DataConfig:
     tokenizer: str | None = None  # a Hugging Face tokenizer.json; None = the prepared directory's
     vocab_size: int = 2048  # of a tokenizer that `prepare` trains
     sequence_length: int = 256
-    split: tuple[float, ...] = (0.96, 0.02, 0.02)  # train, validation, test: by a hash of each document
+    split: tuple[float, ...] = (0.92, 0.04, 0.04)  # train, validation, test: by a hash of each document
     seed: int = 1234  # of the order of samples
     reset_positions: bool = False  # positions start at 0 in each document
     reset_attention: bool = False  # no attention across documents

@@ -195,6 +195,8 @@ def checked_vocabulary(config: Config, samples: Samples) -> int:
 
 def prepare_run_directory(config: Config, run_dir: Path) -> None:
     """config.yaml and the tokenizer, so that the run can be read and used without the command that made it."""
+    if config.checkpoint.load is None and checkpoint.find("auto", run_dir / "checkpoints"):
+        raise UserError("run.dir", config.run.dir, "holds a run already; add checkpoint.load=auto to go on with it, or name another directory")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
