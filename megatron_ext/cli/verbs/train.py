@@ -1,4 +1,5 @@
 """`train stage=NAME ...`: one stage."""
+import importlib
 import os
 
 import os
@@ -7,6 +8,10 @@ from megatron_ext.cli import vocabulary
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.parallel import launch
+
+
+# stage -> "module:function"; the function takes the configuration, in every rank. The front door is the one place that may name rooms above.
+STAGES = {"pretrain": "megatron_ext.train.loop:train"}
 
 
 def train(config: Config, options: Options) -> int:
@@ -26,7 +31,6 @@ def _rank(config: Config) -> int:
     from megatron_ext import platform
 
     platform.quiet()
-    from megatron_ext.train.loop import train as loop
-
-    loop(config)
+    module, function = STAGES[config.stage.name].split(":")
+    getattr(importlib.import_module(module), function)(config)
     return 0
