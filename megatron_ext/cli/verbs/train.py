@@ -2,8 +2,6 @@
 import importlib
 import os
 
-import os
-
 from megatron_ext.cli import vocabulary
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
@@ -20,7 +18,6 @@ def train(config: Config, options: Options) -> int:
         from megatron_ext.data.build import ensure_prepared
 
         ensure_prepared(config.data)
-    if launch.launched_ranks(os.environ) is None:  # once, before ranks exist
         vocab = vocabulary.words(config)
         if vocab is not None and (note := vocabulary.padding_note(config, vocab)):
             print(note, flush=True)
