@@ -73,6 +73,8 @@ def install(device: str = "auto") -> Platform:
     for patch in megatron.PATCHES:
         patch.apply()
     if wanted == "cuda":
+        # One hardware queue: collectives start in the order they were issued, beside the matrix products they overlap with.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
         torch.cuda.set_device(index)
         _installed = Platform(torch.device("cuda", index), "nccl")
