@@ -11,14 +11,14 @@ FOUR = ["launch.ranks=4"]
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["model.hidden_size=250"], ["model.num_attention_heads=8", "model.hidden_size=250"]),
-    (["model.num_query_groups=3"], ["model.num_query_groups=3", "1, 2, 4, 8"]),
+    (["model.hidden_size=250"], ["model.num_attention_heads=4", "model.hidden_size=250"]),
+    (["model.num_query_groups=3"], ["model.num_query_groups=3", "1, 2, 4"]),
     (["model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "even"]),
     (["model.head_dim=7"], ["even"]),
     (["model=micro_gpt2", "model.rope_scaling_factor=8", "data.sequence_length=64"], ["model.rope_scaling_factor=8", "null"]),
     (["parallel.tp=2"], ["launch.ranks=1", "multiple", "2"]),
     (["parallel.tp=2", "launch.ranks=5"], ["launch.ranks=5", "4 or 6"]),
-    (["parallel.tp=3", "launch.ranks=3"], ["parallel.tp=3", "1, 2, 4, 8"]),
+    (["parallel.tp=3", "launch.ranks=3"], ["parallel.tp=3", "1, 2, 4"]),
     (["parallel.tp=4", "model.num_query_groups=8", "model.num_attention_heads=8", "model.ffn_hidden_size=510", *FOUR], ["feed-forward=510"]),
     (["model.num_attention_heads=12", "model.hidden_size=768", "model.num_query_groups=3", "parallel.tp=2", "launch.ranks=2"],
      ["model.num_query_groups=3"]),

@@ -17,7 +17,7 @@ class ModelConfig:
     name: str = "tiny"
     num_layers: int = 4
     hidden_size: int = 256
-    num_attention_heads: int = 8
+    num_attention_heads: int = 4
     num_query_groups: int | None = None  # key/value heads: None = as many as heads, 1 = multi-query
     head_dim: int | None = None  # None = hidden_size / num_attention_heads
     ffn_hidden_size: int | None = None  # None = 4 hidden (gelu) or 8/3 hidden rounded up to 64 (swiglu)
