@@ -16,10 +16,10 @@ REQUIRES = [
     "tqdm>=4.66,<5",
     "matplotlib>=3.8,<4",
     "nvidia-ml-py>=12,<14",
+    "wandb>=0.18,<1",
 ]
 EXTRAS = {
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
-    "wandb": ["wandb>=0.18,<1"],
     "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.8,<1", "transformers>=4.55,<6", "safetensors>=0.4,<1", "wheel<1",
             "setuptools>=77,<100"],
 }

@@ -260,9 +260,9 @@ def test_figures_for_people():
 
 # --- wandb
 
-def test_tracking_is_off_by_default_and_imports_nothing(tmp_path):
+def test_tracking_that_is_off_imports_nothing(tmp_path):
     code = ("import sys; from pathlib import Path; from megatron_ext.config.schema import LogConfig\n"
-            "from megatron_ext.observe.track import Tracker; t = Tracker(LogConfig(), run_dir=Path('.')); t.log(1, loss=2.0); t.close()\n"
+            "from megatron_ext.observe.track import Tracker; t = Tracker(LogConfig(wandb='disabled'), run_dir=Path('.')); t.log(1, loss=2.0); t.close()\n"
             "print('wandb' in sys.modules, 'torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
     assert done.stdout == "False False\n"
@@ -274,6 +274,20 @@ def test_missing_wandb_is_the_users_to_mend(tmp_path, monkeypatch):
         Tracker(LogConfig(wandb="offline"), run_dir=tmp_path)
     with pytest.raises(UserError, match="disabled, offline or online"):
         Tracker(LogConfig(wandb="on"), run_dir=tmp_path)
+
+
+def test_by_default_wandb_writes_to_disk_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    calls = fake_wandb(monkeypatch, FakeRun())
+    Tracker(LogConfig(), run_dir=tmp_path)
+    assert calls["mode"] == "offline"
+    calls = fake_wandb(monkeypatch, FakeRun())
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # as wandb's own users switch it off
+    Tracker(LogConfig(), run_dir=tmp_path)
+    assert not calls
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Tracker(LogConfig(), run_dir=tmp_path).log(1, loss=1.0)
 
 
 class FakeRun:
@@ -297,7 +311,7 @@ def fake_wandb(monkeypatch, run=None, error=None):
         if error:
             raise error
         return run
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=dict))
     return calls
 
 

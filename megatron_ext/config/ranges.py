@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.wsd_decay": ("sqrt", "linear"),
     "checkpoint.format": ("fully_reshardable", "dp_reshardable"),
     "launch.device": ("auto", "cpu", "cuda"),
-    "log.wandb": ("disabled", "offline", "online"),
+    "log.wandb": ("auto", "disabled", "offline", "online"),
     "evaluate.split": ("train", "validation", "test"),
 }
 

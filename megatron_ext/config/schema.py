@@ -147,7 +147,7 @@ class LaunchConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every: int = 1  # steps between progress lines
-    wandb: str = "disabled"  # disabled | offline | online
+    wandb: str = "auto"  # auto (offline where wandb is installed) | disabled | offline | online
     wandb_project: str = "megatron-ext"
     gpu_every: int = 10  # steps between NVML readings; 0 = off
 

@@ -1,9 +1,10 @@
-"""Weights & Biases, where it is asked for (`log.wandb=offline|online`); off by default and never required.
+"""Weights & Biases: written to disk by default where it is installed (`log.wandb=auto`), streamed or off by config, never required.
 
 wandb is imported when the first run starts. That it is missing then is the user's to mend; anything that goes wrong with it later is
 warned of once and does not touch the training.
 """
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 
@@ -24,18 +25,21 @@ class Tracker:
 
     def __init__(self, log: LogConfig, *, run_dir: Path, config: object = None, run_id: str | None = None):
         self._run, self._warned = None, False
-        if log.wandb == "disabled":
+        if log.wandb not in ("auto", "disabled", "offline", "online"):
+            raise UserError("log.wandb", log.wandb, "must be auto, disabled, offline or online")
+        if log.wandb == "disabled" or log.wandb == "auto" and os.environ.get("WANDB_MODE") == "disabled":
             return
-        if log.wandb not in ("offline", "online"):
-            raise UserError("log.wandb", log.wandb, "must be disabled, offline or online")
         try:
             import wandb
         except ImportError:
+            if log.wandb == "auto":
+                return
             raise UserError("log.wandb", log.wandb, "wandb is not installed; install it with: pip install wandb") from None
         shown = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
         try:
             Path(run_dir).mkdir(parents=True, exist_ok=True)
-            self._run = wandb.init(project=log.wandb_project, name=Path(run_dir).name, dir=str(run_dir), mode=log.wandb, config=shown,
+            self._run = wandb.init(project=log.wandb_project, name=Path(run_dir).name, dir=str(run_dir), config=shown,
+                                   mode="online" if log.wandb == "online" else "offline", settings=wandb.Settings(silent=log.wandb != "online"),
                                    id=run_id, resume="allow" if run_id else None)
         except Exception as error:  # noqa: BLE001 - no network, no key, a full disk: not a reason to lose a run
             self._warn(error)
