@@ -1,4 +1,10 @@
-"""What all tests share."""
-import os
+from pathlib import Path
 
-os.environ.setdefault("WANDB_MODE", "disabled")  # a second a run; tests/test_observe.py tests the tracker by itself
+import pytest
+from small import prepare_text
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory) -> Path:
+    """A prepared directory of real text: 500 words, about 40,000 tokens, short documents."""
+    return prepare_text(tmp_path_factory.mktemp("text"))

@@ -9,10 +9,10 @@ import os
 import socket
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from small import prepare_text
 
 pytestmark = pytest.mark.both
 HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ VARIANTS = (
 def runs(tmp_path_factory) -> dict[str, dict]:
     """Facts of every job: {"losses", "norms", "initial", "final"}; all ranks of a job have seen the same."""
     directory = tmp_path_factory.mktemp("parity")
-    prepare_text(directory)
+    prepare_text(directory, split=(1.0, 0.0, 0.0))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,18 +58,6 @@ def runs(tmp_path_factory) -> dict[str, dict]:
             assert (known["losses"], known["norms"]) == (facts["losses"], facts["norms"]), f"{name}: its ranks disagree"
             known.update({key: known[key] or facts[key] for key in ("initial", "final")})
     return found
-
-
-def prepare_text(directory: Path) -> None:
-    """Paragraphs of three modules of the standard library, a document each, so that samples hold several."""
-    from megatron_ext.config.schema import DataConfig
-    from megatron_ext.data.prepare import prepare
-
-    library = Path(sysconfig.get_path("stdlib"))
-    text = "\n\n".join((library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "inspect"))
-    lines = "".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n") if part.strip())
-    (directory / "text.jsonl").write_text(lines, encoding="utf-8")
-    prepare(DataConfig(vocab_size=500, split=(1.0, 0.0, 0.0), workers=1), str(directory / "text.jsonl"), directory / "data", progress=False)
 
 
 def difference(runs: dict, name: str, reference: str, key: str = "losses", steps: int = 20) -> float:
