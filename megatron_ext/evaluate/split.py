@@ -19,7 +19,15 @@ class SplitLoss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        """exp(loss); infinity where that is larger than a float holds."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def bits_per_byte(self, bytes_per_token: float | None) -> float | None:
+        """Bits of loss for each byte of text; None where nobody knows how many bytes a token stands for."""
+        return self.loss / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
 def evaluate_split(engine, samples: Samples, *, count: int, micro_batch: int) -> SplitLoss:
@@ -30,12 +38,12 @@ def evaluate_split(engine, samples: Samples, *, count: int, micro_batch: int) ->
     dp_rank, dp_size = engine.groups.dp.rank(), engine.groups.dp.size()
     width = micro_batch * dp_size
     rounds = math.ceil(count / width)
-    if engine.layout.vpp:  # the interleaved schedule wants a multiple of the stages
-        rounds = math.ceil(rounds / engine.layout.pp) * engine.layout.pp
+    unit = engine.layout.pp if engine.layout.vpp else 1  # the interleaved schedule wants a multiple of the stages
+    rounds, at_once = math.ceil(rounds / unit) * unit, math.ceil(MICRO_BATCHES / unit) * unit
     total, tokens = 0.0, 0
-    for start in range(0, rounds, MICRO_BATCHES):
+    for start in range(0, rounds, at_once):
         batches = [
-            _batch(samples, (m * dp_size + dp_rank) * micro_batch, micro_batch, count) for m in range(start, min(start + MICRO_BATCHES, rounds))
+            _batch(samples, (m * dp_size + dp_rank) * micro_batch, micro_batch, count) for m in range(start, min(start + at_once, rounds))
         ]
         part, seen = engine.evaluate(batches)
         total, tokens = total + part, tokens + seen

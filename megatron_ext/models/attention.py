@@ -20,14 +20,19 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
-    length: int  # keys beyond this are not looked at: the longest row so far
+    positions: Tensor | None = None
+    length: int = 0  # keys beyond this are not looked at: the longest row so far
+    start: int | None = None  # the next ones go to columns [start, length) in every row: a copy instead of a scatter
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v [batch, groups, new, head_dim] at `positions`; returns views of all keys and values up to `length`."""
-        index = self.positions[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        self.keys.scatter_(2, index, k)
-        self.values.scatter_(2, index, v)
+        if self.start is not None:
+            self.keys[:, :, self.start : self.length].copy_(k)
+            self.values[:, :, self.start : self.length].copy_(v)
+        else:
+            index = self.positions[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+            self.keys.scatter_(2, index, k)
+            self.values.scatter_(2, index, v)
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 

@@ -10,6 +10,9 @@ def evaluate(config: Config, options: Options) -> int:
 
 
 def _rank(config: Config, options: Options) -> int:
+    from megatron_ext import platform
+
+    platform.quiet()  # before megatron-core is imported
     from megatron_ext.evaluate.command import run
 
     return run(config, options) or 0

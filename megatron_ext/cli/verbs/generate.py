@@ -11,6 +11,9 @@ def generate(config: Config, options: Options) -> int:
 
 
 def _rank(config: Config, options: Options) -> int:
+    from megatron_ext import platform
+
+    platform.quiet()  # before megatron-core is imported
     from megatron_ext.generate.command import run
 
     return run(config, options) or 0

@@ -1,0 +1,125 @@
+"""The decoder's forward pass for one new token a row, on the modules' own weights.
+
+    h <- h + W_o attention(rope(W_qkv norm(h)), cache),    h <- h + W_2 f(W_1 norm(h)),    logits = W norm(h)
+
+For one token the Python around megatron-core's layers (autograd functions, permutations, angles turned into cosines in each layer, ...)
+takes longer than their arithmetic. Here it is left out: rotary cosines are made once a step, the query heads of a group are taken as the
+queries of their key head. It computes what `Decoder.forward` does (tests hold the two together) and serves layers made of exactly the
+modules below; any other layer goes through its own forward pass.
+"""
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_ext.generate.cache import StageCache
+from megatron_ext.models.attention import CoreAttention, LayerCache
+from megatron_ext.models.decoder import Decoder
+from megatron_ext.models.norm import Norm
+
+KINDS = {
+    "": TransformerLayer,
+    "input_layernorm": Norm,
+    "self_attention": SelfAttention,
+    "self_attention.linear_qkv": ColumnParallelLinear,
+    "self_attention.q_layernorm": (IdentityOp, type(None)),
+    "self_attention.k_layernorm": (IdentityOp, type(None)),
+    "self_attention.core_attention": CoreAttention,
+    "self_attention.linear_proj": RowParallelLinear,
+    "cross_attention": IdentityOp,
+    "pre_mlp_layernorm": Norm,
+    "mlp": MLP,
+    "mlp.linear_fc1": ColumnParallelLinear,
+    "mlp.linear_fc2": RowParallelLinear,
+}
+
+
+def knows(model: Decoder) -> bool:
+    """Whether all layers are made of the modules that are spelled out here."""
+    config = model.config
+    if config.num_query_groups < model.tp_group.size() or config.fp32_residual_connection:
+        return False
+    for layer in model.decoder.layers:
+        for path, kinds in KINDS.items():
+            part = layer
+            for name in path.split(".") if path else ():
+                part = getattr(part, name, None)
+            if type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+                return False
+    return True
+
+
+class SingleToken:
+    """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of the
+    stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
+
+    def __init__(self, model: Decoder):
+        self.model, self.config, self.group = model, model.config, model.tp_group
+        self.parallel = self.group.size() > 1
+
+    def __call__(self, tokens: Tensor, positions: Tensor, hides: Tensor | None, hidden: Tensor | None, cache: StageCache) -> Tensor:
+        model = self.model
+        h = (model.embedding(tokens[:, None], positions) if model.pre_process else hidden)[0]
+        mask = None if hides is None else torch.zeros(hides.shape, dtype=h.dtype, device=h.device).masked_fill_(hides, float("-inf"))
+        rotation = self._rotation(positions, h.dtype)
+        for layer, kept in zip(model.decoder.layers, cache.layers):
+            h = h + self._attention(layer.self_attention, layer.input_layernorm(h), rotation, mask, kept)
+            h = h + self._mlp(layer.mlp, layer.pre_mlp_layernorm(h))
+        if not model.post_process:
+            return h[None]
+        weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
+        return F.linear(model.decoder.final_layernorm(h), weight)
+
+    def _attention(self, attention: SelfAttention, x: Tensor, rotation, mask: Tensor | None, kept: LayerCache) -> Tensor:
+        groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
+        heads = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias).view(len(x), groups, -1, width)
+        turned, values = heads[:, :, :-1], heads[:, :, -1:]  # the queries of a group, its key; its value
+        if rotation is not None:
+            turned = self._rotate(turned, *rotation)
+        k, v = kept.append(turned[:, :, -1:], values)
+        out = F.scaled_dot_product_attention(turned[:, :, :-1], k, v, attn_mask=mask, scale=attention.core_attention.scale)
+        return self._row_parallel(attention.linear_proj, out.reshape(len(x), -1))
+
+    def _mlp(self, mlp: MLP, x: Tensor) -> Tensor:
+        x = F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        if self.config.gated_linear_unit:
+            gate, up = x.chunk(2, dim=-1)
+            x = self.config.activation_func(gate).mul_(up)
+        else:
+            x = self.config.activation_func(x)
+        return self._row_parallel(mlp.linear_fc2, x)
+
+    def _row_parallel(self, linear: RowParallelLinear, x: Tensor) -> Tensor:
+        if not self.parallel:
+            return F.linear(x, linear.weight, linear.bias)
+        out = F.linear(x, linear.weight)
+        dist.all_reduce(out, group=self.group)
+        return out if linear.bias is None else out + linear.bias
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """cos [rows, 1, 1, d] and sin [rows, 1, 1, d / 2] of each row's angles, d the rotated part of a head."""
+        angles = self.model.rotary_angles(positions, per_row=True)
+        if angles is None:
+            return None
+        angles = angles[0, :, None]
+        half = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
+        return angles.cos().to(dtype), half.sin().to(dtype)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotates the pairs (a, b) of x [rows, groups, heads, head_dim]: a cos - b sin, b cos + a sin. Pairs are neighbours when
+        interleaved, else the two halves."""
+        width = cos.shape[-1]
+        part = x[..., :width]
+        out = part * cos
+        if self.config.rotary_interleaved:
+            first, second = slice(0, width, 2), slice(1, width, 2)
+        else:
+            first, second = slice(0, width // 2), slice(width // 2, width)
+        out[..., first].addcmul_(part[..., second], sin, value=-1)
+        out[..., second].addcmul_(part[..., first], sin)
+        return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)

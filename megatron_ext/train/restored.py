@@ -1,0 +1,112 @@
+"""An engine from a checkpoint alone, at any layout: for generation and evaluation.
+
+The model, its precision and its data are what the checkpoint's record says; the layout, and how many ranks there are, is the present
+command's. Keys that were typed on the command line win where they may (`precision=fp32`, `data.path=DIR`); another model is refused.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ext import checkpoint, platform
+from megatron_ext.config.build import from_dict
+from megatron_ext.config.compose import compose
+from megatron_ext.config.schema import Config
+from megatron_ext.config.validate import check_layout
+from megatron_ext.data.tokenizer import Tokenizer, tokenizer_file
+from megatron_ext.errors import UserError
+from megatron_ext.train import record as records
+
+KEY = "checkpoint.load"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found, and what this command makes of it.
+
+    Attributes:
+        path: the step's directory.
+        record: what it says of its run.
+        config: the present command's, with the checkpoint's model, precision and data.
+    """
+
+    path: Path
+    record: dict
+    config: Config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.record["vocab_size"]
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return self.record["data"]["tokenizer"]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run, from its directory, from `data.tokenizer`, or from the data it was trained on.
+
+        Raises:
+            UserError: none of them is there, or none is the one the model was trained with.
+        """
+        data = self.config.data
+        seen = []
+        for place in (self.path.absolute().parent.parent, data.tokenizer, data.path, *data.paths):
+            file = None if place is None else tokenizer_file(place)
+            if file is None or not file.is_file():
+                continue
+            found = Tokenizer.from_file(file)
+            if found.sha256 == self.tokenizer_sha256:
+                return found
+            seen.append(str(file))
+        other = f"; {', '.join(seen)}: another one" if seen else ""
+        raise UserError("data.tokenizer", data.tokenizer, f"the tokenizer of {self.path} (sha256 {self.tokenizer_sha256[:12]}...) is not in its "
+                                                         f"run directory{other}; name its tokenizer.json")
+
+
+def source(config: Config, words: Sequence[str]) -> Source:
+    """Finds the checkpoint that `checkpoint.load` means and reads its record. No tensors yet.
+
+    Args:
+        words: the overrides that were typed.
+
+    Raises:
+        UserError: no checkpoint, a damaged record, another model than the one that was typed, a layout that the model does not fit.
+    """
+    path = checkpoint.find(config.checkpoint.load, Path(config.run.dir) / "checkpoints")
+    if path is None:
+        raise UserError(KEY, config.checkpoint.load, f"{config.run.dir}/checkpoints holds no complete checkpoint; name one, or run.dir")
+    record = checkpoint.read_record(path)
+    try:
+        stored = from_dict(record["config"])
+        vocab_size, ours = int(record["vocab_size"]), record["model"]
+        record["data"]["tokenizer"][:1].encode()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(KEY, path, f"its record is not that of a training run ({type(error).__name__}: {error})") from None
+    except UserError as error:
+        raise UserError(KEY, path, f"its record holds {error}; it was written by another version of this program") from None
+    data = stored.data
+    if any(word.lstrip("+").startswith(("data.path=", "data.paths=")) for word in words):
+        data = replace(data, path=None, paths=(), weights=())  # they name the data together
+    merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data))
+    theirs = records.architecture(merged.model, vocab_size)
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    for key in sorted(theirs, key=lambda key: f"model.{key}" not in typed):  # derived sizes differ too: name what was typed
+        if theirs[key] != ours.get(key):
+            raise UserError(f"model.{key}", theirs[key], f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint knows them")
+    check_layout(merged)
+    return Source(path, record, merged)
+
+
+def restored_engine(found: Source, device: platform.Platform):
+    """The model of a checkpoint on this job's ranks, without optimizer. Collective.
+
+    Raises:
+        UserError: ranks that do not divide; a damaged file.
+    """
+    from megatron_ext.train.engine import Engine
+    from megatron_ext.train.loop import layout_of
+
+    engine = Engine(found.config, layout_of(found.config), device, vocab_size=found.vocab_size, train=False)
+    state = engine.sharded_state(loading=True, weights_only=True, sharding=found.record["sharding"])
+    engine.load_state(checkpoint.load(found.path, state))
+    return engine
+
