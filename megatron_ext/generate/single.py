@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.generate.cache import StageCache
+from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.norm import Norm
@@ -54,6 +55,17 @@ def knows(model: Decoder) -> bool:
     return True
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one token: q [rows, groups, heads of a group, d], k and v [rows, groups, keys, d], mask to add [rows, 1, 1, keys] -> as q."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    # torch's CPU kernel is made for many queries; for one, two batched products are faster.
+    scores = torch.bmm((q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    if mask is not None:
+        scores.view(*q.shape[:3], -1).add_(mask)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
+
+
 class SingleToken:
     """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of the
     stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
@@ -61,6 +73,7 @@ class SingleToken:
     def __init__(self, model: Decoder):
         self.model, self.config, self.group = model, model.config, model.tp_group
         self.parallel = self.group.size() > 1
+        self._linear = Linear()
 
     def __call__(self, tokens: Tensor, positions: Tensor, hides: Tensor | None, hidden: Tensor | None, cache: StageCache) -> Tensor:
         model = self.model
@@ -70,23 +83,24 @@ class SingleToken:
         for layer, kept in zip(model.decoder.layers, cache.layers):
             h = h + self._attention(layer.self_attention, layer.input_layernorm(h), rotation, mask, kept)
             h = h + self._mlp(layer.mlp, layer.pre_mlp_layernorm(h))
+        self._linear.passed()
         if not model.post_process:
             return h[None]
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
-        return F.linear(model.decoder.final_layernorm(h), weight)
+        return self._linear(model.decoder.final_layernorm(h), weight)
 
     def _attention(self, attention: SelfAttention, x: Tensor, rotation, mask: Tensor | None, kept: LayerCache) -> Tensor:
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        heads = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias).view(len(x), groups, -1, width)
+        heads = self._linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias).view(len(x), groups, -1, width)
         turned, values = heads[:, :, :-1], heads[:, :, -1:]  # the queries of a group, its key; its value
         if rotation is not None:
             turned = self._rotate(turned, *rotation)
         k, v = kept.append(turned[:, :, -1:], values)
-        out = F.scaled_dot_product_attention(turned[:, :, :-1], k, v, attn_mask=mask, scale=attention.core_attention.scale)
+        out = attend(turned[:, :, :-1], k, v, mask, attention.core_attention.scale)
         return self._row_parallel(attention.linear_proj, out.reshape(len(x), -1))
 
     def _mlp(self, mlp: MLP, x: Tensor) -> Tensor:
-        x = F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        x = self._linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
         if self.config.gated_linear_unit:
             gate, up = x.chunk(2, dim=-1)
             x = self.config.activation_func(gate).mul_(up)
@@ -96,8 +110,8 @@ class SingleToken:
 
     def _row_parallel(self, linear: RowParallelLinear, x: Tensor) -> Tensor:
         if not self.parallel:
-            return F.linear(x, linear.weight, linear.bias)
-        out = F.linear(x, linear.weight)
+            return self._linear(x, linear.weight, linear.bias)
+        out = self._linear(x, linear.weight)
         dist.all_reduce(out, group=self.group)
         return out if linear.bias is None else out + linear.bias
 
