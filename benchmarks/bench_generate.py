@@ -3,8 +3,8 @@
     python benchmarks/bench_generate.py [--threads 2 1] [--repeats 9] [--batch 32] [--prompt 32] [--new 64] [--vocab 2048] [--output FILE]
 
 The model is a Llama of 4 layers, hidden 256, 8 heads, fp32. Prints one JSON object: tokens/s (medians of the repeats), and `ratio`, the
-median over the repeats of transformers' time / ours, greedy and sampled. `modules` is ours with every token through megatron-core's modules.
-It fails when the greedy tokens differ.
+median over the repeats of transformers' time / ours, greedy and sampled. `modules` is ours with every token through megatron-core's
+modules. It fails when the greedy tokens differ.
 """
 import argparse
 import json

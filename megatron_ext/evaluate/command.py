@@ -58,8 +58,8 @@ def _check_tokenizer(found: Source) -> None:
     path, tokenizer = dataset_tokenizer(found.config.data)
     if tokenizer.sha256 != found.tokenizer_sha256:
         data = found.config.data
-        raise UserError("data.path", data.path or ",".join(data.paths) or "null",
-                        f"was made with another tokenizer ({path}) than the model's; prepare it with data.tokenizer= the run's tokenizer.json")
+        reason = f"was made with another tokenizer ({path}) than the model's; prepare it with data.tokenizer= the run's tokenizer.json"
+        raise UserError("data.path", data.path or ",".join(data.paths) or "null", reason)
 
 
 def _text(fields: dict) -> str:

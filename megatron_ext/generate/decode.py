@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ext.config.schema import GenerateConfig, ParallelConfig
+from megatron_ext.config.schema import GenerateConfig
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.generate import sampling, text
+from megatron_ext.generate.checks import check_layout, check_prompt, check_settings
 from megatron_ext.generate.stage import Stage, decoding
 from megatron_ext.generate.wire import Wire
-from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
 LEAVING = 4  # rows leave when one in so many is done: each time the cache of the others is copied
@@ -82,7 +82,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
     Raises:
         UserError: a layout, setting or prompt that cannot work.
     """
-    sampling.check(settings)
+    check_settings(settings)
     check_layout(engine.layout)
     if settings.stop and tokenizer is None:
         raise UserError("generate.stop", settings.stop, "stop strings are found in text: a tokenizer is needed")
@@ -98,26 +98,6 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
         done = run.wire.share([run.completion(row) for row in mine] if run.wire.sampler else None)
     answers = _gathered(engine, list(zip([row.place for row in mine], done)))
     return [completion for _, completion in sorted(answers, key=lambda pair: pair[0])]
-
-
-def check_layout(layout: Layout | ParallelConfig) -> None:
-    """Raises UserError for a layout that cannot generate."""
-    if layout.vpp:
-        raise UserError("parallel.vpp", layout.vpp, "generation runs without interleaved stages; leave parallel.vpp out: a checkpoint loads "
-                                                    "into any layout")
-    if layout.cp > 1:
-        raise UserError("parallel.cp", layout.cp, "generation runs without context parallelism; leave parallel.cp out")
-
-
-def check_prompt(prompt: Sequence[int], key: str, value: object, *, max_sequence_length: int, vocab_size: int) -> None:
-    """Raises UserError(key, value, ...) for token ids that cannot be continued."""
-    if not prompt:
-        raise UserError(key, value, "is empty: there is nothing to continue; begin with a word, or the end-of-document token")
-    if len(prompt) >= max_sequence_length:
-        raise UserError(key, value, f"has {len(prompt)} tokens; with model.max_sequence_length={max_sequence_length} at most "
-                                    f"{max_sequence_length - 1} leave room for a completion")
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise UserError(key, value, f"holds tokens outside the vocabulary of {vocab_size}")
 
 
 def _rows(engine: Engine, prompts: Sequence[Sequence[int]], settings: GenerateConfig, sample_ids: Sequence[int] | None) -> list[Row]:

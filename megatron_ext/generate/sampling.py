@@ -13,26 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from megatron_ext.config.schema import GenerateConfig
-from megatron_ext.errors import UserError
-
 CANDIDATES = 256  # words that are sorted before top-p asks for all of them: sorting a whole vocabulary costs more than a small model's step
-
-
-def check(settings: GenerateConfig) -> None:
-    """Raises UserError for settings that mean nothing."""
-    rules = (
-        ("max_tokens", settings.max_tokens >= 1, "must be at least 1"),
-        ("temperature", 0 <= settings.temperature < float("inf"), "must be at least 0 (0 takes the most probable word)"),
-        ("top_k", settings.top_k >= 0, "must be at least 0 (0 is off)"),
-        ("top_p", 0 < settings.top_p <= 1, "must be greater than 0 and at most 1 (1 is off)"),
-        ("samples", settings.samples >= 1, "must be at least 1"),
-        ("batch_size", settings.batch_size >= 1, "must be at least 1"),
-        ("stop", all(settings.stop), "a stop string must have at least one character"),
-    )
-    for name, holds, reason in rules:
-        if not holds:
-            raise UserError(f"generate.{name}", getattr(settings, name), reason)
 
 
 def uniforms(seed: int, sample: int, count: int) -> Tensor:

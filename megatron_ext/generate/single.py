@@ -56,7 +56,8 @@ def knows(model: Decoder) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention of one token: q [rows, groups, heads of a group, d], k and v [rows, groups, keys, d], mask to add [rows, 1, 1, keys] -> as q."""
+    """Attention of one token: q [rows, groups, heads of a group, d], k and v [rows, groups, keys, d], mask [rows, 1, 1, keys] to add or
+    None -> as q."""
     if q.device.type != "cpu" or q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     # torch's CPU kernel is made for many queries; for one, two batched products are faster.
@@ -67,8 +68,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
 
 
 class SingleToken:
-    """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of the
-    stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
+    """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of
+    the stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
 
     def __init__(self, model: Decoder):
         self.model, self.config, self.group = model, model.config, model.tp_group

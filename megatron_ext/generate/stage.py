@@ -48,7 +48,8 @@ class Stage:
         cache.place(positions, length=longest, start=0)
         return self._modules(tokens, positions, None, hidden, cache, select=lengths - 1)
 
-    def decode(self, tokens: Tensor, positions: Tensor, hidden: Tensor | None, cache: StageCache, *, longest: int, together: bool) -> Tensor:
+    def decode(self, tokens: Tensor, positions: Tensor, hidden: Tensor | None, cache: StageCache, *, longest: int,
+               together: bool) -> Tensor:
         """One more token a row.
 
         Args:
@@ -79,15 +80,16 @@ class Stage:
 @contextmanager
 def decoding(model: Decoder) -> Iterator[None]:
     """Inside, a model has no dropout, no gradients, and no sequence parallelism (one token cannot be split; the numbers are the same)."""
-    changed = [(module, name) for module in (model.config, *model.modules()) for name in SEQUENCE_PARALLEL if getattr(module, name, False) is True]
+    holders = (model.config, *model.modules())
+    changed = [(holder, name) for holder in holders for name in SEQUENCE_PARALLEL if getattr(holder, name, False) is True]
     training = model.training
     model.eval()
-    for module, name in changed:
-        setattr(module, name, False)
+    for holder, name in changed:
+        setattr(holder, name, False)
     try:
         with torch.inference_mode():
             yield
     finally:
-        for module, name in changed:
-            setattr(module, name, True)
+        for holder, name in changed:
+            setattr(holder, name, True)
         model.train(training)

@@ -34,7 +34,7 @@ class StopStrings:
         self._window = max((len(string.encode("utf-8")) for string in strings), default=0) + 4
 
     def found(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-        """Whether the text of `tokens` holds a stop string that ends in the last of them. Called after each token: decodes a window only."""
+        """Whether the text of `tokens` holds a stop string that ends in the last of them. Called after each: decodes a window only."""
         if not self._strings:
             return False
         window = self._window

@@ -2,12 +2,14 @@
 
 The model, its precision and its data are what the checkpoint's record says; the layout, and how many ranks there are, is the present
 command's. Keys that were typed on the command line win where they may (`precision=fp32`, `data.path=DIR`); another model is refused.
+No torch until `restored_engine`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint
 from megatron_ext.config.build import from_dict
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
@@ -15,6 +17,10 @@ from megatron_ext.config.validate import check_layout
 from megatron_ext.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_ext.errors import UserError
 from megatron_ext.train import record as records
+
+if TYPE_CHECKING:
+    from megatron_ext.platform import Platform
+    from megatron_ext.train.engine import Engine
 
 KEY = "checkpoint.load"
 
@@ -58,8 +64,8 @@ class Source:
                 return found
             seen.append(str(file))
         other = f"; {', '.join(seen)}: another one" if seen else ""
-        raise UserError("data.tokenizer", data.tokenizer, f"the tokenizer of {self.path} (sha256 {self.tokenizer_sha256[:12]}...) is not in its "
-                                                         f"run directory{other}; name its tokenizer.json")
+        reason = f"the tokenizer of {self.path} (sha256 {self.tokenizer_sha256[:12]}...) is not in its run directory{other}; name its file"
+        raise UserError("data.tokenizer", data.tokenizer, reason)
 
 
 def source(config: Config, words: Sequence[str]) -> Source:
@@ -91,12 +97,13 @@ def source(config: Config, words: Sequence[str]) -> Source:
     typed = {word.lstrip("+").partition("=")[0] for word in words}
     for key in sorted(theirs, key=lambda key: f"model.{key}" not in typed):  # derived sizes differ too: name what was typed
         if theirs[key] != ours.get(key):
-            raise UserError(f"model.{key}", theirs[key], f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint knows them")
+            raise UserError(f"model.{key}", theirs[key], f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
+                                                         "knows them")
     check_layout(merged)
     return Source(path, record, merged)
 
 
-def restored_engine(found: Source, device: platform.Platform):
+def restored_engine(found: Source, device: "Platform") -> "Engine":
     """The model of a checkpoint on this job's ranks, without optimizer. Collective.
 
     Raises:

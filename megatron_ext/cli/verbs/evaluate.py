@@ -1,4 +1,6 @@
 """`evaluate checkpoint.load=DIR ...`, in as many ranks as the layout asks for."""
+import os
+
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.parallel import launch
@@ -6,6 +8,10 @@ from megatron_ext.parallel import launch
 
 def evaluate(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and calls the room's command in each. Raises UserError."""
+    if config.launch.ranks > 1 and launch.launched_ranks(os.environ) is None:  # a mistake is told once, before ranks are started
+        from megatron_ext.train.restored import source
+
+        source(config, options.overrides)
     return launch.in_ranks(config, options.argv, lambda: _rank(config, options))
 
 

@@ -1,0 +1,84 @@
+"""The same completions and the same loss in every layout: one spawn of four ranks (generate_ranks.py), the tests compare."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from generate_ranks import COUNT, EOD, JOBS, SEQUENCES, SETTINGS
+
+pytestmark = pytest.mark.both
+HERE = Path(__file__).parent
+OTHERS = [job for job in JOBS if not job.endswith("/one")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict]:
+    """Facts of every layout; all its ranks have the same."""
+    directory = tmp_path_factory.mktemp("generate")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        subprocess.Popen([sys.executable, str(HERE / "generate_ranks.py"), str(directory)], env=environment | {"RANK": str(rank)},
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(4)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-2000:] for error in errors)
+    found: dict[str, dict] = {}
+    for rank in range(4):
+        for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
+            assert found.setdefault(name, facts) == facts, f"{name}: its ranks disagree"
+    return found
+
+
+def same(found: list[dict], expected: list[dict]) -> None:
+    """Everything equal, probabilities to rounding."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        for key, value in other.items():
+            if "logprobs" in key:
+                assert one[key] == pytest.approx(value, abs=2e-5)
+            else:
+                assert one[key] == value
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_layout_draws_the_same_tokens(runs, name):
+    reference = runs[f"{name.split('/')[0]}/one"]
+    for settings in (*SETTINGS, "few"):
+        same(runs[name][settings], reference[settings])
+
+
+def test_the_modules_own_forward_pass_draws_the_same_tokens(runs):
+    same(runs["llama/tp2sp"]["modules"], runs["llama/one"]["sampled"])
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_the_reference_is_worth_comparing_with(runs, model):
+    """Samples differ, and some end early."""
+    one = runs[f"{model}/one"]
+    assert len({tuple(sample["tokens"]) for sample in one["sampled"]}) == len(one["sampled"]) == 12
+    ended = [sample["stop"] for sample in one["ended"]]
+    assert {"eod", "max_tokens"} == set(ended) and ended.count("eod") >= 3
+    assert all((sample["tokens"][-1] == EOD) == (sample["stop"] == "eod") for sample in one["ended"])
+    assert all(len(sample["tokens"]) == COUNT for sample in one["greedy"])
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "llama/interleaved"])
+def test_every_layout_finds_the_same_loss(runs, name):
+    """Thirteen sequences in micro-batches of two over one or two data ranks: fillers are masked, and every token counts once."""
+    found, expected = runs[name]["evaluation"], runs[f"{name.split('/')[0]}/one"]["evaluation"]
+    assert found["tokens"] == expected["tokens"] < SEQUENCES * 16
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
