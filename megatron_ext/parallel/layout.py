@@ -16,7 +16,7 @@ class Layout:
         tp, pp, cp: ranks of one tensor-, pipeline-, context-parallel group.
         vpp: model chunks a pipeline rank, or None (no interleaving).
         sp: sequence parallelism over the tensor-parallel ranks.
-        ranks: global ranks, in the order of the formula above.
+        ranks: global ranks, ascending (torch numbers the members of a group so), in the order of the formula above.
     """
 
     tp: int = 1
@@ -27,6 +27,8 @@ class Layout:
     ranks: tuple[int, ...] = field(default=(0,))
 
     def __post_init__(self):
+        if list(self.ranks) != sorted(set(self.ranks)):
+            raise ValueError(f"the ranks of a layout must ascend, got {self.ranks}")
         if len(self.ranks) % (self.tp * self.pp * self.cp):
             raise ValueError(f"{len(self.ranks)} ranks do not divide into tp={self.tp} x pp={self.pp} x cp={self.cp}")
 
