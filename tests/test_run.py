@@ -15,7 +15,11 @@ WORDS = (
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "megatron_ext", "run", *WORDS, *words], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "megatron_ext", "run", *WORDS, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +45,17 @@ def test_it_leaves_a_report_of_what_it_did(finished):
 
 def test_it_learned_and_says_why_it_stopped(finished):
     directory, _ = finished
-    metrics = [json.loads(line) for line in open(directory / "metrics.jsonl", encoding="utf-8")]
+    metrics = lines(directory / "metrics.jsonl")
     assert [record["step"] for record in metrics] == list(range(1, 41))  # 20,000 tokens in steps of 8 x 64
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5 and metrics[-1]["tokens"] == 40 * 8 * 64
     assert metrics[-1]["validation_bits_per_byte"] > 0
-    stop = [event for event in map(json.loads, open(directory / "events.jsonl", encoding="utf-8")) if event["kind"] == "stop"]
+    stop = [event for event in lines(directory / "events.jsonl") if event["kind"] == "stop"]
     assert len(stop) == 1 and stop[0]["criterion"] in ("tokens", "steps") and stop[0]["checkpoint"].endswith("step_00000040")
 
 
 def test_evaluation_in_the_report_is_that_of_the_last_validation(finished):
     directory, _ = finished
-    metrics = [json.loads(line) for line in open(directory / "metrics.jsonl", encoding="utf-8")]
+    metrics = lines(directory / "metrics.jsonl")
     stated = [float(found) for found in re.findall(r"bits_per_byte[^0-9]*([0-9.]+)", (directory / "report.md").read_text(encoding="utf-8"))]
     # All of the split here, its first 256 sequences there: the same text where the split is smaller than that.
     assert any(abs(value - metrics[-1]["validation_bits_per_byte"]) < 0.05 for value in stated), stated

@@ -75,7 +75,7 @@ def install(device: str = "auto") -> Platform:
     if wanted == "cuda":
         # One hardware queue: collectives start in the order they were issued, beside the matrix products they overlap with.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        index = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         torch.cuda.set_device(index)
         _installed = Platform(torch.device("cuda", index), "nccl")
     else:
@@ -85,7 +85,7 @@ def install(device: str = "auto") -> Platform:
 
 def is_first_rank() -> bool:
     """Whether this process is rank 0 of its job; needs no connection."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def connect(platform: Platform, timeout: float) -> None:

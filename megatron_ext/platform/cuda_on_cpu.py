@@ -15,7 +15,7 @@ import torch
 from megatron_ext.platform.patch import Patch
 
 CPU = torch.device("cpu")
-FACTORIES = (
+FACTORIES = (  # noqa: SIM905
     "empty zeros ones full tensor arange rand randn randint randperm as_tensor eye linspace empty_strided scalar_tensor "
     "empty_like zeros_like ones_like full_like rand_like randn_like"
 ).split()

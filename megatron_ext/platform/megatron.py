@@ -23,7 +23,7 @@ def default_group(group):
 
 
 def _apply_adam():
-    import megatron.core.optimizer as optimizer
+    from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     from kernels.adamw import AdamW

@@ -7,7 +7,6 @@ from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.parallel import launch
 
-
 # stage -> "module:function"; the function takes the configuration, in every rank. The front door is the one place that may name rooms above.
 STAGES = {"pretrain": "megatron_ext.train.loop:train"}
 
