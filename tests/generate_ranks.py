@@ -74,6 +74,23 @@ def facts(engine) -> dict:
     return found
 
 
+def trained(layout) -> dict:
+    """After a step, whose new weights the distributed optimizer gathers only when the next forward pass asks for them."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_ext.generate import generate
+
+    engine = decoders.build(layout=layout, train=True)
+    rows = torch.randint(0, decoders.WORDS, (4, 17), generator=torch.Generator().manual_seed(3)).chunk(layout.dp)[engine.groups.dp.rank()]
+    batch = SimpleNamespace(tokens=rows[:, :-1], labels=rows[:, 1:], loss_mask=torch.ones(len(rows), 16), documents=None,
+                            position_ids=torch.arange(16)[None].expand(len(rows), -1))
+    batch.to = lambda device: batch
+    engine.step([batch], lr=3e-2, step=0)
+    return {"greedy": [asdict(one) for one in generate(engine, decoders.prompts(), SETTINGS["greedy"])]}
+
+
 def main(directory: Path) -> None:
     from megatron_ext.parallel.layout import Layout
     from megatron_ext.platform import connect, disconnect, install, quiet
@@ -93,6 +110,10 @@ def main(directory: Path) -> None:
     if rank in (0, 1):
         engine = decoders.build(layout=Layout(**INTERLEAVED, ranks=(0, 1)))
         found["llama/interleaved"] = {"evaluation": asdict(evaluate_split(engine, Fixed(), count=SEQUENCES, micro_batch=2))}
+    if rank == 2:
+        found["trained/one"] = trained(Layout(ranks=(2,)))
+    if rank in (0, 1):
+        found["trained/dp2"] = trained(Layout(ranks=(0, 1)))
     (directory / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     disconnect()

@@ -197,6 +197,22 @@ def test_sets_and_probabilities_by_hand(top_k, top_p, expected):
         assert torch.allclose(raw[here].exp(), torch.tensor(PROBABILITIES[word]), atol=1e-6)
 
 
+def test_each_row_is_cut_by_itself():
+    """A row that is sure of itself beside one that is not: 0.9 of 700 equal words are more than are sorted at first."""
+    sure = torch.zeros(700).index_fill(0, torch.tensor([3]), 20.0)
+    kept = sampling.truncate(torch.stack((sure, torch.arange(700) * 1e-4)), top_k=0, top_p=0.9)
+    assert kept.isfinite().sum(-1).tolist()[0] == 1
+    probabilities = (torch.arange(700) * 1e-4).double().softmax(-1).flip(0)
+    assert int(kept[1].isfinite().sum()) == int((probabilities.cumsum(0) - probabilities < 0.9).sum()) > sampling.CANDIDATES
+
+
+def test_the_ends_of_the_interval_draw_words_that_were_kept():
+    logits = torch.tensor([[-9.0, 2.0, 1.0, -9.0]]).expand(2, -1)
+    ends = torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64)
+    drawn, logprobs, _ = sampling.sample(logits, ends, temperature=1.0, top_k=2, top_p=1.0)
+    assert drawn.tolist() == [1, 2] and logprobs.isfinite().all()
+
+
 def test_temperature_by_hand():
     logits = torch.tensor([[math.log(0.8), math.log(0.2)]]).expand(2, -1)
     drawn, logprobs, _ = sampling.sample(logits, torch.tensor([0.0, 0.99], dtype=torch.float64), temperature=0.5, top_k=0, top_p=1.0)
@@ -344,3 +360,27 @@ def test_layouts_that_cannot_generate(layout, key):
 
 def test_no_prompts_give_no_completions(engine):
     assert generate(engine, [], GREEDY) == []
+
+
+# ---- the device ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("modules_only", [False, True], ids=["single", "modules"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nothing_is_left_on_the_cpu(connected, name, modules_only):
+    """On the meta device, whose tensors meet no others: one that is made on the CPU by oversight is an error, as it is on a GPU."""
+    device = torch.device("meta")
+    model = decoders.build(decoders.VARIANTS[name]).models[0].to(device)
+    stage, rows = Stage(model, device, modules_only=modules_only), 3
+    cache = stage.cache(rows, 16)
+    with decoding(model):
+        lengths = torch.tensor([4, 2, 3], device=device)
+        logits = stage.prefill(torch.zeros(rows, 4, dtype=torch.int64, device=device), lengths, None, cache)
+        for together in (False, True):
+            logits = stage.decode(lengths, lengths, None, cache, longest=5, together=together)
+            assert logits.device == device and logits.shape == (rows, 128)
+        drawn = sampling.sample(logits.float(), torch.zeros(rows, dtype=torch.float64, device=device), temperature=0.7, top_k=9, top_p=0.9)
+        assert all(part.device == device and part.shape == (rows,) for part in drawn)
+        if not modules_only:
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                stage.decode(lengths, torch.tensor([4, 2, 3]), None, cache, longest=5, together=False)

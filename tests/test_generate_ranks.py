@@ -65,6 +65,12 @@ def test_the_modules_own_forward_pass_draws_the_same_tokens(runs):
     same(runs["llama/tp2sp"]["modules"], runs["llama/one"]["sampled"])
 
 
+def test_the_newest_weights_generate(runs):
+    one, other = runs["trained/one"]["greedy"], runs["trained/dp2"]["greedy"]
+    assert [sample["tokens"] for sample in one] == [sample["tokens"] for sample in other]
+    assert [sample["tokens"] for sample in one] != [sample["tokens"] for sample in runs["llama/one"]["greedy"]]
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_the_reference_is_worth_comparing_with(runs, model):
     """Samples differ, and some end early."""
