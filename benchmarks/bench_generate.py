@@ -42,11 +42,16 @@ def transformers_copy(engine):
 
     ours, model = engine.models[0], engine.config.model
     heads, groups, width = model.num_attention_heads, sizes.query_groups(model), sizes.head_dim(model)
+    scaled = model.rope_scaling_factor is not None
+    scaling = {"rope_scaling": {  # as in meta-llama/Llama-3.1-8B's config.json
+        "rope_type": "llama3", "factor": model.rope_scaling_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }} if scaled else {}
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=engine.vocab_size, hidden_size=model.hidden_size, intermediate_size=sizes.ffn_size(model),
         num_hidden_layers=model.num_layers, num_attention_heads=heads, num_key_value_heads=groups, head_dim=width,
         max_position_embeddings=model.max_sequence_length, rms_norm_eps=model.norm_eps, rope_theta=model.rotary_base,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+        tie_word_embeddings=False, bos_token_id=None, eos_token_id=None, pad_token_id=None, **scaling,
     )).eval()
     with torch.no_grad():
         theirs.model.embed_tokens.weight.copy_(ours.embedding.word_embeddings.weight[: engine.vocab_size])

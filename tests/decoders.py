@@ -1,5 +1,7 @@
 """Small decoders for the tests of generation and evaluation, and the slow truth: a full forward pass for every token, without a cache."""
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_ext.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
 
@@ -52,3 +54,12 @@ def greedy(engine, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(int(logits_of(engine, tokens)[-1].argmax()))
     return tokens[len(prompt):]
+
+
+def llama_copy(engine):
+    """transformers' `LlamaForCausalLM` with the weights of a one-rank engine, made by the benchmark that compares with it."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_generate.py"
+    spec = importlib.util.spec_from_file_location("bench_generate", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.transformers_copy(engine)

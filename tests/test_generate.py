@@ -1,7 +1,5 @@
 """Generation on one rank against a full forward pass without cache, transformers, and sets and probabilities worked out by hand."""
-import importlib.util
 import math
-from pathlib import Path
 
 import decoders
 import pytest
@@ -130,11 +128,7 @@ def test_bf16_follows_its_own_full_forward_pass(connected):
 @pytest.fixture(scope="module")
 def copied(engine):
     pytest.importorskip("transformers", reason="transformers is not installed here")
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_generate.py"
-    spec = importlib.util.spec_from_file_location("bench_generate", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.transformers_copy(engine)
+    return decoders.llama_copy(engine)
 
 
 @pytest.mark.both
