@@ -1,4 +1,4 @@
-"""A rank of test_parity.py: trains one model in many layouts and writes down every loss and gradient norm.
+"""A rank of test_parity.py and of benchmarks/campaign_parity.py: trains one model in many layouts and writes down every loss and gradient norm.
 
 A layout is a value and may span some of the ranks, so one spawn of four ranks serves all: two layouts of two ranks train side by side on
 the ranks (0, 1) and (2, 3), layouts of one rank on each of the four.
@@ -7,7 +7,12 @@ the ranks (0, 1) and (2, 3), layouts of one rank on each of the four.
 """
 import hashlib
 import json
+import os
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,12 +30,12 @@ ONE, TP2, SP, PP2, DP2 = {}, {"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {}
 INTERLEAVED, TP2PP2 = {"pp": 2, "vpp": 2}, {"tp": 2, "pp": 2}
 PLAIN_DP = {"distributed_optimizer": False, "overlap_grad_reduce": False, "overlap_param_gather": False}
 DOCUMENTS = {"reset_positions": True, "reset_attention": True}
-SEQUENCE, BATCH, STEPS, WARMUP = 32, 8, 20, 10
+SEQUENCE, BATCH, STEPS, WARMUP, RANKS = 32, 8, 20, 10, 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run of STEPS steps, or its first `steps`. `parallel`: of ParallelConfig; `ranks`: how many; `micro`: samples in a micro-batch."""
+    """The first `steps` of a training run of `length` steps. `parallel`: of ParallelConfig; `ranks`: how many; `micro`: samples in a micro-batch."""
 
     name: str
     model: ModelConfig = LLAMA
@@ -40,6 +45,7 @@ class Job:
     dtype: str = "fp32"
     data: dict = field(default_factory=dict)
     steps: int = 13
+    length: int = STEPS
 
 
 # In the order in which they run; what is left of a row's ranks is idle, so jobs of two ranks come in pairs, of one rank in fours.
@@ -109,7 +115,7 @@ class Trainer:
             model=job.model, parallel=ParallelConfig(**job.parallel), precision=PrecisionConfig(dtype=job.dtype),
             data=DataConfig(path=str(directory / "data"), sequence_length=SEQUENCE, **job.data),
             optim=OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=WARMUP),  # the rates of `make run` (conf/run.yaml)
-            train=TrainConfig(steps=STEPS, global_batch_size=BATCH, micro_batch_size=job.micro),
+            train=TrainConfig(steps=job.length, global_batch_size=BATCH, micro_batch_size=job.micro),
         )
         self.steps = job.steps
         self.samples = build_datasets(self.config.data, ("train",))["train"]
@@ -150,25 +156,72 @@ def together(directory: Path, platform) -> dict:
     return {name: trainer.facts for name, trainer in trainers.items()}
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, jobs: Sequence[Job] = JOBS, also: Callable[[Path, object], dict] | None = together) -> None:
+    """Runs the jobs in their order, each on the next ranks of four that it fits on; `also` runs on the ranks 0 and 1 at the end."""
     from megatron_ext.platform import connect, disconnect, install, quiet
 
     quiet()
     platform = install("cpu")
-    connect(platform, 120)
+    connect(platform, 600)
     import torch.distributed as dist
 
     rank, facts, place = dist.get_rank(), {}, 0
-    for job in JOBS:
+    for job in jobs:
+        place = -(-place // job.ranks) * job.ranks % RANKS
         ranks = tuple(range(place, place + job.ranks))
         if rank in ranks:
+            began = time.monotonic()
             facts[job.name] = Trainer(job, ranks, directory, platform).run().facts
-        place = (place + job.ranks) % 4
-    if rank in (0, 1):
-        facts |= together(directory, platform)
+            if rank == ranks[0]:
+                print(f"{job.name}: {job.steps} steps in {time.monotonic() - began:.0f} s", flush=True)
+        place += job.ranks
+    if also and rank in (0, 1):
+        facts |= also(directory, platform)
     (directory / f"rank{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     disconnect()
+
+
+# ---- in the process that starts the ranks: no torch ------------------------------------------------------------------------------
+
+
+def run_ranks(directory: Path, *, script: Path = Path(__file__), arguments: Sequence[str] = (), timeout: float = 540) -> dict[str, dict]:
+    """Four ranks of `script DIRECTORY ARGUMENTS`, whose main is the one above.
+
+    Returns the facts of every job: {"losses", "norms", "initial", "final"}. AssertionError where a rank fails or the ranks of a job disagree.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(directory), *arguments], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-2000:] for error in errors)
+    found: dict[str, dict] = {}
+    for rank in range(RANKS):
+        for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
+            known = found.setdefault(name, facts)
+            assert (known["losses"], known["norms"]) == (facts["losses"], facts["norms"]), f"{name}: its ranks disagree"
+            known.update({key: known[key] or facts[key] for key in ("initial", "final")})
+    return found
+
+
+def difference(runs: dict, name: str, reference: str, key: str = "losses", steps: int = STEPS) -> float:
+    """The largest relative difference over those of the first `steps` steps that both have."""
+    pairs = list(zip(runs[name][key], runs[reference][key]))[:steps]
+    return max(abs(a - b) / abs(b) for a, b in pairs)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,11 @@ Hidden size 256, the learning rate of `make run`, 20 steps of which 10 are past 
 loss within 2e-6 of one rank's, relative. Different layouts add the same numbers in another order, which is 1e-7; a reduction that is missing
 or done twice shows at 1e-2.
 """
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from parity_ranks import difference, run_ranks
 from small import prepare_text
 
 pytestmark = pytest.mark.both
-HERE = Path(__file__).parent
 LOSS, BF16_LOSS = 2e-6, 2e-3
 # bf16 keeps 8 bits: a partial sum rounded before it is added to another is off by up to 2^-9 = 2e-3, and the loss averages over 256 tokens.
 
@@ -31,39 +24,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
     """Facts of every job: {"losses", "norms", "initial", "final"}; all ranks of a job have seen the same."""
     directory = tmp_path_factory.mktemp("parity")
     prepare_text(directory, split=(1.0, 0.0, 0.0))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ, "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "parity_ranks.py"), str(directory)], env={**environment, "RANK": str(rank)},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        errors = [rank.communicate(timeout=540)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-2000:] for error in errors)
-    found: dict[str, dict] = {}
-    for rank in range(4):
-        for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
-            known = found.setdefault(name, facts)
-            assert (known["losses"], known["norms"]) == (facts["losses"], facts["norms"]), f"{name}: its ranks disagree"
-            known.update({key: known[key] or facts[key] for key in ("initial", "final")})
-    return found
-
-
-def difference(runs: dict, name: str, reference: str, key: str = "losses", steps: int = 20) -> float:
-    """The largest relative difference over the steps that both have."""
-    pairs = list(zip(runs[name][key], runs[reference][key]))[:steps]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
+    return run_ranks(directory)
 
 
 def same_training(runs: dict, name: str, reference: str) -> None:
