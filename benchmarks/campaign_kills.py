@@ -64,7 +64,7 @@ class Life:
                 [sys.executable, "-m", "megatron_ext", "train", *words], env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT,
             )
 
-    def until(self, condition, *, limit: float = 180) -> None:
+    def until(self, condition, *, limit: float = 600) -> None:
         deadline = time.monotonic() + limit
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -281,6 +281,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.kills < 1:
         parser.error("--kills must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else the life at hand would outlive this process
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign_kills") as name:
         scratch = Path(name)
