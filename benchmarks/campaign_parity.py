@@ -59,6 +59,8 @@ def page(measured: dict) -> str:
     rows = "\n".join(
         "| " + " | ".join([title, *(cell(dtype, name, upto) for dtype, upto in columns)]) + " |" for name, (title, _, _) in LAYOUTS.items()
     )
+    exact = [title for name, (title, _, _) in LAYOUTS.items() if runs[f"bf16/{name}"]["losses"] == runs["bf16/one"]["losses"]]
+    but = f" (without that a run is one rank's bit for bit: {'; '.join(exact)})" if exact else ""
     losses = {dtype: runs[f"{dtype}/one"]["losses"] for dtype in DTYPES}
     rounding = {upto: machinery.difference(runs, "bf16/one", "fp32/one", steps=upto) for upto in (short, steps)}
     late = {name: statistics.fmean(facts["losses"][-LATE:]) for name, facts in runs.items()}
@@ -102,8 +104,8 @@ The loss falls from {losses['fp32'][0]:.3f} to {losses['fp32'][short - 1]:.3f} i
 How to read it: layouts add the same numbers in another order, which is worth about 1e-7 in fp32. The accepted band over {short} steps is {BOUND:.0e};
 what leaves it is taken for a mistake in a layout. Over {steps} steps training amplifies the last bits, so the other columns are reported and not bounded. bf16 rounds
 at 2^-9: in the first {TESTED} steps its layouts are within {early:.1e} of one rank (`tests/test_parity.py` accepts 2e-3 there). Later
-the norm of the gradient reaches {norms['bf16']:.0f} in one bf16 run or another ({norms['fp32']:.1f} at most in fp32), and the runs go their own ways: their rounding differs
-(where it does not, as with DP2 and a plain all-reduce, the run is one rank's bit for bit), and single steps say little about a layout from there on.
+the norm of the gradient reaches {norms['bf16']:.0f} in one bf16 run or another ({norms['fp32']:.1f} at most in fp32), and the runs go their own ways, since they round
+differently{but}: single steps say little about a layout from there on.
 
 {measured['versions']}, {measured['date']}; {measured['seconds'] / 60:.0f} minutes.
 """
