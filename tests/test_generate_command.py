@@ -1,6 +1,9 @@
 """`generate` and `evaluate` from a checkpoint, as a person types them: one tiny training, read back at other layouts; what is refused."""
+import contextlib
+import io
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,50 +23,51 @@ def run(tmp_path_factory, small_data) -> Path:
     directory = tmp_path_factory.mktemp("generate") / "run"
     words = ("model.num_layers=4", "parallel.pp=2", "parallel.vpp=2", "launch.ranks=2", "launch.timeout=60", "log.wandb=disabled")
     train = command(directory, small_data, *words)
-    done = subprocess.run(train, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(train, env=environment(), capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return directory
 
 
-def start(*words: str, stdin: str | None = None) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "megatron_ext", *words], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-    )
-    process.text = stdin
-    return process
+def here(*words: str) -> str:
+    """What a command of one rank prints: it runs in this process."""
+    out, threads = io.StringIO(), os.environ.get("OMP_NUM_THREADS")
+    try:
+        with contextlib.redirect_stdout(out):
+            assert main(words) == 0
+    finally:
+        if threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
+    return out.getvalue()
 
 
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(process.text, timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    assert "Warning" not in err
-    return out
+def in_two_ranks(*words: str, stdin: str | None = None) -> str:
+    done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], env=environment(), capture_output=True, text=True, timeout=500,
+                          check=False, input=stdin or "")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def printed(run, tmp_path_factory) -> dict[str, str]:
-    """What each command printed; two at a time."""
+    """What each command printed."""
     file = tmp_path_factory.mktemp("prompts") / "한국어, prompts.txt"
     file.write_text("def f(\n\n대한민국의 수도는?\n", encoding="utf-8")
     prompts = ("--prompt", "def main(", "--prompt", "대한민국의 수도는?")
     load, validation = f"checkpoint.load={run}", "evaluate.split=validation"
     some = ("generate.max_tokens=6", "generate.temperature=0.8", "generate.samples=2", "generate.seed=3")
-    commands = {
-        "json": start("generate", load, *some, *prompts, "--json"),
-        "tp2": start("generate", load, *some, *prompts, "--json", "parallel.tp=2", "generate.batch_size=3"),
-        "text": start("generate", load, *some, "--prompt", "def main("),
-        "file": start("generate", load, *some, "--prompt-file", str(file), "--json"),
-        "stdin": start("generate", load, *some, "--json", "launch.ranks=2", stdin="def f(\n대한민국의 수도는?\n"),
-        "evaluate": start("evaluate", load, validation, "--json"),
-        "evaluate/tp2": start("evaluate", load, validation, "evaluate.batch_size=3", "parallel.tp=2", "parallel.sp=true", "--json"),
-        "evaluate/text": start("evaluate", load, "evaluate.samples=5"),
+    return {
+        "json": here("generate", load, *some, *prompts, "--json"),
+        "text": here("generate", load, *some, "--prompt", "def main("),
+        "file": here("generate", load, *some, "--prompt-file", str(file), "--json"),
+        "evaluate": here("evaluate", load, validation, "--json"),
+        "evaluate/text": here("evaluate", load, "evaluate.samples=5"),
+        "tp2": in_two_ranks("generate", load, *some, *prompts, "--json", "parallel.tp=2", "generate.batch_size=3"),
+        "stdin": in_two_ranks("generate", load, *some, "--json", "launch.ranks=2", stdin="def f(\n대한민국의 수도는?\n"),
+        "evaluate/tp2": in_two_ranks("evaluate", load, validation, "evaluate.batch_size=3", "parallel.tp=2", "parallel.sp=true", "--json"),
     }
-    try:
-        return {name: finish(process) for name, process in commands.items()}
-    finally:
-        for process in commands.values():
-            process.kill()
 
 
 def test_generate_prints_one_object_with_everything(printed, run):
