@@ -1,7 +1,11 @@
+"""What all tests share."""
+import os
 from pathlib import Path
 
 import pytest
 from small import prepare_text
+
+os.environ.setdefault("WANDB_MODE", "disabled")  # a second a run; tests/test_observe.py tests the tracker by itself
 
 
 @pytest.fixture(scope="session")
