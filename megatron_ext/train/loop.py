@@ -5,6 +5,7 @@
 The state of a run is the engine's tensors and three numbers (steps, samples, the stop criteria's counters). Learning rate, order of
 samples and dropout are functions of them, so that a resume has nothing else to restore.
 """
+import contextlib
 import math
 import shutil
 import time
@@ -67,7 +68,7 @@ def train(config: Config) -> Outcome:
     vocab_size = checked_vocabulary(config, data["train"])
     run_dir = Path(config.run.dir)
     if first:
-        prepare_run_directory(config, run_dir)
+        claim_run_directory(config, run_dir)
     dist.barrier()
     engine = Engine(config, layout, device, vocab_size=vocab_size)
     steps = steps_of(config)
@@ -75,6 +76,8 @@ def train(config: Config) -> Outcome:
     identity = records.data_identity(config.data)
     source = checkpoint.find(config.checkpoint.load, run_dir / "checkpoints")
     position = restore(engine, source, config, identity, criteria) if source else Position()
+    if first:  # a refused resume leaves what the run says of itself as it was
+        describe_run(config, run_dir)
 
     journal = Journal(config, device, writes=first, steps=steps, done=position.steps, ranks=len(layout.ranks), vocab_size=vocab_size)
     journal.event(
@@ -89,8 +92,10 @@ def train(config: Config) -> Outcome:
         saver.protect(source)
     try:
         outcome = _loop(config, engine, data, saver, journal, criteria, position, steps, vocab_size, identity)
-    finally:
-        journal.close()
+    except BaseException:
+        journal.close(exit_code=1)
+        raise
+    journal.close()
     saver.close()
     return outcome
 
@@ -111,7 +116,7 @@ def _loop(config, engine: Engine, data: dict[str, Samples], saver, journal: Jour
             }, background=background)
         saved = position.steps
 
-    stop = criteria.budget(steps_done=position.steps, tokens_done=position.samples * length)
+    stop = _agreed(criteria.budget(steps_done=position.steps, tokens_done=position.samples * length), config)
     while stop is None:
         saver.poll()
         began = time.perf_counter()
@@ -130,28 +135,35 @@ def _loop(config, engine: Engine, data: dict[str, Samples], saver, journal: Jour
             journal.event("skipped_step", step=position.steps, loss=str(result.loss), grad_norm=str(result.grad_norm))
             journal.note(f"step {position.steps}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step skipped")
         stop = criteria.after_step(steps_done=position.steps, tokens_done=tokens, finite=result.applied)
+        stop = _agreed(stop, config)  # before the ranks validate together, or do not
 
         validation = {}
         every = config.validation.every
         if "validation" in data and (every and position.steps % every == 0 or config.validation.at_end and stop and not stop.failed):
             validation = _validate(engine, data["validation"], config)
             validation_loss = validation["validation_loss"]
-            stop = criteria.after_validation(steps_done=position.steps, loss=validation_loss) or stop
+            verdict = criteria.after_validation(steps_done=position.steps, loss=validation_loss)
+            stop = stop if stop and stop.failed else verdict or stop
             journal.event("validation", step=position.steps, **validation)
         journal.step(position.steps, result, lr=lr, seconds=seconds, tokens_done=tokens, validation=validation)
-        stop = _agreed(stop, config)
         if stop is None and config.checkpoint.every and position.steps % config.checkpoint.every == 0:
             save(config.checkpoint.background)
     if config.checkpoint.save_at_end and not stop.failed and saved != position.steps:
         saver.poll()
         save(background=False)
-    saver.wait()
+    unsaved = None
+    try:
+        saver.wait()
+    except UserError as error:
+        unsaved = error
     newest = saver.newest()
     journal.event("stop", step=position.steps, reason=stop.reason, criterion=stop.kind, elapsed=criteria.elapsed,
                   checkpoint=str(newest) if newest else None)
     if stop.failed:
         good = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written"
         raise RunFailed(f"stopped at step {position.steps}: {stop.reason}; {good}")
+    if unsaved:
+        raise unsaved
     journal.note(f"stopped at step {position.steps}: {stop.reason}" + (f"; checkpoint {newest}" if newest else ""))
     return Outcome(stop, position.steps, position.samples, position.samples * length, newest, validation_loss)
 
@@ -193,14 +205,22 @@ def checked_vocabulary(config: Config, samples: Samples) -> int:
     return wanted or samples.vocab_size
 
 
-def prepare_run_directory(config: Config, run_dir: Path) -> None:
-    """config.yaml and the tokenizer, so that the run can be read and used without the command that made it."""
+def claim_run_directory(config: Config, run_dir: Path) -> None:
+    """Makes the directory. Raises UserError where it cannot be made, or holds a run that nobody asked to go on with."""
     if config.checkpoint.load is None and checkpoint.find("auto", run_dir / "checkpoints"):
         raise UserError("run.dir", config.run.dir, "holds a run already; add checkpoint.load=auto to go on with it, or name another directory")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
+
+
+def describe_run(config: Config, run_dir: Path) -> None:
+    """config.yaml and the tokenizer, so that the run can be read and used without the command that made it. Raises UserError."""
+    try:
         (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        shutil.copyfile(dataset_tokenizer(config.data)[0], run_dir / "tokenizer.json")
+        with contextlib.suppress(shutil.SameFileError):  # data.tokenizer names the run's own copy
+            shutil.copyfile(dataset_tokenizer(config.data)[0], run_dir / "tokenizer.json")
     except OSError as error:
         raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
 

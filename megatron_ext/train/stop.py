@@ -57,10 +57,10 @@ class StopCriteria:
 
     def budget(self, *, steps_done: int, tokens_done: int) -> Stop | None:
         """Whether anything is left to spend; ask before the first step too, a resumed run may have none."""
-        if steps_done >= self.steps:
-            return Stop(f"all {self.steps} steps are done", "steps")
         if self.tokens is not None and tokens_done >= self.tokens:
             return Stop(f"the budget of {self.tokens:,} tokens is spent ({tokens_done:,})", "tokens")
+        if steps_done >= self.steps:
+            return Stop(f"all {self.steps} steps are done", "steps")
         if self.stop.wall_time is not None and self.elapsed >= self.stop.wall_time:
             return Stop(f"the wall time of {self.stop.wall_time:g} s is spent ({self.elapsed:.0f} s)", "wall_time")
         return None
