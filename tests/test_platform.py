@@ -115,7 +115,7 @@ def ranks(source: str, count: int = 3) -> list[str]:
         for rank in range(count)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in started]
+        said = [process.communicate(timeout=300) for process in started]
     finally:
         for process in started:
             process.kill()

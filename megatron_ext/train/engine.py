@@ -30,6 +30,8 @@ from megatron_ext.parallel.seeds import seed_ranks
 from megatron_ext.platform import Platform
 from megatron_ext.platform.megatron import default_group
 
+LOWEST_SCALE = 1.0  # of fp16's losses
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -40,12 +42,14 @@ class StepResult:
         tokens: tokens that count in the global batch.
         grad_norm: global norm before clipping; None where fp16's scaler found an overflow.
         applied: False when loss or gradient was not finite and the weights stayed as they were.
+        searching: not applied because fp16's loss scale is still too high: it comes down by itself, nothing is wrong.
     """
 
     loss: float
     tokens: int
     grad_norm: float | None
     applied: bool
+    searching: bool = False
 
 
 class Engine:
@@ -97,7 +101,7 @@ class Engine:
             optimizer="adam", lr=optim.lr, min_lr=optim.min_lr, weight_decay=optim.weight_decay,
             adam_beta1=optim.beta1, adam_beta2=optim.beta2, adam_eps=optim.eps, clip_grad=optim.clip,
             bf16=precision.dtype == "bf16", fp16=precision.dtype == "fp16", params_dtype=DTYPES[precision.dtype],
-            initial_loss_scale=precision.initial_loss_scale, loss_scale_window=precision.loss_scale_window,
+            initial_loss_scale=precision.initial_loss_scale, min_loss_scale=LOWEST_SCALE, loss_scale_window=precision.loss_scale_window,
             use_distributed_optimizer=parallel.distributed_optimizer, overlap_param_gather=gather,
         )
         with default_group(self.groups.intra_dist_opt):
@@ -158,8 +162,9 @@ class Engine:
         loss = total / max(tokens, 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
+        scale = float(self.optimizer.get_loss_scale())
         if self.optimizer.prepare_grads():
-            return StepResult(loss, tokens, None, False)
+            return StepResult(loss, tokens, None, False, searching=math.isfinite(loss) and scale > LOWEST_SCALE)
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(norm) and math.isfinite(loss)):
             return StepResult(loss, tokens, norm, False)

@@ -134,7 +134,7 @@ def _loop(config, engine: Engine, data: dict[str, Samples], saver, journal: Jour
         if not result.applied:
             journal.event("skipped_step", step=position.steps, loss=str(result.loss), grad_norm=str(result.grad_norm))
             journal.note(f"step {position.steps}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, step skipped")
-        stop = criteria.after_step(steps_done=position.steps, tokens_done=tokens, finite=result.applied)
+        stop = criteria.after_step(steps_done=position.steps, tokens_done=tokens, finite=result.applied or result.searching)
         stop = _agreed(stop, config)  # before the ranks validate together, or do not
 
         validation = {}
