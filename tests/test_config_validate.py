@@ -15,6 +15,7 @@ FOUR = ["launch.ranks=4"]
     (["model.num_query_groups=3"], ["model.num_query_groups=3", "1, 2, 4"]),
     (["model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "even"]),
     (["model.head_dim=7"], ["even"]),
+    (["model.num_query_groups=1", "parallel.tp=2", "launch.ranks=2"], ["parallel.tp=2", "model.num_query_groups=1"]),
     (["model=micro_gpt2", "model.rope_scaling_factor=8", "data.sequence_length=64"], ["model.rope_scaling_factor=8", "null"]),
     (["parallel.tp=2"], ["launch.ranks=1", "multiple", "2"]),
     (["parallel.tp=2", "launch.ranks=5"], ["launch.ranks=5", "4 or 6"]),
@@ -78,7 +79,7 @@ def test_all_mistakes_at_once():
 @pytest.mark.parametrize("words", [
     [], ["parallel=tp2", "launch.ranks=2"], ["parallel=pp2", "launch.ranks=2", "parallel.vpp=2"], ["parallel=tp2_pp2", "launch.ranks=8"],
     ["parallel.tp=2", "parallel.sp=true", "launch.ranks=4", "parallel.recompute=full"],
-    ["model.num_query_groups=1", "parallel.tp=2", "launch.ranks=2"],  # multi-query: a group on several ranks
+    ["model.num_query_groups=1"],
     ["model=micro_gpt2", "data.sequence_length=256"], ["model.num_layers=3"], ["optim.schedule=wsd", "optim.decay_steps=900"],
 ])
 def test_accepted(words):

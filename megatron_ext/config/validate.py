@@ -124,8 +124,8 @@ def tp_divides(config: Config) -> Iterator[UserError]:
     if wrong:
         yield UserError("parallel.tp", tp, f"must divide {', '.join(wrong)}; what divides all: {divisors(math.gcd(*sized.values()))}")
     groups = sizes.query_groups(model)
-    if not wrong and groups % tp and tp % groups:  # with fewer groups than ranks megatron-core gives a group to several ranks
-        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups} or be a multiple of it")
+    if not wrong and groups % tp:  # megatron-core 0.16 asks a global for the ranks that share a key/value head, and layouts are values here
+        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}: key/value heads are not shared between ranks")
 
 
 def sequence_parallel_fits(config: Config) -> Iterator[UserError]:
