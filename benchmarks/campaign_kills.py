@@ -42,6 +42,10 @@ WORDS = (
 AHEAD = 11  # steps of a life, on average: longer than between two checkpoints, so that the run gets on
 
 
+IN_STEPS, IN_SAVE = 0.3, 0.1  # seconds up to which a kill comes later than its step, or than the beginning of its save
+LEAST = 4  # of 20 kills must hit a save, else the campaign shows too little
+
+
 @dataclass
 class Kill:
     """One kill. Steps count from 1; 0 where there is none yet."""
@@ -63,6 +67,11 @@ class Life:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_ext", "train", *words], env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT,
             )
+        self.family: set[int] = set()
+
+    def look_around(self) -> None:
+        """Learns the processes of this life ahead: reading /proc takes as long as a small save does."""
+        self.family = {self.process.pid, *descendants(self.process.pid)}
 
     def until(self, condition, *, limit: float = 600) -> None:
         deadline = time.monotonic() + limit
@@ -72,13 +81,16 @@ class Life:
             time.sleep(0.002)
 
     def kill(self) -> None:
-        """SIGKILL to the command and all below it; returns when they are gone."""
-        family = descendants(self.process.pid)
-        for pid in (self.process.pid, *family):
+        """SIGKILL to the command and all below it; returns when they are gone. Nothing where it has ended by itself."""
+        if self.process.poll() is not None:
+            return
+        if not self.family:
+            self.look_around()
+        for pid in self.family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
-        while any(alive(pid) for pid in family):
+        while any(alive(pid) for pid in self.family):
             time.sleep(0.002)
 
 
@@ -153,7 +165,7 @@ def moments(kills: int, seed: int) -> list[str]:
 
 def live_and_die(run: Run, words: list[str], moment: str, draw: random.Random, log: Path) -> Kill:
     """One life up to its kill."""
-    lives, before = len(run.begins()), run.complete()
+    lives, before, stale = len(run.begins()), run.complete(), set(run.saves())  # stale: of the kill before, until this life clears it
     life = Life(words, log)
     try:
         if moment == "starting":
@@ -162,13 +174,14 @@ def live_and_die(run: Run, words: list[str], moment: str, draw: random.Random, l
             life.until(lambda: len(run.begins()) > lives)
             goal = before + draw.randint(1, 2 * AHEAD - 1)
             life.until(lambda: run.step() >= goal)
+            life.look_around()
             if moment == "saving":
                 old = set(run.saves())
                 life.until(lambda: set(run.saves()) - old)
-            time.sleep(draw.uniform(0, 0.3))
+            time.sleep(draw.uniform(0, IN_SAVE if moment == "saving" else IN_STEPS))
     finally:
         life.kill()
-    saving = [path.name.split(".")[0] for path in run.saves()]
+    saving = [path.name.split(".")[0] for path in run.saves() if path not in stale]
     begun = run.begins()
     reached = max(run.step(), begun[-1]) if len(begun) > lives else before
     return Kill(moment, reached, ", ".join(saving), run.complete(), run.damaged())
@@ -216,6 +229,8 @@ def wrong(found: list[Kill], run: Run, untouched: Run, total: int) -> list[str]:
         problems += [f"kill {number} damaged a checkpoint: {text}" for text in kill.damaged]
         if kill.resumed < kill.complete:
             problems.append(f"kill {number}: step {kill.complete} was complete, but the run went on from {kill.resumed}")
+    if (hit := sum(bool(kill.saving) for kill in found)) < LEAST * len(found) // 20:
+        problems.append(f"only {hit} kills hit a save: nothing is shown about those; take another --seed")
     mine, theirs = records(run.directory), records(untouched.directory)
     if [record["step"] for record in mine] != list(range(1, total + 1)):
         problems.append("metrics.jsonl does not hold every step once")
@@ -254,7 +269,7 @@ The run is what a user types, with a checkpoint every {EVERY} steps, written in 
     python -m megatron_ext train {typed}
 
 SIGKILL goes to the command, its ranks and their writers at once, then the same command is started again. Moments (seeded): at a step; while
-a save is in flight, up to 0.3 s into it (it may be through by then); while the command is still starting or loading, up to 9 s after its start.
+a save is in flight, up to {IN_SAVE} s into it (it may be through by then); while the command is still starting or loading, up to 9 s after its start.
 
 | kill | moment | step at the kill | save in flight | last complete checkpoint | resumed at | steps lost |
 |---|---|---|---|---|---|---|
