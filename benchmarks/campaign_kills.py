@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from small import environment, prepare_text, records
 
-from megatron_ext.checkpoint.manifest import leftovers, steps, verify
+from megatron_ext.checkpoint.manifest import leftovers, step_name, steps, verify
 from megatron_ext.errors import UserError
 
 EVERY = 10
@@ -132,8 +132,9 @@ class Run:
         return int(lines[-1].split(b'"step": ')[1].split(b",")[0]) if lines and b'"step": ' in lines[-1] else 0
 
     def saves(self) -> list[Path]:
+        """Saves in flight, or dead. An old checkpoint that is being removed has such a name too, of a step before the complete one."""
         with contextlib.suppress(FileNotFoundError):  # renamed or removed while we list
-            return leftovers(self.checkpoints)
+            return [path for path in leftovers(self.checkpoints) if path.name > step_name(self.complete()) + "."]
         return []
 
     def complete(self) -> int:
@@ -255,8 +256,8 @@ def page(found: list[Kill], problems: list[str], total: int, seconds: float, com
     lost = [max(0, kill.step - kill.resumed) for kill in found]
     verdict = "**Failed:** " + "; ".join(problems) if problems else (
         f"Holds: {len(found)} kills, {sum(bool(kill.saving) for kill in found)} of them with a save in flight. No checkpoint was damaged, every life went "
-        f"on from the last complete one, all {total} losses in metrics.jsonl are those of the untouched run bit for bit, and "
-        "`python -m megatron_ext.checkpoint.compare` finds the last checkpoints identical."
+        f"on from the last complete one, all {total} losses in metrics.jsonl are those of the untouched run bit for bit, "
+        "and `python -m megatron_ext.checkpoint.compare` finds the last checkpoints identical."
     )
     typed = " ".join([*WORDS, f"train.steps={total}", *words])
     return f"""<!-- Written by `{command}`; not by hand. -->
