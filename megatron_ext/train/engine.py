@@ -210,6 +210,11 @@ class Engine:
             bare.append(chunk)
         return bare
 
+    @property
+    def _names(self) -> list[str]:
+        """What the chunks are called in the state."""
+        return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+
     def sharded_state(self, *, loading: bool, weights_only: bool = False, sharding: str | None = None) -> dict:
         """The sharded state dict, {"model": ..., "optimizer": ...} ("model0", "model1", ... with interleaving).
 
@@ -219,8 +224,7 @@ class Engine:
             sharding: format of the optimizer's state, that of the checkpoint when loading; None = the configuration's.
         """
         metadata = {"distrib_optim_sharding_type": sharding or self.config.checkpoint.format, "dp_cp_group": self.groups.dp_cp}
-        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
-        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, self.models)}
+        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in zip(self._names, self.models)}
         if not weights_only and self.optimizer is not None:
             if loading:
                 for part in self.optimizer.chained_optimizers:
@@ -234,8 +238,7 @@ class Engine:
     @torch.no_grad()  # dp_reshardable copies into views of leaf parameters (fp32)
     def load_state(self, state: dict) -> None:
         """Takes what `checkpoint.load` filled into `sharded_state(loading=True)`."""
-        names = ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
-        for name, chunk in zip(names, self.models):
+        for name, chunk in zip(self._names, self.models):
             chunk.load_state_dict(state[name])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])

@@ -4,6 +4,7 @@ A resume is refused where it would silently go on with something else: another m
 whose position in samples would mean nothing.
 """
 from dataclasses import asdict
+from pathlib import Path
 
 from megatron_ext.checkpoint import manifest
 from megatron_ext.config import sizes
@@ -35,8 +36,6 @@ def layout(config: Config) -> dict:
 
 def data_identity(data: DataConfig) -> dict:
     """What the order of samples depends on."""
-    from pathlib import Path
-
     sources = {}
     for path in data.paths or (data.path or str(default_directory(data)),):
         if (Path(path) / FILE).exists():
