@@ -20,7 +20,7 @@ REQUIRES = [
 ]
 EXTRAS = {
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
-    "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.8,<1", "transformers>=4.55,<6", "safetensors>=0.4,<1", "wheel<1",
+    "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.8,<1", "transformers>=4.55,<6", "safetensors>=0.4,<1", "wheel<1",
             "setuptools>=77,<100"],
 }
 

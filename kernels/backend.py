@@ -1,11 +1,14 @@
 """Which implementation serves an op on this machine, and why nothing better does.
 
-An op has backends, best first. A backend says by itself whether it can serve here: its probe returns None, or one sentence on why not.
+An op has backends, best first. A backend says by itself whether it can serve on a device: its probe returns None, or one sentence on why not.
 `choose(op)` takes the first that can. A backend that is asked for by name and cannot serve is an error with the line that installs it,
 never a silent fallback. To add one: a probe, and a row in `ops()`. Probes look (`find_spec`, torch's own flags) and import nothing heavy.
 """
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 
 class MissingBackend(ValueError):
@@ -15,15 +18,26 @@ class MissingBackend(ValueError):
         self.op, self.backend, self.reason, self.install = op, backend, reason, install
         super().__init__(f"{backend} cannot serve {op}: {reason}" + (f"; install it with: {install}" if install else ""))
 
+    def __reduce__(self):
+        return type(self), (self.op, self.backend, self.reason, self.install)
+
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: why it is good, a probe (None = it can serve here, else why not), and how it is installed."""
+    """One implementation of an op.
+
+    Attributes:
+        reason: why it is good.
+        probe: device type ("cuda", "cpu") -> None (it can serve there) or one sentence on why not.
+        install: the command that installs it.
+        executed: whether this code path has ever run anywhere; `doctor` and the README list those that have not.
+    """
 
     name: str
     reason: str
-    probe: Callable[[], str | None]
+    probe: Callable[[str], str | None]
     install: str = ""
+    executed: bool = True
 
 
 @dataclass(frozen=True)
@@ -36,10 +50,27 @@ class Choice:
     alternatives: tuple[tuple[str, str], ...]
 
 
-def _torch_has_fused_adamw() -> str | None:
+def _always(device: str) -> None:
+    return None
+
+
+def _triton(device: str) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"triton compiles for GPUs, the tensors are on {device} (TRITON_INTERPRET=1 interprets its kernels there, slowly, for tests)"
+    return None
+
+
+def _torch_has_fused_adamw(device: str) -> str | None:
     import torch
 
     return None if hasattr(torch, "_fused_adamw_") else f"torch {torch.__version__} has no fused AdamW kernel (2.4 and later have)"
+
+
+def _fused(torch_reason: str, triton_reason: str) -> tuple[Backend, ...]:
+    """An op with a Triton kernel and a torch path."""
+    return Backend("triton", triton_reason, _triton, "pip install 'triton>=3.4,<4'"), Backend("torch", torch_reason, _always)
 
 
 def ops() -> dict[str, tuple[Backend, ...]]:
@@ -49,26 +80,38 @@ def ops() -> dict[str, tuple[Backend, ...]]:
             Backend("torch", "torch's fused multi-tensor kernel: one pass over weights, gradients and moments on CPU and CUDA",
                     _torch_has_fused_adamw, "pip install 'torch>=2.4'"),
         ),
+        "swiglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
     }
 
 
-def choose(op: str, backend: str = "auto", *, table: Mapping[str, tuple[Backend, ...]] | None = None) -> Choice:
+def default_device() -> str:
+    """The device type that a run here would use."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose(op: str, backend: str = "auto", *, device: str | None = None, table: Mapping[str, tuple[Backend, ...]] | None = None) -> Choice:
     """What serves `op`.
 
     Args:
         op: a key of `ops()`.
         backend: "auto" for the best that can serve here, or the name of one.
+        device: device type of the tensors; None = `default_device()`.
         table: other ops than the project's own.
 
     Raises:
         MissingBackend: none can serve, or the one asked for cannot, or it is unknown for this op.
         KeyError: unknown op.
     """
+    device = device or default_device()
     backends = (ops() if table is None else table)[op]
+    if device != "cuda":  # Triton serves CPU tensors through its interpreter only: when asked, not because it can
+        backends = tuple(sorted(backends, key=lambda b: b.name == "triton"))
     named = {b.name: b for b in backends}
     if backend not in ("auto", *named):
         raise MissingBackend(op, backend, f"unknown here; there are: {', '.join(named)}")
-    why_not = {b.name: b.probe() for b in backends}
+    why_not = {b.name: b.probe(device) for b in backends}
     if backend == "auto":
         chosen = next((b for b in backends if why_not[b.name] is None), None)
         if chosen is None:
@@ -80,3 +123,10 @@ def choose(op: str, backend: str = "auto", *, table: Mapping[str, tuple[Backend,
     others = tuple((b.name, why_not[b.name] or f"can serve, but {chosen.name} " + ("is preferred" if backend == "auto" else "was asked for"))
                    for b in backends if b is not chosen)
     return Choice(op, chosen.name, chosen.reason, others)
+
+
+@lru_cache(maxsize=None)
+def serving(op: str, backend: str, device: str) -> str:
+    """The name of what serves `op` on `device` ("cuda", "cpu"): what the registered ops ask at each call, inside
+    their bodies, where `torch.compile` does not look. Raises as `choose`."""
+    return choose(op, backend, device=device).backend

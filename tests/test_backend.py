@@ -4,9 +4,9 @@ import pytest
 from kernels.backend import Backend, MissingBackend, choose
 
 TABLE = {"op": (
-    Backend("fast", "fastest", lambda: "no GPU", "pip install fast"),
-    Backend("good", "good", lambda: None),
-    Backend("plain", "always works", lambda: None),
+    Backend("fast", "fastest", lambda device: "no GPU", "pip install fast"),
+    Backend("good", "good", lambda device: None),
+    Backend("plain", "always works", lambda device: None),
 )}
 
 
