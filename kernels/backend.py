@@ -80,6 +80,10 @@ def ops() -> dict[str, tuple[Backend, ...]]:
             Backend("torch", "torch's fused multi-tensor kernel: one pass over weights, gradients and moments on CPU and CUDA",
                     _torch_has_fused_adamw, "pip install 'torch>=2.4'"),
         ),
+        "gae": _fused("a blocked scan, 32 steps of all blocks at once", "one scan a rollout, everything read once"),
+        "bias_gelu": _fused("fp32 arithmetic, backward recomputes", "bias and activation in one pass each way, the bias gradient summed on the way"),
+        "geglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
+        "rope": _fused("fp32 arithmetic, nothing kept but the tables", "queries and keys in one launch, any strides of a fused projection"),
         "swiglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
     }
 

@@ -45,3 +45,15 @@ def rows_of(op: str, name: str, tensor: Tensor) -> Tensor:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def check_group(op: str, name: str, group) -> None:
+    """TypeError unless it is a process group or None, ValueError where this rank is not in it: a collective there would be nobody's."""
+    import torch.distributed as dist
+
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: {name} is {group!r}; it must be a torch.distributed process group that this rank belongs to, or None")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"{op}: this rank does not belong to {name}")
