@@ -73,6 +73,47 @@ def _fused(torch_reason: str, triton_reason: str) -> tuple[Backend, ...]:
     return Backend("triton", triton_reason, _triton, "pip install 'triton>=3.4,<4'"), Backend("torch", torch_reason, _always)
 
 
+def _library(module: str, needs: str) -> Callable[[str], str | None]:
+    """A probe: a library for GPUs that is installed. `module` may name a submodule; its package is looked at, not imported."""
+
+    def probe(device: str) -> str | None:
+        package, _, part = module.partition(".")
+        found = find_spec(package)
+        places = (found.submodule_search_locations or ()) if found else ()
+        if found is None or part and not any(os.path.exists(os.path.join(place, part)) for place in places):
+            return f"{needs} is not installed"
+        return None if device == "cuda" else f"{needs} runs on NVIDIA GPUs, the tensors are on {device}"
+
+    return probe
+
+
+def _attention() -> tuple[Backend, ...]:
+    """Best first; what each can do with a given call (mask, dropout, head size, GPU) stands in kernels/attention_choice.py."""
+    return (
+        Backend("flash-attn-3", "flash-attention's kernels for Hopper, packed and dense", _library("flash_attn_interface", "flash-attn 3"),
+                "pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper'", executed=False),
+        Backend("flash-attn-4", "flash-attention's kernels for Hopper and Blackwell, packed and dense",
+                _library("flash_attn.cute", "flash-attn 4"), "pip install --pre flash-attn-4", executed=False),
+        Backend("flash-attn-2", "flash-attention's kernels for Ampere and later, packed and dense, with dropout",
+                _library("flash_attn_2_cuda", "flash-attn 2"), "pip install --no-build-isolation 'flash-attn>=2.7'", executed=False),
+        Backend("transformer-engine", "cuDNN's fused attention through Transformer Engine, packed and dense, with dropout",
+                _library("transformer_engine", "Transformer Engine"), "pip install --no-build-isolation 'transformer-engine[pytorch]'",
+                executed=False),
+        Backend("varlen", "torch's own flash kernel for packed sequences", _torch_varlen, "pip install 'torch>=2.12'", executed=False),
+        Backend("torch", "scaled_dot_product_attention; packed sequences of one length are computed together", _always),
+        Backend("flex", "flex_attention with a mask of blocks: packed sequences in fp32 on a GPU", _always),
+    )
+
+
+def _torch_varlen(device: str) -> str | None:
+    if device != "cuda":
+        return f"torch.nn.attention.varlen runs on NVIDIA GPUs, the tensors are on {device}"
+    import torch
+
+    path = os.path.join(os.path.dirname(torch.__file__), "nn", "attention", "varlen.py")
+    return None if os.path.exists(path) else f"torch {torch.__version__} has no torch.nn.attention.varlen"
+
+
 def ops() -> dict[str, tuple[Backend, ...]]:
     """Every op of the project with its backends, best first."""
     return {
@@ -80,6 +121,7 @@ def ops() -> dict[str, tuple[Backend, ...]]:
             Backend("torch", "torch's fused multi-tensor kernel: one pass over weights, gradients and moments on CPU and CUDA",
                     _torch_has_fused_adamw, "pip install 'torch>=2.4'"),
         ),
+        "attention": _attention(),
         "gae": _fused("a blocked scan, 32 steps of all blocks at once", "one scan a rollout, everything read once"),
         "bias_gelu": _fused("fp32 arithmetic, backward recomputes", "bias and activation in one pass each way, the bias gradient summed on the way"),
         "geglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
