@@ -20,11 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kernels/, without an installation
 
-import torch  # noqa: E402
-from measure import machine, table, timing  # noqa: E402
-from measure.case import MODES, Case, NotInstalled, compiled, optional, short  # noqa: E402
-from measure.memory import peak_bytes  # noqa: E402
-from measure.run import Run, measure  # noqa: E402
+import torch
+
+from measure import machine, table, timing
+from measure.case import MODES, Case, NotInstalled, compiled, optional, short
+from measure.memory import peak_bytes
+from measure.run import Run, measure
 
 __all__ = ["Case", "NotInstalled", "compiled", "main", "measure", "optional", "peak_bytes"]
 

@@ -4,8 +4,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
-from functools import lru_cache
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _nvml(index: int):
     """(pynvml, handle) of a visible GPU, or None where NVML is not there."""
     try:
@@ -87,5 +87,5 @@ def describe(device: torch.device) -> dict[str, str | int]:
     return {
         "device": device_name(device), "threads": torch.get_num_threads() if device.type == "cpu" else "",
         "torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda or "", "driver": _driver(device),
-        "commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": command(),
+        "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": command(),
     }

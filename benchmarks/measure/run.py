@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from measure import errors, machine, memory, table, timing
 from measure.case import MODES, Built, Case, NotInstalled, short
@@ -107,28 +108,27 @@ def _errors(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) 
         forward = errors.worst(got.outputs, truth.exact.outputs, truth.plain.outputs)
         backward = errors.worst(got.grads, truth.exact.grads, truth.plain.grads)
         worst = max((w for w in (forward, backward) if w), key=lambda w: w[2], default=None)
-        for mode, values in (("forward", forward), ("backward", backward), ("both", worst)):
+        for mode, values in (("forward", forward), ("backward", backward), ("both", worst if backward else None)):
             if values:
                 judged[name, mode] = dict(zip(("error", "error_of_torch", "error_ratio"), values))
     return judged
 
 
-def _calls(function: Callable, inputs: Sequence[object], mode: str) -> Callable[[], object] | None:
+def _call(function: Callable, inputs: Sequence[object], mode: str) -> Callable[[], object] | None:
     """The call that is timed; None where there is nothing to differentiate."""
-    def forward():
-        return function(*inputs)
-
     if mode == "forward":
-        return forward
-    outputs = errors.outputs_of(forward())
-    graded, wanted = [o for o in outputs if o.requires_grad], errors.wanted_of(inputs)
+        return lambda: function(*inputs)
+
+    def outputs() -> list[Tensor]:
+        return [o for o in errors.outputs_of(function(*inputs)) if o.requires_grad]
+
+    graded, wanted = outputs(), errors.wanted_of(inputs)
     if not graded or not wanted:
         return None
     douts = errors.douts_for(graded)
     if mode == "backward":
         return lambda: torch.autograd.grad(graded, wanted, douts, retain_graph=True, allow_unused=True)
-    del outputs, graded
-    return lambda: torch.autograd.grad([o for o in errors.outputs_of(forward()) if o.requires_grad], wanted, douts, allow_unused=True)
+    return lambda: torch.autograd.grad(outputs(), wanted, douts, allow_unused=True)
 
 
 def _timed(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) -> dict[tuple[str, str], dict[str, object]]:
@@ -144,7 +144,7 @@ def _timed(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) -
         calls, peaks = {}, {}
         for name, (function, inputs) in ready.items():
             try:
-                call = _calls(function, inputs, mode)
+                call = _call(function, inputs, mode)
                 if call is None:
                     found[name, mode] = {"note": "no gradient"}
                     continue
@@ -155,9 +155,8 @@ def _timed(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) -
             except Exception as error:  # noqa: BLE001
                 found[name, mode] = {"note": reason(error)}
                 _cleared(run.device)
-        clocks: dict[str, object] = {}
-        turns = timing.seconds_in_turns(calls, run.device, run.budget, lambda: clocks.update(machine.clocks(run.device)))
-        found |= {(name, mode): {"times": times, "peak_mb": peaks[name], **clocks} for name, times in turns.times.items()}
+        turns = timing.seconds_in_turns(calls, run.device, run.budget, lambda: machine.clocks(run.device))
+        found |= {(name, mode): {"times": times, "peak_mb": peaks[name], **turns.while_busy} for name, times in turns.times.items()}
         found |= {(name, mode): {"note": reason(error)} for name, error in turns.failures.items()}
         del calls
         _cleared(run.device)

@@ -47,10 +47,11 @@ def ratio_in_turns(times: Sequence[float], base: Sequence[float]) -> float:
 
 @dataclass
 class Turns:
-    """Seconds a call of each, one entry a turn; and what went wrong with those that have none."""
+    """Seconds a call of each, one entry a turn; what went wrong with those that have none; what `while_busy` said."""
 
     times: dict[str, list[float]]
     failures: dict[str, Exception]
+    while_busy: object
 
 
 def seconds_in_turns(calls: Mapping[str, Callable[[], object]], device: torch.device, budget: Budget,
@@ -76,11 +77,11 @@ def seconds_in_turns(calls: Mapping[str, Callable[[], object]], device: torch.de
             except Exception as error:  # noqa: BLE001
                 failures[name] = error
                 del times[name]
-    while_busy()
+    said = while_busy()
     if device.type == "cuda":
         torch.cuda.synchronize()
         times = {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in times.items()}
-    return Turns(times, failures)
+    return Turns(times, failures, said)
 
 
 def _plan(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
