@@ -99,7 +99,7 @@ def _attention() -> tuple[Backend, ...]:
         Backend("transformer-engine", "cuDNN's fused attention through Transformer Engine, packed and dense, with dropout",
                 _library("transformer_engine", "Transformer Engine"), "pip install --no-build-isolation 'transformer-engine[pytorch]'",
                 executed=False),
-        Backend("varlen", "torch's own flash kernel for packed sequences", _torch_varlen, "pip install 'torch>=2.12'", executed=False),
+        Backend("varlen", "torch's own flash kernel for packed sequences", _torch_varlen, "pip install 'torch>=2.13'", executed=False),
         Backend("torch", "scaled_dot_product_attention; packed sequences of one length are computed together", _always),
         Backend("flex", "flex_attention with a mask of blocks: packed sequences in fp32 on a GPU", _always),
     )
@@ -114,6 +114,30 @@ def _torch_varlen(device: str) -> str | None:
     return None if os.path.exists(path) else f"torch {torch.__version__} has no torch.nn.attention.varlen"
 
 
+def _scaled_mm(device: str, blockwise: bool) -> str | None:
+    import torch
+
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no _scaled_mm (2.1 and later have)"
+    if device != "cuda":
+        return "torch._scaled_mm takes one scale a tensor or a row on CPUs, not blocks" if blockwise else None
+    sm = torch.cuda.get_device_capability()
+    if blockwise and sm != (9, 0):
+        return f"cuBLAS multiplies blocks with a scale each on sm_90 only, this GPU is sm_{sm[0]}{sm[1]}"
+    if blockwise and tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2])) < (12, 9):
+        return f"cuBLAS multiplies blocks with a scale each from CUDA 12.9 on, this torch is built for {torch.version.cuda}"
+    return None if sm >= (8, 9) else f"FP8 matrix products need sm_89 or later, this GPU is sm_{sm[0]}{sm[1]}"
+
+
+def _scaled_products(blockwise: bool) -> tuple[Backend, ...]:
+    """The matrix products of an FP8 linear layer."""
+    return (
+        Backend("scaled_mm", "torch._scaled_mm: FP8 tensor cores, scales applied to the sums", lambda device: _scaled_mm(device, blockwise),
+                executed=not blockwise),
+        Backend("emulation", "the FP8 operands read back to fp32 and multiplied there: the same numbers, no speed", _always),
+    )
+
+
 def ops() -> dict[str, tuple[Backend, ...]]:
     """Every op of the project with its backends, best first."""
     return {
@@ -122,7 +146,11 @@ def ops() -> dict[str, tuple[Backend, ...]]:
                     _torch_has_fused_adamw, "pip install 'torch>=2.4'"),
         ),
         "attention": _attention(),
+        "fp8": _fused("rounds in pieces that stay in the cache", "amax, cast and transpose in one pass, the bits made by integer arithmetic or the hardware"),
+        "fp8_linear": _scaled_products(blockwise=False),
+        "fp8_linear_blockwise": _scaled_products(blockwise=True),
         "gae": _fused("a blocked scan, 32 steps of all blocks at once", "one scan a rollout, everything read once"),
+        "grad_norm": _fused("blocks summed in fp32, their sums in fp64", "all tensors in one launch, chunks summed in fp32, their sums in fp64"),
         "bias_gelu": _fused("fp32 arithmetic, backward recomputes", "bias and activation in one pass each way, the bias gradient summed on the way"),
         "geglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
         "rope": _fused("fp32 arithmetic, nothing kept but the tables", "queries and keys in one launch, any strides of a fused projection"),

@@ -33,3 +33,83 @@ def rope(dim: int, half: int) -> dict[str, int]:
     block = next_power_of_2(half)
     rest = dim - 2 * half
     return {"ROWS": max(1024 // block, 1), "HALF_BLOCK": block, "REST_BLOCK": next_power_of_2(rest) if rest else 0, "num_warps": 4}
+
+
+def head(tokens: int, words: int, device: str, whole_rows: bool) -> tuple[int, int]:
+    """(tokens, words) of the logits that `linear_cross_entropy` holds at a time.
+
+    With `whole_rows` every word of that many tokens is held, computed `words` at a time. On a CPU a block of 1 to 4 MB stays in the cache between the
+    product that writes it and the two that read it, and products of 1,024 columns run faster than wide ones. On a GPU the products that accumulate
+    in fp32 read and write 8 bytes a sum: 1,024 words or tokens are 768 operations a byte, three times what an H100's memory asks for; 2^22 logits
+    are 16 MiB, and stay in its L2.
+    """
+    if device == "cpu":
+        return (min(tokens, 256 if whole_rows else 1024), min(words, 1024))
+    if whole_rows:
+        return min(tokens, 1024), min(words, 4096)
+    held = min(max(tokens, 1), 4096)
+    return held, min(words, max(2**22 // next_power_of_2(held), 1024), 4096)
+
+
+def head_statistics(width: int) -> dict[str, int]:
+    """One program a token walks its row of a tile: 8 fp32 a thread and step are two 16-byte loads, and four sums share their barrier's wait."""
+    block = min(max(next_power_of_2(width), 32), 2048)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+
+
+def fp8_tile() -> dict[str, int]:
+    """A program casts 32 rows of 128: 128 bf16 are sixteen 16-byte loads, and 32 rows of the transpose are 32 bytes, a memory sector. With 8 warps a
+    thread holds 16 elements."""
+    return {"ROWS": 32, "COLS": 128, "num_warps": 8}
+
+
+def fp8_block() -> dict[str, int]:
+    """A program holds the 128 x 128 elements that share a scale: 32 a thread with 16 warps; 64 spill where both orientations are written."""
+    return {"SIDE": 128, "num_warps": 16}
+
+
+def fp8_finish() -> dict[str, int]:
+    """One program reduces the maxima of all tiles: 16,384 of them for 8,192 x 8,192, in four rounds."""
+    return {"SIZE": 4096, "num_warps": 8}
+
+
+NORM_WIDEST = 65536  # 108 fp32 shares of dweight of this width are 28 MB, and still lie in the 40 to 50 MB of L2 of an A100 or H100
+
+
+def norm_forward(width: int) -> dict[str, int]:
+    """rms_norm and layer_norm: 16 elements a thread, several narrow rows or one row a program. At 16,384 columns 32 warps hold a row (32 to
+    47 of 64 registers); at 32,768 some dtypes spill, so wider rows are looped over."""
+    if width > NORM_WIDEST:
+        raise ValueError(f"width {width} is over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no such limit")
+    block = next_power_of_2(width)
+    if block > 16384:
+        return {"BLOCK": 8192, "num_warps": 16}
+    rows = min(max(2048 // block, 1), 32)
+    return {"BLOCK": block, "ROWS": rows, "num_warps": max(rows * block // 512, 1)}
+
+
+def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int]:
+    """The backward of rms_norm and layer_norm (`centered`: with a mean, so with dbias) on rows of `itemsize` bytes an element.
+
+    `programs` is 108 (the SMs of an A100, the fewest of A100, H100 and B200) times the programs that fit on an SM: one wave everywhere, and
+    equal bits everywhere, because nothing depends on the GPU. Bound by memory, 108 programs with 32 KB in flight each use an H100's bandwidth;
+    one program more than an A100 holds would cost it a second wave. Their fp32 shares of dweight add 2 to 4 % to the traffic of 8,192 rows.
+
+    To 8,192 columns a program holds rows whole, 16 elements a thread, the next ones on their way (STAGES). To 16,384 (32,768 without a
+    mean) it holds only its share of dweight and dbias, 32 to 64 of 128 registers, and reads a row in parts, twice; FIRST is the piece of the
+    first read, 32 KB of h and dy in flight. Wider rows are looped over with the share of dweight in memory.
+    """
+    if width > NORM_WIDEST:
+        raise ValueError(f"width {width} is over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no such limit")
+    block = next_power_of_2(width)
+    if block <= 8192:
+        rows = min(max(4096 // block, 1), 32)
+        return {"BLOCK": block, "ROWS": rows, "STAGES": 2, "num_warps": max(rows * block // 512, 1), "programs": 216 if block <= 4096 else 108}
+    if block <= (16384 if centered else 32768):
+        return {"BLOCK": 4096, "PARTS": block // 4096, "FIRST": 4096 if itemsize == 4 else 8192, "num_warps": 16, "programs": 108}
+    return {"BLOCK": 4096, "num_warps": 16, "programs": 108}
+
+
+def norm_add_up() -> dict[str, int]:
+    """Adds up the programs' shares of dweight: 32 columns are 128 bytes a row, and enough programs at 4,096 columns to fill a GPU."""
+    return {"BLOCK": 32, "ROWS": 32, "num_warps": 4}
