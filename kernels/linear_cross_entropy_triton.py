@@ -1,0 +1,115 @@
+"""The elementwise half of `linear_cross_entropy` in Triton: what happens to one tile of logits between two matrix products.
+
+The products are cuBLAS's: a tile [tokens, words] is written by one, is read here while it lies in the L2 cache, and is gone. A kernel that keeps
+the tile in registers (cut-cross-entropy) saves that trip, and pays with a slower product; the tile of `tiles.head` is already under a hundredth of
+the unfused path's memory.
+
+`statistics` walks a tile row by row, one program a token, and folds it into the token's running state (online softmax, Milakov & Gimelshein 2018,
+arXiv 1805.02867), so no program waits for another and nothing is added atomically. `gradient` is elementwise.
+Memory traffic: statistics reads the tile once; gradient reads it once and writes it once, in the dtype of the products that follow.
+"""
+from torch import Tensor
+
+from kernels import tiles
+from kernels.jit import Launch, narrow, tl, triton
+
+
+@triton.jit
+def _statistics(x_ptr, bias_ptr, target_ptr, state_ptr, x_stride, state_stride, width, first, inverse_temperature, HAS_BIAS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    target = (tl.load(target_ptr + row) - first).to(tl.int32)
+    state = state_ptr + row
+    top, total, moment = tl.load(state), tl.load(state + state_stride), tl.load(state + 2 * state_stride)
+    plain, picked = tl.load(state + 3 * state_stride), tl.load(state + 4 * state_stride)
+    for start in range(0, width, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        live = col < width
+        x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + col, mask=live, other=0.0).to(tl.float32)
+        x *= inverse_temperature
+        higher = tl.maximum(top, tl.max(tl.where(live, x, -3.0e38), 0))
+        drop = top - higher
+        shifted = x - higher
+        e = tl.where(live, tl.exp(shifted), 0.0)
+        moment = tl.exp(drop) * (moment + total * drop) + tl.sum(e * shifted, 0)
+        total = tl.exp(drop) * total + tl.sum(e, 0)
+        plain += tl.sum(tl.where(live, x, 0.0), 0)
+        picked += tl.sum(tl.where(live & (col == target), x, 0.0), 0)
+        top = higher
+    tl.store(state, top)
+    tl.store(state + state_stride, total)
+    tl.store(state + 2 * state_stride, moment)
+    tl.store(state + 3 * state_stride, plain)
+    tl.store(state + 4 * state_stride, picked)
+
+
+@triton.jit
+def _gradient(x_ptr, bias_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stride, plan_stride, width, first, inverse_temperature,
+              HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live = col < width
+    x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + col, mask=live, other=0.0).to(tl.float32)
+    x *= inverse_temperature
+    target = (tl.load(target_ptr + row) - first).to(tl.int32)
+    plan = plan_ptr + row
+    logp = (x - tl.load(plan)) - tl.load(plan + plan_stride)
+    factor = tl.load(plan + 2 * plan_stride)
+    if HAS_ENTROPY:
+        factor += tl.load(plan + 3 * plan_stride) * logp
+    grad = tl.exp(logp) * factor + tl.load(plan + 5 * plan_stride)
+    grad += tl.where(col == target, tl.load(plan + 4 * plan_stride), 0.0)
+    tl.store(out_ptr + row * out_stride + col, narrow(grad, out_ptr.dtype.element_ty), mask=live)
+
+
+def statistics(x: Tensor, bias: Tensor | None, target: Tensor, state: Tensor, first: int, temperature: float) -> None:
+    """Folds a tile into the state.
+
+    Args:
+        x: [n, w] fp32, raw logits. bias: [w] or None. target: [n] int64, global ids. first: global id of the tile's first word.
+        state: [5, n] fp32: the maximum m, sum e^(l - m), sum e^(l - m) (l - m), sum l, l_target.
+    """
+    rows, width = x.shape
+    if rows and width:
+        choice = tiles.head_statistics(width)
+        _statistics[(rows,)](x, bias, target, state, x.stride(0), state.stride(0), width, first, 1 / temperature, bias is not None, **choice)
+
+
+def gradient(x: Tensor, bias: Tensor | None, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
+    """out [n, w] = the gradient of the raw logits x, for `plan` [6, n]: m, log sum, and the factors of p, p log p, [v = target] and 1. `out` may be x."""
+    rows, width = x.shape
+    if rows and width:
+        choice = tiles.elementwise(width)
+        _gradient[(rows, triton.cdiv(width, choice["BLOCK"]))](
+            x, bias, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), width, first, 1 / temperature, bias is not None, entropy, **choice)
+
+
+def launches() -> list[Launch]:
+    """Every configuration of the tile table, for the static check."""
+    found = []
+    integers = {"width": "i32", "first": "i32", "inverse_temperature": "fp32"}
+    for bias in ("none", "bf16"):
+        constants: dict[str, object] = {"HAS_BIAS": bias != "none"} | ({"bias_ptr": None} if bias == "none" else {})
+        given = {"bias_ptr": f"*{bias}"} if bias != "none" else {}
+        for width in (256, 1024, 4096):
+            choice = tiles.head_statistics(width)
+            warps = choice.pop("num_warps")
+            found.append(Launch(
+                "linear_cross_entropy", f"statistics W={width} bias={bias}", _statistics,
+                {"x_ptr": "*fp32", **given, "target_ptr": "*i64", "state_ptr": "*fp32", "x_stride": "i32", "state_stride": "i32", **integers},
+                constants | choice, warps, multiples_of_16=("x_stride", "width", "first")))
+        for width in (256, 1024):
+            choice = tiles.elementwise(width)
+            warps = choice.pop("num_warps")
+            for dtype in ("fp32", "bf16", "fp16"):
+                for entropy in (False, True):
+                    found.append(Launch(
+                        "linear_cross_entropy", f"gradient W={width} {dtype} bias={bias}" + " entropy" * entropy, _gradient,
+                        {"x_ptr": "*fp32", **given, "target_ptr": "*i64", "plan_ptr": "*fp32", "out_ptr": f"*{dtype}", "x_stride": "i32",
+                         "out_stride": "i32", "plan_stride": "i32", **integers},
+                        constants | {"HAS_ENTROPY": entropy} | choice, warps, multiples_of_16=("x_stride", "out_stride", "width", "first")))
+    return found
