@@ -98,6 +98,7 @@ class Launch:
         num_warps, num_stages: as launched.
         multiples_of_16: integer arguments that are divisible by 16 at model sizes (widths, strides): Triton specialises on it at launch.
         memory_bound: the kernel must load 16 bytes at a time.
+        since: the lowest compute capability it is compiled for (80, 90, 100).
     """
 
     op: str
@@ -109,6 +110,7 @@ class Launch:
     num_stages: int = 3
     multiples_of_16: tuple[str, ...] = ()
     memory_bound: bool = True
+    since: int = 80
     options: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -75,7 +75,7 @@ def measure(op: str, only: int | None = None) -> dict[tuple[str, str, int], tupl
     """(op, variant, sm) -> (cost, bound by memory) of everything that module `op` launches."""
     launches = importlib.import_module(f"kernels.{op}").launches()
     return {(launch.op, launch.variant, sm): (cost(launch, sm), launch.memory_bound)
-            for launch in launches for sm in ARCHITECTURES if only in (None, sm)}
+            for launch in launches for sm in ARCHITECTURES if only in (None, sm) and sm >= launch.since}
 
 
 def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, int], Cost]]:
