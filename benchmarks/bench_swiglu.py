@@ -2,9 +2,9 @@
 from collections.abc import Iterator
 
 import torch
-from kernels.swiglu import swiglu, swiglu_reference
-
 from harness import Case, compiled, main, optional
+
+from kernels.swiglu import swiglu, swiglu_reference
 
 
 def liger(module):

@@ -21,7 +21,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # kernels/, without an installation
 
 import torch
-
 from measure import machine, table, timing
 from measure.case import MODES, Case, NotInstalled, compiled, optional, short
 from measure.memory import peak_bytes
@@ -37,13 +36,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-def parser(description: str) -> Parser:
-    """The options that all benchmarks share."""
+def parser(description: str, *, dtype: bool = True) -> Parser:
+    """The options that all benchmarks share; `dtype`: whether that is one."""
     made = Parser(description=description, allow_abbrev=False)
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where torch sees a GPU")
     made.add_argument("--quick", action="store_true", help="the first case of each op and dtype, a tenth of the time: does it work?")
     made.add_argument("--output", type=Path, metavar="DIR", help="write DIR/<op>.csv instead of CSV to stdout")
-    made.add_argument("--dtype", nargs="+", default=[], metavar="DTYPE", help="float32, bfloat16, ...")
+    if dtype:
+        made.add_argument("--dtype", nargs="+", default=[], metavar="DTYPE", help="float32, bfloat16, ...")
     made.add_argument("--threads", type=int, help="of torch on CPU; default: torch's own")
     return made
 

@@ -54,12 +54,12 @@ def _driver(device: torch.device) -> str:
     return str(found[0].nvmlSystemGetDriverVersion()) if found else ""
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
+def version(package: str) -> str:
+    from importlib import metadata
 
     try:
-        return version(package)
-    except PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return ""
 
 
@@ -86,6 +86,6 @@ def describe(device: torch.device) -> dict[str, str | int]:
     """The columns of the schema that are the same for every row of a run."""
     return {
         "device": device_name(device), "threads": torch.get_num_threads() if device.type == "cpu" else "",
-        "torch": torch.__version__, "triton": _version("triton"), "cuda": torch.version.cuda or "", "driver": _driver(device),
+        "torch": torch.__version__, "triton": version("triton"), "cuda": torch.version.cuda or "", "driver": _driver(device),
         "commit": commit(), "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "command": command(),
     }
