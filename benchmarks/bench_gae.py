@@ -32,7 +32,7 @@ def cases(device: str) -> Iterator[Case]:
                 "ours": lambda r, v: gae(r, v, gamma=0.99), "ours-torch": lambda r, v: gae(r, v, gamma=0.99, backend="torch"),
                 "ours-packed": packed("auto"), "eager": lambda r, v: gae_reference(r, v, 0.99, 0.95),
             },
-            reference=lambda r, v: gae_reference(r, v, 0.99, 0.95), bytes_forward=4 * 4 * batch * seq, bytes_backward=0, memory_bound=True)
+            reference=lambda r, v: gae_reference(r, v, 0.99, 0.95), bytes_forward=4 * 4 * batch * seq, differentiable=())
 
 
 if __name__ == "__main__":

@@ -153,7 +153,9 @@ def ops() -> dict[str, tuple[Backend, ...]]:
         "grad_norm": _fused("blocks summed in fp32, their sums in fp64", "all tensors in one launch, chunks summed in fp32, their sums in fp64"),
         "bias_gelu": _fused("fp32 arithmetic, backward recomputes", "bias and activation in one pass each way, the bias gradient summed on the way"),
         "geglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
+        "layer_norm": _fused("torch's own layer norm, forward and backward", "residual add, statistics and norm in one pass over memory each way"),
         "linear_cross_entropy": _fused("tiles of logits that stay in the cache, fp32 sums", "tiles of fp32 logits, read once and written once between the products"),
+        "rms_norm": _fused("rows in pieces that stay in the cache", "residual add, statistics and norm in one pass over memory each way"),
         "rope": _fused("fp32 arithmetic, nothing kept but the tables", "queries and keys in one launch, any strides of a fused projection"),
         "swiglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
     }

@@ -19,7 +19,6 @@ FACTORIES = (  # noqa: SIM905
     "empty zeros ones full tensor arange rand randn randint randperm as_tensor eye linspace empty_strided scalar_tensor "
     "empty_like zeros_like ones_like full_like rand_like randn_like"
 ).split()
-NORM_BLOCK = 4096  # elements summed in fp32 before fp64 takes over
 TENSOR_TYPES = {
     "FloatTensor": torch.float,
     "HalfTensor": torch.half,
@@ -180,20 +179,13 @@ def _probe_megatron_generator():
     assert torch.equal(torch.rand(1), first)
 
 
-def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Of all elements, fp64."""
-    flat = tensor.detach().reshape(-1)
-    body = flat[: flat.numel() // NORM_BLOCK * NORM_BLOCK].view(-1, NORM_BLOCK)
-    blocks, rest = torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(flat[body.numel():])
-    return blocks.double().square().sum() + rest.double().square()
-
-
 def _apply_gradient_norm():
     from megatron.core.optimizer import clip_grads
 
+    from kernels.grad_norm import grad_norm
+
     def norm(chunk_size, noop_flag, tensor_lists, per_tensor, *args):
-        total = sum((_square_sum(tensor) for tensor in tensor_lists[0]), start=torch.zeros((), dtype=torch.float64))
-        return total.sqrt().float().reshape(1), None
+        return grad_norm(tensor_lists[0]).reshape(1), None
 
     clip_grads.l2_norm_impl = norm
 
