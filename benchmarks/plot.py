@@ -94,20 +94,36 @@ def summary(rows: Sequence[table.Row], plots: Sequence[Path] = ()) -> str:
     lines = [f"Measured on {device} ({versions}), commit {', '.join(commits)}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}.", "",
              "| op | shape | dtype | mode | ours, ms | x eager | of copy | TFLOP/s | peak MB | error / torch's | best other | its ms |",
              "|---|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|"]
-    for group in largest(rows):
-        ours = next((r for r in group if r["provider"] == OURS), None) or group[0]
-        others = [r for r in group if not r["provider"].startswith(OURS) and r["p50_ms"] and r is not ours]
-        best = min(others, key=lambda r: float(r["p50_ms"]), default=None)
-        share = f"{100 * float(ours['share_of_copy']):.0f} %" if ours["share_of_copy"] else ""
-        lines.append("| " + " | ".join((
-            ours["op"], ours["shape"], ours["dtype"], ours["mode"], ours["p50_ms"] or ours["note"], ours["time_over_eager"], share, ours["tflops"],
-            ours["peak_mb"], ours["error_ratio"], best["provider"] if best else "", best["p50_ms"] if best else "")) + " |")
+    kernels = [r for r in rows if not is_collective(r)]
+    lines += [_line(group) for group in largest(kernels)] if kernels else []
+    if not kernels:
+        del lines[2:]
+    collectives = [r for r in rows if is_collective(r)]
+    if collectives:
+        lines += ["", "| collective | size | backend, layout | ranks | p50 ms | bus GB/s |", "|---|---|---|---|---:|---:|"]
+        lines += ["| " + " | ".join(r[k] for k in ("op", "shape", "provider", "note", "p50_ms", "gb_per_s")) + " |"
+                  for group in largest(collectives) for r in group]
     absent = sorted({f"{r['provider']} ({r['op']}: {r['note']})" for r in rows if r["note"] and not r["p50_ms"] and r["note"] != "no gradient"})
     if absent:
         lines += ["", "Without numbers: " + "; ".join(absent) + "."]
     lines += ["", "Commands: " + ", ".join(f"`{c}`" for c in dict.fromkeys(r["command"] for r in rows)) + "."]
     lines += [f"\n![{path.stem}]({path.name})" for path in plots]
     return "\n".join(lines) + "\n"
+
+
+def is_collective(row: table.Row) -> bool:
+    return "[" in row["op"]
+
+
+def _line(group: Sequence[table.Row]) -> str:
+    """One line of the summary: ours, or the first provider where there is none of that name, beside the best of the others."""
+    ours = next((r for r in group if r["provider"] == OURS), None) or group[0]
+    others = [r for r in group if not r["provider"].startswith(OURS) and r["p50_ms"] and r is not ours]
+    best = min(others, key=lambda r: float(r["p50_ms"]), default=None)
+    share = f"{100 * float(ours['share_of_copy']):.0f} %" if ours["share_of_copy"] else ""
+    return "| " + " | ".join((
+        ours["op"], ours["shape"], ours["dtype"], ours["mode"], ours["p50_ms"] or ours["note"], ours["time_over_eager"], share, ours["tflops"],
+        ours["peak_mb"], ours["error_ratio"], best["provider"] if best else "", best["p50_ms"] if best else "")) + " |"
 
 
 def largest(rows: Sequence[table.Row]) -> list[list[table.Row]]:
