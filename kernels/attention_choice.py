@@ -27,6 +27,7 @@ class Call:
     mask: bool = False
     dropout: bool = False
     return_lse: bool = False
+    grad: bool = False  # a gradient will be asked for; looked at for flex alone
 
 
 def _half(name: str, call: Call, largest: int = 256) -> str | None:
@@ -56,6 +57,8 @@ def refusal(name: str, call: Call) -> str | None:
     if name == "flex":
         if not call.packed:
             return "flex_attention serves packed sequences here; dense ones are scaled_dot_product_attention's"
+        if call.grad and call.device == "cpu":
+            return "flex_attention has no backward on CPU"
         return "flex_attention has no dropout" if call.dropout else None
     reason = _half(name, call)
     if reason:
@@ -109,18 +112,22 @@ def choose_for(call: Call, backend: str = "auto", *, partial: bool = False) -> C
     return Choice("attention", chosen, rows[chosen].reason, others)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=None)
 def _serving(backend: str, device: str, index: int | None, dtype: torch.dtype, head_size: int, packed: bool, mask: bool, dropout: bool,
-             return_lse: bool, partial: bool) -> str:
+             return_lse: bool, grad: bool, partial: bool) -> str:
     capability = torch.cuda.get_device_capability(index) if device == "cuda" and torch.cuda.is_available() else None
-    call = Call(device, dtype, head_size, capability, packed, mask, dropout, return_lse)
+    call = Call(device, dtype, head_size, capability, packed, mask, dropout, return_lse, grad)
     return choose_for(call, backend, partial=partial).backend
 
 
-def serving(backend: str, q: Tensor, *, packed: bool, mask: bool, dropout: bool = False, return_lse: bool = False, partial: bool = False) -> str:
+@torch.compiler.assume_constant_result
+def _constant(*call) -> str:
+    return _serving(*call)
+
+
+def serving(backend: str, q: Tensor, *, packed: bool, mask: bool, dropout: bool = False, return_lse: bool = False, grad: bool = False,
+            partial: bool = False) -> str:
     """The name of what serves these tensors: looked up once for each kind of call, a constant under `torch.compile`."""
     device = q.device
-    return _serving(backend, device.type, device.index, q.dtype, q.shape[-1], packed, mask, dropout, return_lse, partial)
-
-
+    looked_up = _constant if torch.compiler.is_compiling() else _serving
+    return looked_up(backend, device.type, device.index, q.dtype, q.shape[-1], packed, mask, dropout, return_lse, grad, partial)
