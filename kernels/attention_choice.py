@@ -128,6 +128,9 @@ def _constant(*call) -> str:
 def serving(backend: str, q: Tensor, *, packed: bool, mask: bool, dropout: bool = False, return_lse: bool = False, grad: bool = False,
             partial: bool = False) -> str:
     """The name of what serves these tensors: looked up once for each kind of call, a constant under `torch.compile`."""
-    device = q.device
-    looked_up = _constant if torch.compiler.is_compiling() else _serving
-    return looked_up(backend, device.type, device.index, q.dtype, q.shape[-1], packed, mask, dropout, return_lse, grad, partial)
+    device, size = q.device, q.shape[-1]
+    if not torch.compiler.is_compiling():
+        return _serving(backend, device.type, device.index, q.dtype, size, packed, mask, dropout, return_lse, grad, partial)
+    # A size that the compiler holds for dynamic becomes a number by comparison; where it is none of these, no fused kernel takes it either.
+    size = next((n for n in range(8, 257, 8) if n == size), 1)
+    return _constant(backend, device.type, device.index, q.dtype, size, packed, mask, dropout, return_lse, grad, partial)
