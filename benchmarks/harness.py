@@ -8,7 +8,7 @@ replaced), and the table to stdout.
 
 Modes: `forward` with autograd on, as in training; `backward` is torch.autograd.grad over a graph that is kept; `both` is one after the other.
 Columns: `measure/table.py`. `share_of_copy` is 100 % where the op moves its bytes (the traffic model of its docstring, not a counter's) as fast
-as torch's copy of a large tensor does on this device in this run. `peak_mb` (10^6 bytes) is beyond what stood before the call. `error` is
+as torch's copy of a large tensor does on this device in the same turns (`copy_gb_per_s`). `peak_mb` (10^6 bytes) is beyond what stood before the call. `error` is
 max |x - fp64| / max |fp64| of the worst result, `error_of_torch` the same for PyTorch in the same dtype, `error_ratio` their quotient.
 What a provider cannot do (not installed, out of memory, an exception) is a row with the reason in `note`.
 """
@@ -97,10 +97,10 @@ def main(cases: Callable[[str], Iterable[Case]], argv: Sequence[str] | None = No
     if not left:
         print(f"{stem}: no cases for {device.type}", file=sys.stderr)
         return
-    budget = timing.QUICK if options.quick else timing.FULL
-    run = Run(device, budget, timing.copy_bandwidth(device, budget), machine.describe(device), options.modes, options.providers)
+    run = Run(device, timing.QUICK if options.quick else timing.FULL, timing.Copy(device), machine.describe(device), options.modes, options.providers)
     page = sys.stdout if options.output else sys.stderr
-    print(f"{run.columns['device']}: copy {run.copy / 1e9:.1f} GB/s", file=page)
+    rate = run.copy.bandwidth(timing.seconds_in_turns({"": run.copy}, device, run.budget).times[""])
+    print(f"{run.columns['device']}: copy {rate / 1e9:.1f} GB/s", file=page)
     sink = Sink(options.output, stem)
     for case in left:
         rows = measure(case, run)

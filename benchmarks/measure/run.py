@@ -11,6 +11,8 @@ from torch import Tensor
 from measure import errors, machine, memory, table, timing
 from measure.case import MODES, Built, Case, NotInstalled, short
 
+COPY = "copy, beside the providers"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -18,7 +20,7 @@ class Run:
 
     device: torch.device
     budget: timing.Budget
-    copy: float  # bytes a second
+    copy: timing.Copy
     columns: Mapping[str, object]
     modes: Sequence[str] = MODES
     providers: Sequence[str] = ()
@@ -55,14 +57,15 @@ def measure(case: Case, run: Run) -> list[dict[str, str]]:
             values = {"op": case.op, "mode": mode, "shape": case.shape, "dtype": short(case.dtype), "provider": name, **run.columns}
             values |= judged.get((name, mode), {})
             got = dict(found.get((name, mode), {"note": failed.get(name, "")}))
-            if times := got.pop("times", None):
-                got |= figures(case, mode, times, base, run.copy)
+            times, copy = got.pop("times", None), got.pop("copy", None)
+            if times:
+                got |= figures(case, mode, times, base, copy)
             rows.append(table.row(**{**values, **got}))
     return rows
 
 
 def figures(case: Case, mode: str, times: Sequence[float], base: Sequence[float] | None, copy: float) -> dict[str, object]:
-    """The columns that follow from the times (seconds a call, one a turn)."""
+    """The columns that follow from the times (seconds a call, one a turn) and from the copy's bytes a second in the same turns."""
     middle = statistics.median(times)
     moved, computed = case.amount("bytes", mode), case.amount("flops", mode)
     rate = timing.bandwidth(moved, middle) if moved else None
@@ -155,9 +158,11 @@ def _timed(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) -
             except Exception as error:  # noqa: BLE001
                 found[name, mode] = {"note": reason(error)}
                 _cleared(run.device)
-        turns = timing.seconds_in_turns(calls, run.device, run.budget, lambda: machine.clocks(run.device))
-        found |= {(name, mode): {"times": times, "peak_mb": peaks[name], **turns.while_busy} for name, times in turns.times.items()}
-        found |= {(name, mode): {"note": reason(error)} for name, error in turns.failures.items()}
+        if calls:
+            turns = timing.seconds_in_turns({**calls, COPY: run.copy}, run.device, run.budget, lambda: machine.clocks(run.device))
+            copy = run.copy.bandwidth(turns.times.pop(COPY))
+            found |= {(name, mode): {"times": times, "copy": copy, "peak_mb": peaks[name], **turns.while_busy} for name, times in turns.times.items()}
+            found |= {(name, mode): {"note": reason(error)} for name, error in turns.failures.items()}
         del calls
         _cleared(run.device)
     return found

@@ -129,13 +129,21 @@ def release() -> None:
     _flush.clear()
 
 
-def copy_bandwidth(device: torch.device, budget: Budget, megabytes: int | None = None) -> float:
-    """Bytes a second, read and written, of torch's copy of a tensor far larger than the caches: the median of its times."""
-    size = (megabytes or (512 if device.type == "cuda" else 128)) << 20
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    times = seconds_in_turns({"copy": lambda: target.copy_(source)}, device, budget).times["copy"]
-    return bandwidth(2 * size, statistics.median(times))
+class Copy:
+    """torch's copy of a tensor far larger than the caches: what shares are taken of. It is timed in the same turns as those it judges."""
+
+    def __init__(self, device: torch.device, megabytes: int | None = None):
+        size = (megabytes or (512 if device.type == "cuda" else 128)) << 20
+        self.source = torch.ones(size // 4, dtype=torch.float32, device=device)
+        self.target = torch.empty_like(self.source)
+        self.bytes = 2 * size  # read and written
+
+    def __call__(self) -> torch.Tensor:
+        return self.target.copy_(self.source)
+
+    def bandwidth(self, times: Sequence[float]) -> float:
+        """Bytes a second, from the median of its times."""
+        return bandwidth(self.bytes, statistics.median(times))
 
 
 def bandwidth(moved: float, seconds: float) -> float:
