@@ -65,11 +65,22 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def _scaled(x: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(x: Tensor, hidden: Tensor, block: Tensor, bias: Tensor | None) -> None:
+    """x [n, w] = hidden block^T + bias."""
+    if bias is None:
+        multiply(x, hidden, block.t(), add=False)
+    elif x.dtype == hidden.dtype:
+        torch.addmm(bias, hidden, block.t(), out=x)
+    elif x.device.type == "cpu":
+        x.copy_(torch.addmm(bias, hidden, block.t()))
+    else:
+        x.copy_(bias.expand_as(x))
+        multiply(x, hidden, block.t(), add=True)
+
+
+def _scaled(x: Tensor, temperature: float) -> Tensor:
     """fp32 logits of a tile: in place where the tile is fp32."""
     x = x.float()
-    if bias is not None:
-        x.add_(bias)
     return x if temperature == 1.0 else x.div_(temperature)
 
 
@@ -179,11 +190,11 @@ def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, h
         for t in range(0, len(hidden), tokens):
             mine, ids, kept = hidden[t:t + tokens], target[t:t + tokens], state[:, t:t + tokens]
             x = buffer[:len(mine) * len(block)].view(len(mine), len(block))
-            multiply(x, mine, block.t(), add=False)
+            _logits(x, mine, block, b)
             if head.triton:
-                fused.statistics(x, b, ids, kept, first + v, head.temperature)
+                fused.statistics(x, ids, kept, first + v, head.temperature)
             else:
-                _statistics(_scaled(x, b, head.temperature), ids - (first + v), kept, sums=head.label_smoothing > 0, moment=True)
+                _statistics(_scaled(x, head.temperature), ids - (first + v), kept, sums=head.label_smoothing > 0, moment=True)
     return finish(combine(state, head), target, head)
 
 
@@ -209,11 +220,11 @@ def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
         for t in range(0, n, tokens):
             mine, ids, part = hidden[t:t + tokens], target[t:t + tokens], plan[:, t:t + tokens]
             x, d = (y[:len(mine) * len(block)].view(len(mine), len(block)) for y in (buffer, narrowed))
-            multiply(x, mine, block.t(), add=False)
+            _logits(x, mine, block, b)
             if head.triton:
-                fused.gradient(x, b, ids, part, d, first + v, head.temperature, entropy)
+                fused.gradient(x, ids, part, d, first + v, head.temperature, entropy)
             else:
-                y = _exponentials(_scaled(x, b, head.temperature), part, entropy=entropy)
+                y = _exponentials(_scaled(x, head.temperature), part, entropy=entropy)
                 _hits(y, ids - (first + v), part, head.label_smoothing > 0)
                 if y is not d:
                     d.copy_(y)
@@ -241,7 +252,7 @@ def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     tokens, words = head.tile(n, live, hidden.device, True)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if needed[0] else 0)
-    dweight = torch.zeros(weight.shape if needed[1] else 0, dtype=torch.float32, device=hidden.device)
+    dweight = torch.empty(weight.shape if needed[1] else 0, dtype=torch.float32, device=hidden.device)
     dbias = torch.zeros(len(weight) if bias is not None and needed[2] else 0, dtype=torch.float32, device=hidden.device)
     buffer = hidden.new_empty(tokens * live, dtype=torch.float32 if head.triton else hidden.dtype)
     narrowed = hidden.new_empty(tokens * words) if head.triton and wide else None
@@ -254,11 +265,14 @@ def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
         for v in starts:  # each block is dense: the products and the elementwise passes find it in the cache
             width = min(words, live - v)
             x, b = buffer[len(mine) * v:len(mine) * (v + width)].view(len(mine), width), None if bias is None else bias[v:v + width]
-            multiply(x, mine, weight[v:v + width].t(), add=False)
+            _logits(x, mine, weight[v:v + width], b)
             if head.triton:
-                fused.statistics(x, b, ids, state, first + v, head.temperature)
-            else:  # an fp32 block becomes e^(l - m), with the maximum m so far; a 16-bit one stays as it is
-                _statistics(_scaled(x, b, head.temperature), ids - (first + v), state, sums=head.label_smoothing > 0, moment=False)
+                fused.statistics(x, ids, state, first + v, head.temperature)
+            else:  # the block becomes e^(l - m), with the maximum m so far
+                y = _scaled(x, head.temperature)
+                _statistics(y, ids - (first + v), state, sums=head.label_smoothing > 0, moment=False)
+                if y is not x:
+                    x.copy_(y)
             blocks.append(x)
             tops.append(state[0].clone())
         loss[t:t + tokens], _, _, top, log_sum = finish(combine(state, head), ids, head)
@@ -268,14 +282,11 @@ def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
         dmine = dhidden[t:t + tokens] if sums is None else sums[:len(mine)]
         for v, x, then in zip(starts, blocks, tops, strict=True):
             width = x.shape[1]
-            b = None if bias is None else bias[v:v + width]
             if head.triton:
                 d = x if narrowed is None else narrowed[:x.numel()].view(x.shape)
-                fused.gradient(x, b, ids, part, d, first + v, head.temperature, False)
+                fused.gradient(x, ids, part, d, first + v, head.temperature, False)
             else:
-                d = x
-                y = _exponentials(_scaled(x, b, head.temperature), part, entropy=False) if wide else x.mul_(
-                    (part[2] * torch.exp((then - top) - log_sum)).unsqueeze(1))
+                d, y = x, x.float().mul_((part[2] * torch.exp((then - top) - log_sum)).unsqueeze(1))
                 _hits(y, ids - (first + v), part, head.label_smoothing > 0)
                 if y is not d:
                     d.copy_(y)
@@ -287,4 +298,5 @@ def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
                 dbias[v:v + width] += d.sum(0, dtype=torch.float32)
         if sums is not None and live:
             dhidden[t:t + tokens] = dmine
+    dweight[live if n else 0:] = 0
     return loss, dhidden, dweight if wide_weight else dweight.to(weight.dtype), dbias

@@ -15,8 +15,7 @@ from kernels.jit import Launch, narrow, tl, triton
 
 
 @triton.jit
-def _statistics(x_ptr, bias_ptr, target_ptr, state_ptr, x_stride, state_stride, width, first, inverse_temperature, HAS_BIAS: tl.constexpr,
-                BLOCK: tl.constexpr):
+def _statistics(x_ptr, target_ptr, state_ptr, x_stride, state_stride, width, first, inverse_temperature, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = (tl.load(target_ptr + row) - first).to(tl.int32)
     state = state_ptr + row
@@ -26,8 +25,6 @@ def _statistics(x_ptr, bias_ptr, target_ptr, state_ptr, x_stride, state_stride, 
         col = start + tl.arange(0, BLOCK)
         live = col < width
         x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
-        if HAS_BIAS:
-            x += tl.load(bias_ptr + col, mask=live, other=0.0).to(tl.float32)
         x *= inverse_temperature
         higher = tl.maximum(top, tl.max(tl.where(live, x, -3.0e38), 0))
         drop = top - higher
@@ -46,14 +43,12 @@ def _statistics(x_ptr, bias_ptr, target_ptr, state_ptr, x_stride, state_stride, 
 
 
 @triton.jit
-def _gradient(x_ptr, bias_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stride, plan_stride, width, first, inverse_temperature,
-              HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient(x_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stride, plan_stride, width, first, inverse_temperature,
+              HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = col < width
     x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + col, mask=live, other=0.0).to(tl.float32)
     x *= inverse_temperature
     target = (tl.load(target_ptr + row) - first).to(tl.int32)
     plan = plan_ptr + row
@@ -66,50 +61,47 @@ def _gradient(x_ptr, bias_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stri
     tl.store(out_ptr + row * out_stride + col, narrow(grad, out_ptr.dtype.element_ty), mask=live)
 
 
-def statistics(x: Tensor, bias: Tensor | None, target: Tensor, state: Tensor, first: int, temperature: float) -> None:
+def statistics(x: Tensor, target: Tensor, state: Tensor, first: int, temperature: float) -> None:
     """Folds a tile into the state.
 
     Args:
-        x: [n, w] fp32, raw logits. bias: [w] or None. target: [n] int64, global ids. first: global id of the tile's first word.
+        x: [n, w] fp32, raw logits. target: [n] int64, global ids. first: global id of the tile's first word.
         state: [5, n] fp32: the maximum m, sum e^(l - m), sum e^(l - m) (l - m), sum l, l_target.
     """
     rows, width = x.shape
     if rows and width:
         choice = tiles.head_statistics(width)
-        _statistics[(rows,)](x, bias, target, state, x.stride(0), state.stride(0), width, first, 1 / temperature, bias is not None, **choice)
+        _statistics[(rows,)](x, target, state, x.stride(0), state.stride(0), width, first, 1 / temperature, **choice)
 
 
-def gradient(x: Tensor, bias: Tensor | None, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
+def gradient(x: Tensor, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
     """out [n, w] = the gradient of the raw logits x, for `plan` [6, n]: m, log sum, and the factors of p, p log p, [v = target] and 1. `out` may be x."""
     rows, width = x.shape
     if rows and width:
         choice = tiles.elementwise(width)
         _gradient[(rows, triton.cdiv(width, choice["BLOCK"]))](
-            x, bias, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), width, first, 1 / temperature, bias is not None, entropy, **choice)
+            x, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), width, first, 1 / temperature, entropy, **choice)
 
 
 def launches() -> list[Launch]:
     """Every configuration of the tile table, for the static check."""
     found = []
     integers = {"width": "i32", "first": "i32", "inverse_temperature": "fp32"}
-    for bias in ("none", "bf16"):
-        constants: dict[str, object] = {"HAS_BIAS": bias != "none"} | ({"bias_ptr": None} if bias == "none" else {})
-        given = {"bias_ptr": f"*{bias}"} if bias != "none" else {}
-        for width in (256, 1024, 4096):
-            choice = tiles.head_statistics(width)
-            warps = choice.pop("num_warps")
-            found.append(Launch(
-                "linear_cross_entropy", f"statistics W={width} bias={bias}", _statistics,
-                {"x_ptr": "*fp32", **given, "target_ptr": "*i64", "state_ptr": "*fp32", "x_stride": "i32", "state_stride": "i32", **integers},
-                constants | choice, warps, multiples_of_16=("x_stride", "width", "first")))
-        for width in (256, 1024):
-            choice = tiles.elementwise(width)
-            warps = choice.pop("num_warps")
-            for dtype in ("fp32", "bf16", "fp16"):
-                for entropy in (False, True):
-                    found.append(Launch(
-                        "linear_cross_entropy", f"gradient W={width} {dtype} bias={bias}" + " entropy" * entropy, _gradient,
-                        {"x_ptr": "*fp32", **given, "target_ptr": "*i64", "plan_ptr": "*fp32", "out_ptr": f"*{dtype}", "x_stride": "i32",
-                         "out_stride": "i32", "plan_stride": "i32", **integers},
-                        constants | {"HAS_ENTROPY": entropy} | choice, warps, multiples_of_16=("x_stride", "out_stride", "width", "first")))
+    for width in (256, 1024, 4096):
+        choice = tiles.head_statistics(width)
+        warps = choice.pop("num_warps")
+        found.append(Launch(
+            "linear_cross_entropy", f"statistics W={width}", _statistics,
+            {"x_ptr": "*fp32", "target_ptr": "*i64", "state_ptr": "*fp32", "x_stride": "i32", "state_stride": "i32", **integers}, choice, warps,
+            multiples_of_16=("x_stride", "width", "first")))
+    for width in (256, 1024):
+        choice = tiles.elementwise(width)
+        warps = choice.pop("num_warps")
+        for dtype in ("fp32", "bf16", "fp16"):
+            for entropy in (False, True):
+                found.append(Launch(
+                    "linear_cross_entropy", f"gradient W={width} {dtype}" + " entropy" * entropy, _gradient,
+                    {"x_ptr": "*fp32", "target_ptr": "*i64", "plan_ptr": "*fp32", "out_ptr": f"*{dtype}", "x_stride": "i32", "out_stride": "i32",
+                     "plan_stride": "i32", **integers}, {"HAS_ENTROPY": entropy, **choice}, warps,
+                    multiples_of_16=("x_stride", "out_stride", "width", "first")))
     return found

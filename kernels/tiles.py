@@ -3,6 +3,7 @@
 Each function maps a problem size to the compile-time constants of a launch and its `num_warps`. The hardware reasons are beside the numbers;
 `kernels/static_check.py` compiles every entry for sm_80, sm_90 and sm_100 and refuses spills.
 """
+from collections.abc import Iterator
 
 
 def next_power_of_2(n: int) -> int:
@@ -27,6 +28,26 @@ def scan(length: int) -> dict[str, int]:
     return {"BLOCK": 256, "num_warps": 1} if length <= 256 else {"BLOCK": 1024, "num_warps": 4}
 
 
+ACTIVATION_WIDTHS = (256, 512, 1024, 4096)  # one for each entry that `activation` has at 256 and above
+
+
+def activation(width: int) -> dict[str, int]:
+    """A program walks a piece of one row: 2,048 elements with 4 warps are 16 a thread, two 16-byte loads of bf16 each, so that the programs of a
+    multiprocessor keep 64 kB and more in flight; 1,024 where the last piece of 2,048 would be more than an eighth idle. Narrow rows take fewer warps,
+    so that the loads stay 16 bytes wide."""
+    block = min(next_power_of_2(width), 2048)
+    if -width % block > block // 8:
+        block = min(block, 1024)
+    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 4)}
+
+
+def pieces_in_cache(x, elements: int = 2**18) -> Iterator[slice]:
+    """Slices of the first dimension of tensor `x` for a torch path of several passes: on CPU of 1 MiB of fp32, which stay in a core's cache between
+    the passes; all of it elsewhere."""
+    step = max(elements * x.shape[0] // max(x.numel(), 1), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
+    return (slice(begin, begin + step) for begin in range(0, x.shape[0], step))
+
+
 def rope(dim: int, half: int) -> dict[str, int]:
     """A program turns ROWS heads, 2,048 channels with 4 warps: 8 pairs a thread are one 16-byte load of bf16 from each half. Rows are heads of any
     token, so that 8 key groups fill a tile as well as 96 heads do."""
@@ -44,7 +65,7 @@ def head(tokens: int, words: int, device: str, whole_rows: bool) -> tuple[int, i
     are 16 MiB, and stay in its L2.
     """
     if device == "cpu":
-        return (min(tokens, 256 if whole_rows else 1024), min(words, 1024))
+        return min(tokens, min(max(2**20 // max(words, 1), 512), 1024) if whole_rows else 1024), min(words, 1024)
     if whole_rows:
         return min(tokens, 1024), min(words, 4096)
     held = min(max(tokens, 1), 4096)
@@ -77,15 +98,15 @@ NORM_WIDEST = 65536  # 108 fp32 shares of dweight of this width are 28 MB, and s
 
 
 def norm_forward(width: int) -> dict[str, int]:
-    """rms_norm and layer_norm: 16 elements a thread, several narrow rows or one row a program. At 16,384 columns 32 warps hold a row (32 to
-    47 of 64 registers); at 32,768 some dtypes spill, so wider rows are looped over."""
+    """rms_norm and layer_norm: 16 elements a thread, several narrow rows or one row a program. 16,384 columns take 32 elements a thread (with
+    32 warps fp32 spills); at 32,768 most dtypes spill, so wider rows are looped over."""
     if width > NORM_WIDEST:
-        raise ValueError(f"width {width} is over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no such limit")
+        raise ValueError(f"the last dimension of x is {width}, over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no limit")
     block = next_power_of_2(width)
     if block > 16384:
         return {"BLOCK": 8192, "num_warps": 16}
     rows = min(max(2048 // block, 1), 32)
-    return {"BLOCK": block, "ROWS": rows, "num_warps": max(rows * block // 512, 1)}
+    return {"BLOCK": block, "ROWS": rows, "num_warps": min(max(rows * block // 512, 1), 16)}
 
 
 def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int]:
@@ -93,18 +114,19 @@ def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int
 
     `programs` is 108 (the SMs of an A100, the fewest of A100, H100 and B200) times the programs that fit on an SM: one wave everywhere, and
     equal bits everywhere, because nothing depends on the GPU. Bound by memory, 108 programs with 32 KB in flight each use an H100's bandwidth;
-    one program more than an A100 holds would cost it a second wave. Their fp32 shares of dweight add 2 to 4 % to the traffic of 8,192 rows.
+    one program more than an A100 holds would cost it a second wave. Their fp32 shares of dweight add 2 to 5 % to the traffic of 8,192 rows.
 
     To 8,192 columns a program holds rows whole, 16 elements a thread, the next ones on their way (STAGES). To 16,384 (32,768 without a
     mean) it holds only its share of dweight and dbias, 32 to 64 of 128 registers, and reads a row in parts, twice; FIRST is the piece of the
     first read, 32 KB of h and dy in flight. Wider rows are looped over with the share of dweight in memory.
     """
     if width > NORM_WIDEST:
-        raise ValueError(f"width {width} is over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no such limit")
+        raise ValueError(f"the last dimension of x is {width}, over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no limit")
     block = next_power_of_2(width)
     if block <= 8192:
-        rows = min(max(4096 // block, 1), 32)
-        return {"BLOCK": block, "ROWS": rows, "STAGES": 2, "num_warps": max(rows * block // 512, 1), "programs": 216 if block <= 4096 else 108}
+        rows = min(max(2048 // block, 1), 32)
+        resident = 3 if block <= 2048 else 2 if block <= 4096 else 1
+        return {"BLOCK": block, "ROWS": rows, "STAGES": 2, "num_warps": max(rows * block // 512, 1), "programs": 108 * resident}
     if block <= (16384 if centered else 32768):
         return {"BLOCK": 4096, "PARTS": block // 4096, "FIRST": 4096 if itemsize == 4 else 8192, "num_warps": 16, "programs": 108}
     return {"BLOCK": 4096, "num_warps": 16, "programs": 108}
@@ -113,3 +135,11 @@ def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int
 def norm_add_up() -> dict[str, int]:
     """Adds up the programs' shares of dweight: 32 columns are 128 bytes a row, and enough programs at 4,096 columns to fill a GPU."""
     return {"BLOCK": 32, "ROWS": 32, "num_warps": 4}
+
+
+def wgrad(itemsize: int) -> dict[str, int]:
+    """A GEMM's tiles: 128 x 128 fp32 sums with 8 warps are 64 registers a thread, and 32 rows of bf16 in flight 4 deep are 64 KB of shared memory.
+    fp32 operands are multiplied without tensor cores (full precision), where a thread cannot keep that many sums besides its operands."""
+    if itemsize == 2:
+        return {"BM": 128, "BN": 128, "BK": 32, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+    return {"BM": 64, "BN": 64, "BK": 16, "GROUP": 8, "num_warps": 8, "num_stages": 3}
