@@ -140,7 +140,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
         TypeError, ValueError: naming the argument. MissingBackend: the backend asked for is not here or cannot do this call.
     """
     packed = cu_seqlens_q is not None
-    _check(q, k, v, mask, cu_seqlens_q, cu_seqlens_k, packed)
+    check_arguments("attention", q, k, v, mask, cu_seqlens_q, cu_seqlens_k, packed)
     if dropout and return_lse:
         raise ValueError("attention: dropout is on and return_lse too; parts with dropped weights cannot be joined")
     if not 0.0 <= dropout < 1.0:
@@ -191,42 +191,43 @@ def _longest(cu_seqlens: Tensor) -> int:
     return int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, packed: bool) -> None:
+def check_arguments(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, packed: bool) -> None:
+    """What `attention` and its context-parallel forms check alike; `op` is named in the errors."""
     layout = "[tokens, heads, d]" if packed else "[seq, batch, heads, d]"
     if q.dim() != (3 if packed else 4):
-        raise ValueError(f"attention: q has shape {tuple(q.shape)}; " + ("with" if packed else "without") + f" cu_seqlens_q it is {layout}")
-    check_dtype("attention", "q", q)
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}; " + ("with" if packed else "without") + f" cu_seqlens_q it is {layout}")
+    check_dtype(op, "q", q)
     if k.dim() != q.dim() or k.shape[-1] != q.shape[-1] or not packed and k.shape[1] != q.shape[1]:
-        raise ValueError(f"attention: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; k is {layout.replace('heads', 'groups').replace('seq', 'keys')}"
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)}; k is {layout.replace('heads', 'groups').replace('seq', 'keys')}"
                          " with q's d" + ("" if packed else " and batch"))
     if not k.shape[-2] or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"attention: k has {k.shape[-2]} groups, which do not divide the {q.shape[-2]} heads of q")
-    check_shape("attention", "v", v, k.shape)
+        raise ValueError(f"{op}: k has {k.shape[-2]} groups, which do not divide the {q.shape[-2]} heads of q")
+    check_shape(op, "v", v, k.shape)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != q.dtype:
-            raise TypeError(f"attention: {name} is {x.dtype}, q is {q.dtype}; they must have one dtype")
-        check_device("attention", name, x, q.device)
-        check_last_dense("attention", name, x)
+            raise TypeError(f"{op}: {name} is {x.dtype}, q is {q.dtype}; they must have one dtype")
+        check_device(op, name, x, q.device)
+        check_last_dense(op, name, x)
     if mask is not None:
         if packed:
-            raise ValueError("attention: mask is given and cu_seqlens_q too; cut the sequences in cu_seqlens_q, or pass dense tensors")
+            raise ValueError(f"{op}: mask is given and cu_seqlens_q too; cut the sequences in cu_seqlens_q, or pass dense tensors")
         if mask.dtype != torch.bool:
-            raise TypeError(f"attention: mask is {mask.dtype}; it must be bool, True where a key is hidden")
-        check_device("attention", "mask", mask, q.device)
+            raise TypeError(f"{op}: mask is {mask.dtype}; it must be bool, True where a key is hidden")
+        check_device(op, "mask", mask, q.device)
         wanted = (q.shape[1], q.shape[2], q.shape[0], k.shape[0])
         if mask.dim() < 2 or mask.dim() > 4 or any(m not in (1, w) for m, w in zip(reversed(mask.shape), reversed(wanted))):
-            raise ValueError(f"attention: mask has shape {tuple(mask.shape)}, which does not broadcast to [batch, heads, seq, keys] = {wanted}")
+            raise ValueError(f"{op}: mask has shape {tuple(mask.shape)}, which does not broadcast to [batch, heads, seq, keys] = {wanted}")
     if cu_k is not None and not packed:
-        raise ValueError("attention: cu_seqlens_k is given without cu_seqlens_q")
+        raise ValueError(f"{op}: cu_seqlens_k is given without cu_seqlens_q")
     for name, cu in (("cu_seqlens_q", cu_q), ("cu_seqlens_k", cu_k)):
         if cu is not None:
             if cu.dtype != torch.int32 or cu.dim() != 1 or not cu.numel():
-                raise TypeError(f"attention: {name} is {cu.dtype} of shape {tuple(cu.shape)}; it must be int32 [sequences + 1]")
-            check_device("attention", name, cu, q.device)
+                raise TypeError(f"{op}: {name} is {cu.dtype} of shape {tuple(cu.shape)}; it must be int32 [sequences + 1]")
+            check_device(op, name, cu, q.device)
     if packed and (cu_q if cu_k is None else cu_k).shape != cu_q.shape:
-        raise ValueError(f"attention: cu_seqlens_k is for {cu_k.numel() - 1} sequences, cu_seqlens_q for {cu_q.numel() - 1}")
+        raise ValueError(f"{op}: cu_seqlens_k is for {cu_k.numel() - 1} sequences, cu_seqlens_q for {cu_q.numel() - 1}")
     if packed and cu_k is None and q.shape[0] != k.shape[0]:
-        raise ValueError(f"attention: k holds {k.shape[0]} tokens, q {q.shape[0]}; then cu_seqlens_k must say how they are cut")
+        raise ValueError(f"{op}: k holds {k.shape[0]} tokens, q {q.shape[0]}; then cu_seqlens_k must say how they are cut")
 
 
 def cu_seqlens_of(documents: Tensor) -> Tensor:
