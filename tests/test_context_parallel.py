@@ -1,8 +1,16 @@
 """kernels/context_parallel.py: ring and Ulysses over gloo ranks equal attention on one rank, forward and all gradients."""
+import queue
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
-from context_parallel_ranks import run
+from context_parallel_ranks import gradients, run
 
+from kernels import ring_attention as ring
+from kernels import ulysses_attention as ulysses
+from kernels.attention import attention
 from kernels.context_parallel import zigzag_join, zigzag_packed_positions, zigzag_positions, zigzag_split
 
 ranks = pytest.mark.parametrize("facts", [2, pytest.param(4, marks=pytest.mark.campaign)], indirect=True, ids=lambda n: f"{n} ranks")
@@ -67,3 +75,54 @@ def test_zigzag_of_packed_sequences():
     for rank in range(size):
         alone = torch.cat([zigzag_positions(n, rank, size) + start for n, start in zip(lengths, cu.tolist())])
         assert torch.equal(zigzag_packed_positions(cu, rank, size), alone)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_more_ranks_in_threads(method, size, causal, packed, monkeypatch):
+    """The steps of three and four ranks without as many processes: messages are queues, the sums are the real ones."""
+    links: dict = defaultdict(queue.Queue)
+
+    class Arrives:
+        def __init__(self, rank, tag, into):
+            self.rank, self.tag, self.into = rank, tag, into
+
+        def wait(self):
+            self.into.copy_(links[self.rank, self.tag].get(timeout=60))
+
+    def shift(send, group, tag):
+        links[(group.rank() + 1) % size, tag].put(send.clone())
+        into = torch.full_like(send, float("nan"))
+        return into, [Arrives(group.rank(), tag, into)]
+
+    def all_to_all(received, send, group):
+        for rank in range(size):
+            links[group.rank(), rank].put(send[rank].clone())
+        for rank in range(size):
+            received[rank] = links[rank, group.rank()].get(timeout=60)
+
+    monkeypatch.setattr(ring, "_shift", shift)
+    monkeypatch.setattr(ulysses.dist, "all_to_all_single", all_to_all)
+    for module in (ring, ulysses):
+        monkeypatch.setattr(module, "check_split", lambda *_: None)
+    function = ring.ring_attention if method == "ring" else ulysses.ulysses_attention
+    lengths, heads = (4 * size, 0, 2 * size, 12 * size), 2 * size
+    cu = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0).int() if packed else None
+    shape = (sum(lengths),) if packed else (6 * size, 2)
+    whole = [torch.randn(*shape, n, 8, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((heads, size, size, heads))]
+
+    def mine(x, rank):
+        return x[zigzag_packed_positions(cu, rank, size)] if packed else zigzag_split(x, 0, rank, size)
+
+    def one(rank):
+        group = SimpleNamespace(rank=lambda: rank, size=lambda: size)
+        return gradients(lambda q, k, v: function(q, k, v, group=group, causal=causal, cu_seqlens=cu), *(mine(x, rank) for x in whole))
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(one, range(size)))
+    expected = gradients(lambda q, k, v: attention(q, k, v, causal=causal, cu_seqlens_q=cu), *whole)
+    for rank, parts in enumerate(found):
+        torch.testing.assert_close(parts, [mine(x, rank) for x in expected], rtol=1e-5, atol=2e-6)
+    assert all(link.empty() for link in links.values()), "a message that nobody took"
