@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
 
@@ -68,6 +69,21 @@ def _torch_has_fused_adamw(device: str) -> str | None:
     return None if hasattr(torch, "_fused_adamw_") else f"torch {torch.__version__} has no fused AdamW kernel (2.4 and later have)"
 
 
+def _apex_gemm(device: str) -> str | None:
+    # The path alone: megatron_ext's platform puts a stand-in of that name among the loaded modules, for megatron-core to import.
+    if PathFinder.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        return "Apex's extension fused_weight_gradient_mlp_cuda is not installed"
+    return None if device == "cuda" else f"Apex runs on NVIDIA GPUs, the tensors are on {device}"
+
+
+def _accumulating_gemm(device: str) -> str | None:
+    import torch
+
+    if device != "cuda" or tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) >= (2, 10):
+        return None
+    return f"torch {torch.__version__} cannot add a product of bf16 matrices to an fp32 one (2.10 and later can)"
+
+
 def _fused(torch_reason: str, triton_reason: str) -> tuple[Backend, ...]:
     """An op with a Triton kernel and a torch path."""
     return Backend("triton", triton_reason, _triton, "pip install 'triton>=3.4,<4'"), Backend("torch", torch_reason, _always)
@@ -78,7 +94,10 @@ def _library(module: str, needs: str) -> Callable[[str], str | None]:
 
     def probe(device: str) -> str | None:
         package, _, part = module.partition(".")
-        found = find_spec(package)
+        try:
+            found = find_spec(package)
+        except ValueError:  # a stand-in of ours under a library's name (megatron_ext/platform): it has no spec
+            found = None
         places = (found.submodule_search_locations or ()) if found else ()
         if found is None or part and not any(os.path.exists(os.path.join(place, part)) for place in places):
             return f"{needs} is not installed"
@@ -158,6 +177,13 @@ def ops() -> dict[str, tuple[Backend, ...]]:
         "rms_norm": _fused("rows in pieces that stay in the cache", "residual add, statistics and norm in one pass over memory each way"),
         "rope": _fused("fp32 arithmetic, nothing kept but the tables", "queries and keys in one launch, any strides of a fused projection"),
         "swiglu": _fused("fp32 arithmetic, backward recomputes", "one pass over memory each way, nothing kept but the input"),
+        "wgrad_accumulate": (
+            Backend("apex", "Apex's fused_weight_gradient_mlp_cuda: one cuBLAS call", _apex_gemm,
+                    "pip install --no-build-isolation 'git+https://github.com/NVIDIA/apex' (with APEX_CPP_EXT=1 APEX_CUDA_EXT=1)", executed=False),
+            Backend("torch", "one cuBLAS call that adds to the fp32 gradient; on the CPU, pieces that stay in the cache", _accumulating_gemm,
+                    "pip install 'torch>=2.10'"),
+            Backend("triton", "a GEMM that adds its tiles to the gradient", _triton, "pip install 'triton>=3.4,<4'"),
+        ),
     }
 
 
