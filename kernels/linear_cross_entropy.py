@@ -246,6 +246,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, voca
     return TokenScores(*(x.view(target.shape) for x in found[:3]))
 
 
+def _recomputes(hidden: Tensor, ranks: int) -> bool:
+    """Whether `linear_cross_entropy_sum` computes its logits twice.
+
+    On a GPU, adding into the head's gradient once for every thousand tokens costs what the fourth product does, and holding all words thirty times
+    the memory. fp16 needs the loss scale before it rounds. Over ranks the maximum and the sum would be gathered once a chunk. bf16 adds up the
+    head's gradient in fp32: 4 V H bytes beside the 12 V tokens of unfused logits, so it must be small beside the tokens.
+    """
+    few = hidden.dtype == torch.bfloat16 and hidden.numel() < 4 * hidden.shape[-1] ** 2
+    return hidden.device.type != "cpu" or ranks > 1 or hidden.dtype == torch.float16 or few
+
+
 def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, target: Tensor, token_weights: Tensor, *, vocab_size: int | None = None,
                              group: dist.ProcessGroup | None = None, bias: Tensor | None = None, temperature: float = 1.0,
                              label_smoothing: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100, chunk: tuple[int, int] | None = None,
@@ -255,10 +266,8 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, target: Tensor, tok
 
     Args:
         token_weights: [...] fp32, such as the loss mask; not differentiable.
-        recompute: False makes the gradients in the forward pass (3 products; holds all words of chunk[0] tokens and an fp32 gradient of the head;
-            over ranks, an all-gather a chunk), True in the backward pass (4 products; holds one tile). None = False for fp32 on one rank of a CPU:
-            16-bit gradients would lack the loss scale in the forward pass and need an fp32 copy of the head, and on a GPU adding into the head's
-            gradient once for every thousand tokens costs what the fourth product does.
+        recompute: False makes the gradients in the forward pass (3 products; holds all words of chunk[0] tokens and the head's gradient in fp32; over
+            ranks, an all-gather a chunk), True in the backward pass (4 products; holds one tile). None = `_recomputes`.
     Raises: as `linear_cross_entropy`; RuntimeError in a second backward pass through one forward pass without recomputation.
     """
     check_dtype(f"{OP}_sum", "token_weights", token_weights, (torch.float32,))
@@ -267,7 +276,7 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, target: Tensor, tok
     if token_weights.requires_grad:
         raise ValueError(f"{OP}_sum: token_weights requires a gradient, and has none here; use linear_cross_entropy, or detach it")
     if recompute is None:
-        recompute = hidden.dtype != torch.float32 or hidden.device.type != "cpu" or (group is not None and group.size() > 1)
+        recompute = _recomputes(hidden, group.size() if group is not None else 1)
     if recompute:
         loss = linear_cross_entropy(
             hidden, weight, target, vocab_size=vocab_size, group=group, bias=bias, temperature=temperature, label_smoothing=label_smoothing, z_loss=z_loss,

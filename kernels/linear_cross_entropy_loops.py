@@ -252,7 +252,8 @@ def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, targe
     tokens, words = head.tile(n, live, hidden.device, True)
     loss = torch.zeros(n, dtype=torch.float32, device=hidden.device)
     dhidden = hidden.new_zeros(hidden.shape if needed[0] else 0)
-    dweight = torch.empty(weight.shape if needed[1] else 0, dtype=torch.float32, device=hidden.device)
+    # one chunk of tokens leaves nothing to add up
+    dweight = weight.new_empty(weight.shape if needed[1] else 0, dtype=torch.float32 if wide_weight or tokens < n else None)
     dbias = torch.zeros(len(weight) if bias is not None and needed[2] else 0, dtype=torch.float32, device=hidden.device)
     buffer = hidden.new_empty(tokens * live, dtype=torch.float32 if head.triton else hidden.dtype)
     narrowed = hidden.new_empty(tokens * words) if head.triton and wide else None
