@@ -180,6 +180,20 @@ def test_a_reference_that_fails_costs_the_errors_only(capsys):
     assert "no error columns" in capsys.readouterr().err
 
 
+def test_outputs_that_are_not_those_of_the_reference_are_said():
+    rows = measured(case(providers={"eager": lambda x: x + x, "less": lambda x: (x + x)[:1], "more": lambda x: (x + x, x)}))
+    assert not rows["less", "forward"]["error"] and "other outputs" in rows["less", "forward"]["note"] and rows["less", "forward"]["p50_ms"]
+    assert rows["more", "forward"]["error_ratio"] == "0" and "other outputs" in rows["more", "both"]["note"] and not rows["eager", "both"]["note"]
+
+
+def test_a_device_that_breaks_costs_its_rows_and_not_the_run(monkeypatch):
+    def broken(*given):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(timing, "seconds_in_turns", broken)
+    assert all("illegal memory access" in r["note"] for r in measured(case()).values())
+
+
 def test_every_provider_sees_the_same_inputs():
     seen = []
     measured(case(providers={"a": lambda x: seen.append(x.detach().clone()) or 2 * x, "b": lambda x: seen.append(x.detach().clone()) or 2 * x}))

@@ -62,7 +62,7 @@ def results(function: Callable, inputs: Sequence[object], differentiable: Sequen
     douts = douts_for(graded) if douts is None else list(douts)
     graded = graded[: len(douts)]
     found = [o.detach() for o in outputs]
-    if not graded or not wanted:
+    if not graded or not wanted or any(d.shape != o.shape for d, o in zip(douts, graded)):  # another function's: nothing to compare
         return Results(found, [], douts)
     entering = [d.to(o.dtype, copy=True) for d, o in zip(douts, graded)]  # some kernels write into what enters
     return Results(found, list(torch.autograd.grad(graded, wanted, entering, allow_unused=True)), douts)

@@ -1,4 +1,5 @@
 """Measures a case: errors first, then memory and times, each provider on its own feet."""
+import contextlib
 import gc
 import statistics
 import sys
@@ -99,21 +100,23 @@ def _errors(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) 
     except Exception as error:  # noqa: BLE001 the times are worth having without the errors
         print(f"{case.op} {case.shape}: no error columns, the reference {reason(error)}", file=sys.stderr)
     for name in names:
-        _cleared(run.device)
         try:
+            _cleared(run.device)
             function = _provider(case, name)
             if truth is None:
                 continue
             got = errors.results(function, case.inputs(run.device), case.differentiable, truth.plain.douts)
+            forward = errors.worst(got.outputs, truth.exact.outputs, truth.plain.outputs)
+            backward = errors.worst(got.grads, truth.exact.grads, truth.plain.grads)
         except Exception as error:  # noqa: BLE001
             failed[name] = reason(error)
             continue
-        forward = errors.worst(got.outputs, truth.exact.outputs, truth.plain.outputs)
-        backward = errors.worst(got.grads, truth.exact.grads, truth.plain.grads)
         worst = max((w for w in (forward, backward) if w), key=lambda w: w[2], default=None)
         for mode, values in (("forward", forward), ("backward", backward), ("both", worst if backward else None)):
             if values:
                 judged[name, mode] = dict(zip(("error", "error_of_torch", "error_ratio"), values))
+            if [o.shape for o in got.outputs] != [o.shape for o in truth.exact.outputs]:
+                judged.setdefault((name, mode), {})["note"] = "other outputs than the reference's; those of the same place and shape were compared"
     return judged
 
 
@@ -144,25 +147,36 @@ def _timed(case: Case, names: Sequence[str], run: Run, failed: dict[str, str]) -
         except Exception as error:  # noqa: BLE001
             failed[name] = reason(error)
     for mode in [m for m in MODES if m in case.modes and m in run.modes]:
-        calls, peaks = {}, {}
-        for name, (function, inputs) in ready.items():
-            try:
-                call = _call(function, inputs, mode)
-                if call is None:
-                    found[name, mode] = {"note": "no gradient"}
-                    continue
-                call()
-                timing.release()
-                peaks[name] = memory.peak_bytes(call, run.device) / 1e6
-                calls[name] = call
-            except Exception as error:  # noqa: BLE001
-                found[name, mode] = {"note": reason(error)}
-                _cleared(run.device)
-        if calls:
-            turns = timing.seconds_in_turns({**calls, COPY: run.copy}, run.device, run.budget, lambda: machine.clocks(run.device))
-            copy = run.copy.bandwidth(turns.times.pop(COPY))
-            found |= {(name, mode): {"times": times, "copy": copy, "peak_mb": peaks[name], **turns.while_busy} for name, times in turns.times.items()}
-            found |= {(name, mode): {"note": reason(error)} for name, error in turns.failures.items()}
-        del calls
-        _cleared(run.device)
+        try:
+            found |= {(name, mode): values for name, values in _timed_mode(mode, ready, run).items()}
+        except Exception as error:  # noqa: BLE001 a broken CUDA context fails every call from here on, the copy's and the clock's too
+            found |= {(name, mode): {"note": reason(error)} for name in ready}
+        with contextlib.suppress(Exception):
+            _cleared(run.device)
+    return found
+
+
+def _timed_mode(mode: str, ready: Mapping[str, tuple[Callable, list]], run: Run) -> dict[str, dict[str, object]]:
+    """name -> its times, peak and clocks, or a note. What a mode holds (graphs, outputs) dies with this call."""
+    found: dict[str, dict[str, object]] = {}
+    calls, peaks = {}, {}
+    for name, (function, inputs) in ready.items():
+        try:
+            call = _call(function, inputs, mode)
+            if call is None:
+                found[name] = {"note": "no gradient"}
+                continue
+            call()
+            timing.release()
+            peaks[name] = memory.peak_bytes(call, run.device) / 1e6
+            calls[name] = call
+        except Exception as error:  # noqa: BLE001
+            found[name] = {"note": reason(error)}
+    if calls:
+        turns = timing.seconds_in_turns({**calls, COPY: run.copy}, run.device, run.budget, lambda: machine.clocks(run.device))
+        found |= {name: {"note": reason(error)} for name, error in turns.failures.items() if name != COPY}
+        if COPY in turns.failures:
+            raise turns.failures[COPY]
+        copy = run.copy.bandwidth(turns.times.pop(COPY))
+        found |= {name: {"times": times, "copy": copy, "peak_mb": peaks[name], **turns.while_busy} for name, times in turns.times.items()}
     return found
