@@ -4,7 +4,7 @@ The products are cuBLAS's: a tile [tokens, words] is written by one, is read her
 the tile in registers (cut-cross-entropy) saves that trip, and pays with a slower product; the tile of `tiles.head` is already under a hundredth of
 the unfused path's memory.
 
-`statistics` walks a tile row by row, one program a token, and folds it into the token's running state (online softmax, Milakov & Gimelshein 2018,
+`statistics` walks a tile with one warp a token, and folds it into the token's running state (online softmax, Milakov & Gimelshein 2018,
 arXiv 1805.02867), so no program waits for another and nothing is added atomically. `gradient` is elementwise.
 Memory traffic: statistics reads the tile once; gradient reads it once and writes it once, in the dtype of the products that follow.
 """
@@ -15,50 +15,56 @@ from kernels.jit import Launch, narrow, tl, triton
 
 
 @triton.jit
-def _statistics(x_ptr, target_ptr, state_ptr, x_stride, state_stride, width, first, inverse_temperature, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    target = (tl.load(target_ptr + row) - first).to(tl.int32)
+def _statistics(x_ptr, target_ptr, state_ptr, x_stride, state_stride, tokens, width, first, inverse_temperature, ROWS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < tokens
+    target = (tl.load(target_ptr + row, mask=there, other=0) - first).to(tl.int32)
     state = state_ptr + row
-    top, total, moment = tl.load(state), tl.load(state + state_stride), tl.load(state + 2 * state_stride)
-    plain, picked = tl.load(state + 3 * state_stride), tl.load(state + 4 * state_stride)
+    top = tl.load(state, mask=there, other=0.0)
+    total = tl.load(state + state_stride, mask=there, other=0.0)
+    moment = tl.load(state + 2 * state_stride, mask=there, other=0.0)
+    plain = tl.load(state + 3 * state_stride, mask=there, other=0.0)
+    picked = tl.load(state + 4 * state_stride, mask=there, other=0.0)
+    start_of_row = x_ptr + row.to(tl.int64)[:, None] * x_stride
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        live = col < width
-        x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
-        x *= inverse_temperature
-        higher = tl.maximum(top, tl.max(tl.where(live, x, -3.0e38), 0))
+        live = there[:, None] & (col < width)[None, :]
+        x = tl.load(start_of_row + col[None, :], mask=live, other=0.0) * inverse_temperature
+        higher = tl.maximum(top, tl.max(tl.where(live, x, -3.0e38), 1))
         drop = top - higher
-        shifted = x - higher
-        e = tl.where(live, tl.exp(shifted), 0.0)
-        moment = tl.exp(drop) * (moment + total * drop) + tl.sum(e * shifted, 0)
-        total = tl.exp(drop) * total + tl.sum(e, 0)
-        plain += tl.sum(tl.where(live, x, 0.0), 0)
-        picked += tl.sum(tl.where(live & (col == target), x, 0.0), 0)
+        shifted = tl.where(live, x - higher[:, None], -1000.0)
+        e = tl.exp(shifted)
+        moment = tl.exp(drop) * (moment + total * drop) + tl.sum(e * shifted, 1)
+        total = tl.exp(drop) * total + tl.sum(e, 1)
+        plain += tl.sum(tl.where(live, x, 0.0), 1)
+        picked += tl.sum(tl.where(live & (col[None, :] == target[:, None]), x, 0.0), 1)
         top = higher
-    tl.store(state, top)
-    tl.store(state + state_stride, total)
-    tl.store(state + 2 * state_stride, moment)
-    tl.store(state + 3 * state_stride, plain)
-    tl.store(state + 4 * state_stride, picked)
+    tl.store(state, top, mask=there)
+    tl.store(state + state_stride, total, mask=there)
+    tl.store(state + 2 * state_stride, moment, mask=there)
+    tl.store(state + 3 * state_stride, plain, mask=there)
+    tl.store(state + 4 * state_stride, picked, mask=there)
 
 
 @triton.jit
-def _gradient(x_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stride, plan_stride, width, first, inverse_temperature,
-              HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = col < width
-    x = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0)
-    x *= inverse_temperature
-    target = (tl.load(target_ptr + row) - first).to(tl.int32)
+def _gradient(x_ptr, target_ptr, plan_ptr, out_ptr, x_stride, out_stride, plan_stride, tokens, width, first, inverse_temperature,
+              HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    there = row < tokens
+    live = there[:, None] & (col < width)
+    far = row.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + far * x_stride + col, mask=live, other=0.0) * inverse_temperature
+    target = (tl.load(target_ptr + row, mask=there, other=0) - first).to(tl.int32)
     plan = plan_ptr + row
-    logp = (x - tl.load(plan)) - tl.load(plan + plan_stride)
-    factor = tl.load(plan + 2 * plan_stride)
+    logp = (x - tl.load(plan, mask=there, other=0.0)[:, None]) - tl.load(plan + plan_stride, mask=there, other=0.0)[:, None]
+    factor = tl.load(plan + 2 * plan_stride, mask=there, other=0.0)[:, None]
     if HAS_ENTROPY:
-        factor += tl.load(plan + 3 * plan_stride) * logp
-    grad = tl.exp(logp) * factor + tl.load(plan + 5 * plan_stride)
-    grad += tl.where(col == target, tl.load(plan + 4 * plan_stride), 0.0)
-    tl.store(out_ptr + row * out_stride + col, narrow(grad, out_ptr.dtype.element_ty), mask=live)
+        factor = factor + tl.load(plan + 3 * plan_stride, mask=there, other=0.0)[:, None] * logp
+    grad = tl.exp(logp) * factor + tl.load(plan + 5 * plan_stride, mask=there, other=0.0)[:, None]
+    grad += tl.where(col == target[:, None], tl.load(plan + 4 * plan_stride, mask=there, other=0.0)[:, None], 0.0)
+    tl.store(out_ptr + far * out_stride + col, narrow(grad, out_ptr.dtype.element_ty), mask=live)
 
 
 def statistics(x: Tensor, target: Tensor, state: Tensor, first: int, temperature: float) -> None:
@@ -70,32 +76,32 @@ def statistics(x: Tensor, target: Tensor, state: Tensor, first: int, temperature
     """
     rows, width = x.shape
     if rows and width:
-        choice = tiles.head_statistics(width)
-        _statistics[(rows,)](x, target, state, x.stride(0), state.stride(0), width, first, 1 / temperature, **choice)
+        choice = tiles.head_rows(width)
+        _statistics[(triton.cdiv(rows, choice["ROWS"]),)](x, target, state, x.stride(0), state.stride(0), rows, width, first, 1 / temperature, **choice)
 
 
 def gradient(x: Tensor, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
     """out [n, w] = the gradient of the raw logits x, for `plan` [6, n]: m, log sum, and the factors of p, p log p, [v = target] and 1. `out` may be x."""
     rows, width = x.shape
     if rows and width:
-        choice = tiles.elementwise(width)
-        _gradient[(rows, triton.cdiv(width, choice["BLOCK"]))](
-            x, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), width, first, 1 / temperature, entropy, **choice)
+        choice = tiles.head_rows(width)
+        _gradient[(triton.cdiv(rows, choice["ROWS"]), triton.cdiv(width, choice["BLOCK"]))](
+            x, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), rows, width, first, 1 / temperature, entropy, **choice)
 
 
 def launches() -> list[Launch]:
     """Every configuration of the tile table, for the static check."""
     found = []
-    integers = {"width": "i32", "first": "i32", "inverse_temperature": "fp32"}
-    for width in (256, 1024, 4096):
-        choice = tiles.head_statistics(width)
+    integers = {"tokens": "i32", "width": "i32", "first": "i32", "inverse_temperature": "fp32"}
+    for width in (128, 1024):
+        choice = tiles.head_rows(width)
         warps = choice.pop("num_warps")
         found.append(Launch(
             "linear_cross_entropy", f"statistics W={width}", _statistics,
             {"x_ptr": "*fp32", "target_ptr": "*i64", "state_ptr": "*fp32", "x_stride": "i32", "state_stride": "i32", **integers}, choice, warps,
             multiples_of_16=("x_stride", "width", "first")))
-    for width in (256, 1024):
-        choice = tiles.elementwise(width)
+    for width in (128, 1024):
+        choice = tiles.head_rows(width)
         warps = choice.pop("num_warps")
         for dtype in ("fp32", "bf16", "fp16"):
             for entropy in (False, True):

@@ -47,9 +47,9 @@ def column_sums(rows: int, width: int) -> dict[str, int]:
     return {"GROUP": 128 if rows * width >= 2**24 else 32, "ROWS": 8, "BLOCK": 256, "num_warps": 4}
 
 
-def pieces_in_cache(x, elements: int = 2**20) -> Iterator[slice]:
-    """Slices of the first dimension of tensor `x` for a torch path of several passes: on CPU of so many elements, which stay in the cache between
-    the passes; all of it elsewhere."""
+def pieces_in_cache(x, elements: int = 2**18) -> Iterator[slice]:
+    """Slices of the first dimension of tensor `x` for a torch path of several fp32 passes: on CPU of 1 MiB of fp32, which stays in a core's cache
+    between the passes; all of it elsewhere."""
     step = max(elements * x.shape[0] // max(x.numel(), 1), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
     return (slice(begin, begin + step) for begin in range(0, x.shape[0], step))
 
@@ -78,10 +78,9 @@ def head(tokens: int, words: int, device: str, whole_rows: bool) -> tuple[int, i
     return held, min(words, max(2**22 // next_power_of_2(held), 1024), 4096)
 
 
-def head_statistics(width: int) -> dict[str, int]:
-    """One program a token walks its row of a tile: 8 fp32 a thread and step are two 16-byte loads, and four sums share their barrier's wait."""
-    block = min(max(next_power_of_2(width), 32), 2048)
-    return {"BLOCK": block, "num_warps": min(max(block // 256, 1), 8)}
+def head_rows(width: int) -> dict[str, int]:
+    """A warp takes a row of a tile of logits, 512 columns at a time: its sums are shuffles, and no warp waits for another. 16 fp32 a thread."""
+    return {"ROWS": 8, "BLOCK": 512 if width > 128 else 128, "num_warps": 8}
 
 
 def fp8_tile() -> dict[str, int]:
