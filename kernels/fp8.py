@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, rows_of
 from kernels.fp8_scaling import BLOCK, E4M3, LARGEST, scale_of
-from kernels.fp8_triton import fp8_launches, triton_figures, triton_quantise
+from kernels.fp8_triton import fp8_launches, triton_amax, triton_quantise
 from kernels.jit import Launch
 
 SCALINGS = ("tensor", "1x128", "128x128")
@@ -28,29 +28,34 @@ PIECE = 1 << 18  # elements that the torch path handles at a time: its fp32 temp
 
 
 class Quantised(NamedTuple):
-    """Attributes: data, scale_inverse; data_t, scale_inverse_t: of the transpose (as for `data` of x.t()), or None; amax: fp32 [1], None with blocks.
-    With `transpose="only"` data and scale_inverse are None."""
+    """Attributes: data, scale_inverse; data_t, scale_inverse_t: of the transpose (as for `data` of x.t()), or None; figures: fp32 [3] amax, scale,
+    1 / scale of the tensor, None with blocks. With `transpose="only"` data and scale_inverse are None."""
 
     data: Tensor | None
     scale_inverse: Tensor | None
     data_t: Tensor | None
     scale_inverse_t: Tensor | None
-    amax: Tensor | None
+    figures: Tensor | None
+
+    @property
+    def amax(self) -> Tensor | None:
+        """fp32 [1]; None with blocks."""
+        return None if self.figures is None else self.figures[:1]
 
 
 def _outputs(x: Tensor, dtype: torch.dtype, scaling: str, straight: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """data, scale_inverse, data_t, scale_inverse_t, amax; what is not asked for is empty."""
+    """data, scale_inverse, data_t, scale_inverse_t (of blocks), figures (of the tensor); what is not asked for is empty."""
     rows, width = x.shape
+    blocks = scaling != "tensor"
 
     def part(wanted: bool, m: int, n: int) -> tuple[Tensor, Tensor]:
         if not wanted:
             return x.new_empty(0, dtype=dtype), x.new_empty(0, dtype=torch.float32)
         across, down = -(-n // BLOCK), -(-m // BLOCK)
-        scale = {"tensor": lambda: x.new_empty(1, dtype=torch.float32), "1x128": lambda: x.new_empty(across, m, dtype=torch.float32).t(),
-                 "128x128": lambda: x.new_empty(down, across, dtype=torch.float32)}[scaling]()
-        return x.new_empty(m, n, dtype=dtype), scale
+        scale = x.new_empty((across, m) if scaling == "1x128" else (down, across) if blocks else 0, dtype=torch.float32)
+        return x.new_empty(m, n, dtype=dtype), scale.t() if scaling == "1x128" else scale
 
-    return *part(straight, rows, width), *part(transposed, width, rows), x.new_empty(int(scaling == "tensor"), dtype=torch.float32)
+    return *part(straight, rows, width), *part(transposed, width, rows), x.new_empty(0 if blocks else 3, dtype=torch.float32)
 
 
 def _torch_amax(x: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def _amax(x: Tensor, backend: str) -> Tensor:
         return x.new_zeros(1, dtype=torch.float32)
     if serving("fp8", backend, x.device.type) == "torch":
         return _torch_amax(x)
-    return triton_figures(x, E4M3, False)[:1].clone()
+    return triton_amax(x)
 
 
 @_amax.register_fake
@@ -76,11 +81,11 @@ def _(x, backend):
 @torch.library.custom_op("kernels::fp8_quantise", mutates_args=())
 def _quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling: str, straight: bool, transposed: bool, power_of_2: bool,
               backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    found = data, inverse, data_t, inverse_t, amax = _outputs(x, dtype, scaling, straight, transposed)
+    found = _, inverse, _, inverse_t, figures = _outputs(x, dtype, scaling, straight, transposed)
     if not x.numel():
-        for tensor in (inverse, inverse_t):
-            tensor.fill_(1.0) if scale is None else tensor.copy_(scale.reciprocal())
-        amax.zero_()
+        inverse.fill_(1.0), inverse_t.fill_(1.0)
+        if figures.numel():
+            _set_figures(figures, x.new_zeros(1, dtype=torch.float32), scale, dtype, power_of_2)
     elif serving("fp8", backend, x.device.type) == "torch":
         _torch_quantise(x, scale, dtype, scaling, power_of_2, found)
     else:
@@ -104,18 +109,19 @@ def _torch_cast(x: Tensor, scale: Tensor, out: Tensor, finite: bool) -> None:
         out[piece].copy_(scaled if finite else torch.where(torch.isfinite(part), scaled, torch.nan))
 
 
+def _set_figures(figures: Tensor, amax: Tensor, scale: Tensor | None, dtype: torch.dtype, power_of_2: bool) -> None:
+    scale = scale_of(amax, dtype, power_of_2=power_of_2) if scale is None else scale
+    torch.cat((amax, scale, scale.reciprocal()), out=figures)
+
+
 def _torch_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling: str, power_of_2: bool, found: tuple[Tensor, ...]) -> None:
-    data, inverse, data_t, inverse_t, amax = found
+    data, inverse, data_t, inverse_t, figures = found
     if scaling == "tensor":
-        amax.copy_(_torch_amax(x))
-        scale = scale_of(amax, dtype, power_of_2=power_of_2) if scale is None else scale
+        _set_figures(figures, _torch_amax(x), scale, dtype, power_of_2)
         straight = data if data.numel() else x.new_empty(x.shape, dtype=dtype)
-        _torch_cast(x, scale.reshape(()), straight, not x.is_cuda and bool(amax.isfinite()))  # asking would wait for a GPU
+        _torch_cast(x, figures[1], straight, not x.is_cuda and bool(figures[0].isfinite()))  # asking would wait for a GPU
         if data_t.numel():
             data_t.view(torch.uint8).copy_(straight.view(torch.uint8).t())
-        for tensor in (inverse, inverse_t):
-            if tensor.numel():
-                tensor.copy_(scale.reciprocal())
     elif scaling == "1x128":
         if data.numel():
             _torch_blocks(x, 1, data, inverse, power_of_2)
@@ -184,12 +190,15 @@ def quantise(x: Tensor, *, dtype: torch.dtype = E4M3, scaling: str = "tensor", s
         if scale.numel() != 1:
             raise ValueError(f"fp8: scale has shape {tuple(scale.shape)}; it must hold one number")
         check_device("fp8", "scale", scale, x.device)
-    data, inverse, data_t, inverse_t, amax = torch.ops.kernels.fp8_quantise(
+    data, inverse, data_t, inverse_t, figures = torch.ops.kernels.fp8_quantise(
         rows, None if scale is None else scale.reshape(1), dtype, scaling, transpose != "only", bool(transpose), power_of_2, backend)
-    amax = amax if scaling == "tensor" else None
+    if scaling == "tensor":
+        inverse = inverse_t = figures[2:]
+    else:
+        figures = None
     if transpose == "only":
-        return Quantised(None, None, data_t, inverse_t, amax)
-    return Quantised(data.view(x.shape), inverse, *((data_t, inverse_t) if transpose else (None, None)), amax)
+        return Quantised(None, None, data_t, inverse_t, figures)
+    return Quantised(data.view(x.shape), inverse, *((data_t, inverse_t) if transpose else (None, None)), figures)
 
 
 def dequantise(data: Tensor, scale_inverse: Tensor) -> Tensor:

@@ -79,39 +79,36 @@ def _over_group(amax: Tensor, group: str) -> Tensor:
 
 @torch.library.custom_op("kernels::fp8_linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, scales: Tensor | None, main_grad: Tensor | None, record: Tensor | None, dy_dtype: torch.dtype, blocks: bool,
-            power_of_2: bool, group: str, keep: bool, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, x^T in FP8 and its scales (if `keep`), the scale of the weight, the amaxes of x and weight. main_grad and record are backward's."""
-    if blocks:
-        q, w = quantise(x, scaling="1x128", transpose=keep, power_of_2=power_of_2), quantise(weight, scaling="128x128", power_of_2=power_of_2)
-        weight_scale, amax = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    else:
-        given = [None, None] if scales is None else [scales[:1], scales[1:2]]
-        if scales is None and group:
-            both = scale_of(_over_group(torch.cat((amax_of(x), amax_of(weight))), group), E4M3, power_of_2=power_of_2)
-            given = [both[:1], both[1:]]
-        q = quantise(x, scale=given[0], transpose=keep, power_of_2=power_of_2)
-        w = quantise(weight, scale=given[1], power_of_2=power_of_2)
-        weight_scale = given[1].clone() if given[1] is not None else scale_of(w.amax, E4M3, power_of_2=power_of_2)
-        amax = torch.cat((q.amax, w.amax))
+            power_of_2: bool, group: str, keep: bool, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y; x^T in FP8 (if `keep`); the scales of x^T with blocks, else amax, scale and 1 / scale of x; the same three of the weight. main_grad and
+    record are backward's."""
+    given = [None, None] if scales is None else [scales[:1], scales[1:2]]
+    if scales is None and group and not blocks:
+        both = scale_of(_over_group(torch.cat((amax_of(x), amax_of(weight))), group), E4M3, power_of_2=power_of_2)
+        given = [both[:1], both[1:]]
+    q = quantise(x, scaling="1x128" if blocks else "tensor", scale=given[0], transpose=keep, power_of_2=power_of_2)
+    w = quantise(weight, scaling="128x128" if blocks else "tensor", scale=given[1], power_of_2=power_of_2)
     y = product(q.data, q.scale_inverse, w.data, w.scale_inverse, out_dtype=out_dtype, fast=True, backend=backend)
     # As bytes: outputs of a floating dtype take part in autograd, which cannot multiply FP8.
-    kept = (q.data_t.view(torch.uint8), q.scale_inverse_t) if keep else (x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32))
-    return y, *kept, weight_scale, amax
+    x_t = q.data_t.view(torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
+    if not blocks:
+        return y, x_t, q.figures, w.figures
+    return y, x_t, q.scale_inverse_t if keep else x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
 
 
 @_linear.register_fake
 def _(x, weight, scales, main_grad, record, dy_dtype, blocks, power_of_2, group, keep, out_dtype, backend):
-    (m, k), few = x.shape, 0 if blocks else 1
-    x_t = x.new_empty((k, m) if keep else 0, dtype=torch.uint8)
-    inverse = x.new_empty(-(-m // BLOCK), k, dtype=torch.float32).t() if blocks and keep else x.new_empty(int(keep), dtype=torch.float32)
-    return (x.new_empty(m, weight.shape[0], dtype=out_dtype), x_t, inverse, x.new_empty(few, dtype=torch.float32),
-            x.new_empty(2 * few, dtype=torch.float32))
+    m, k = x.shape
+    few = 0 if blocks else 3
+    x_scales = x.new_empty(-(-m // BLOCK), k, dtype=torch.float32).t() if blocks and keep else x.new_empty(few, dtype=torch.float32)
+    return (x.new_empty(m, weight.shape[0], dtype=out_dtype), x.new_empty((k, m) if keep else 0, dtype=torch.uint8), x_scales,
+            x.new_empty(few, dtype=torch.float32))
 
 
 @torch.library.custom_op("kernels::fp8_linear_dx", mutates_args=())
 def _dx(dy: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None, dtype: torch.dtype, blocks: bool, power_of_2: bool, group: str,
-        wanted: bool, keep: bool, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx (if `wanted`), dy^T in FP8 and its scales (if `keep`), the amax of dy."""
+        wanted: bool, keep: bool, out_dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (if `wanted`); dy^T in FP8 (if `keep`); the scales of dy^T with blocks, else amax, scale and 1 / scale of dy."""
     if scale is None and group and not blocks:
         scale = scale_of(_over_group(amax_of(dy), group), dtype, power_of_2=power_of_2)
     q = quantise(dy, dtype=dtype, scaling="1x128" if blocks else "tensor", scale=scale, transpose=keep, power_of_2=power_of_2)
@@ -119,16 +116,15 @@ def _dx(dy: Tensor, weight: Tensor, weight_scale: Tensor, scale: Tensor | None, 
     if wanted:
         w = quantise(weight, scaling="128x128" if blocks else "tensor", scale=None if blocks else weight_scale, transpose="only", power_of_2=power_of_2)
         dx = product(q.data, q.scale_inverse, w.data_t, w.scale_inverse_t, out_dtype=out_dtype, backend=backend)
-    kept = (q.data_t.view(torch.uint8), q.scale_inverse_t) if keep else (dy.new_empty(0, dtype=torch.uint8), dy.new_empty(0, dtype=torch.float32))
-    return dx, *kept, dy.new_empty(0, dtype=torch.float32) if blocks else q.amax
+    dy_t = q.data_t.view(torch.uint8) if keep else dy.new_empty(0, dtype=torch.uint8)
+    return dx, dy_t, q.figures if not blocks else q.scale_inverse_t if keep else dy.new_empty(0, dtype=torch.float32)
 
 
 @_dx.register_fake
 def _(dy, weight, weight_scale, scale, dtype, blocks, power_of_2, group, wanted, keep, out_dtype, backend):
     m, n = dy.shape
-    inverse = dy.new_empty(-(-m // BLOCK), n, dtype=torch.float32).t() if blocks and keep else dy.new_empty(int(keep), dtype=torch.float32)
-    return (dy.new_empty((m, weight.shape[1]) if wanted else 0, dtype=out_dtype), dy.new_empty((n, m) if keep else 0, dtype=torch.uint8), inverse,
-            dy.new_empty(int(not blocks), dtype=torch.float32))
+    scales = dy.new_empty(-(-m // BLOCK), n, dtype=torch.float32).t() if blocks and keep else dy.new_empty(0 if blocks else 3, dtype=torch.float32)
+    return dy.new_empty((m, weight.shape[1]) if wanted else 0, dtype=out_dtype), dy.new_empty((n, m) if keep else 0, dtype=torch.uint8), scales
 
 
 @torch.library.custom_op("kernels::fp8_linear_dw", mutates_args=())
@@ -169,21 +165,22 @@ def _(record, amax):
 
 def _setup(ctx, inputs, output):
     x, weight, scales, ctx.main_grad, ctx.record, ctx.dtype, ctx.blocks, ctx.power_of_2, ctx.group, ctx.keep, _, ctx.backend = inputs
-    _, x_t, x_inverse, weight_scale, _ = output
+    _, x_t, x_scales, weight_figures = output
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(weight, x_t, x_inverse, weight_scale, *(() if scales is None else (scales[2:],)))
+    ctx.save_for_backward(weight, x_t, x_scales, weight_figures, *(() if scales is None else (scales[2:],)))
 
 
 def _grad(ctx, dy, *_):
-    weight, x_t, x_inverse, weight_scale, *scale = ctx.saved_tensors
+    weight, x_t, x_scales, weight_figures, *scale = ctx.saved_tensors
     wanted, keep = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     if dy.stride(-1) != 1 or dy.stride(0) < dy.shape[1]:
         # What autograd hands over is its own (an expanded scalar after .sum(), a transpose): a copy here is no caller's surprise.
         dy = dy.clone(memory_format=torch.contiguous_format)
-    dx, dy_t, dy_inverse, amax = torch.ops.kernels.fp8_linear_dx(
-        dy, weight, weight_scale, scale[0] if scale else None, ctx.dtype, ctx.blocks, ctx.power_of_2, ctx.group, wanted, keep, ctx.x_dtype, ctx.backend)
+    dx, dy_t, dy_scales = torch.ops.kernels.fp8_linear_dx(
+        dy, weight, weight_figures[1:2], scale[0] if scale else None, ctx.dtype, ctx.blocks, ctx.power_of_2, ctx.group, wanted, keep, ctx.x_dtype, ctx.backend)
     if ctx.record is not None and not ctx.blocks:
-        torch.ops.kernels.fp8_record(ctx.record[2:], amax)
+        torch.ops.kernels.fp8_record(ctx.record[2:], dy_scales[:1])
+    x_inverse, dy_inverse = (x_scales, dy_scales) if ctx.blocks else (x_scales[2:], dy_scales[2:])
     dw = None
     if keep and ctx.main_grad is None:
         dw = torch.ops.kernels.fp8_linear_dw(dy_t, dy_inverse, x_t, x_inverse, ctx.dtype, weight.dtype, ctx.backend)
@@ -242,8 +239,8 @@ def fp8_linear(x: Tensor, weight: Tensor, *, recipe: Fp8Recipe = Fp8Recipe(), sc
         raise TypeError(f"{op}: out_dtype is {out_dtype}; it must be float32, bfloat16 or float16")
     keep = torch.is_grad_enabled() and weight.requires_grad
     name = group.group_name if group is not None and group.size() > 1 else ""
-    y, _, _, _, amax = torch.ops.kernels.fp8_linear(
+    y, _, x_figures, weight_figures = torch.ops.kernels.fp8_linear(
         rows, weight, scales, main_grad, record, recipe.backward, recipe.blocks, recipe.power_of_2, name, keep, out_dtype, backend)
     if record is not None and not recipe.blocks:
-        torch.ops.kernels.fp8_record(record[:2], amax.detach())
+        torch.ops.kernels.fp8_record(record[:2], torch.stack((x_figures[0], weight_figures[0])).detach())
     return y.view(*x.shape[:-1], weight.shape[0])

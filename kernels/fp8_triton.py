@@ -60,14 +60,14 @@ def _amax_tiles(x_ptr, partial_ptr, x_stride, rows, width, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _finish(partial_ptr, out_ptr, count, largest, largest_scale, POWER_OF_2: tl.constexpr, SIZE: tl.constexpr):
-    """out = amax, scale, 1 / scale from the maxima of the tiles: one program, and no atomics."""
+def _finish(partial_ptr, scale_ptr, out_ptr, count, largest, largest_scale, GIVEN: tl.constexpr, POWER_OF_2: tl.constexpr, SIZE: tl.constexpr):
+    """out = amax, scale, 1 / scale from the maxima of the tiles, or with the scale that is given: one program, and no atomics."""
     best = tl.zeros([SIZE], tl.int32)
     for start in range(0, count, SIZE):
         at = start + tl.arange(0, SIZE)
         best = tl.maximum(best, tl.load(partial_ptr + at, mask=at < count, other=0))
     bits = tl.max(best, 0)
-    scale = _scale(bits, largest, largest_scale, POWER_OF_2)
+    scale = tl.load(scale_ptr) if GIVEN else _scale(bits, largest, largest_scale, POWER_OF_2)
     tl.store(out_ptr, bits.to(tl.float32, bitcast=True))
     tl.store(out_ptr + 1, scale)
     tl.store(out_ptr + 2, tl.div_rn(scale * 0 + 1.0, scale))
@@ -132,19 +132,9 @@ def _grid(rows: int, width: int, rows_a_tile: int, cols_a_tile: int) -> tuple[in
     return triton.cdiv(rows, rows_a_tile), triton.cdiv(width, cols_a_tile)
 
 
-def triton_figures(x: Tensor, dtype: torch.dtype, power_of_2: bool) -> Tensor:
-    """fp32 [amax, scale, 1 / scale]."""
-    choice = tiles.fp8_tile()
-    grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
-    partial, out = x.new_empty(grid, dtype=torch.int32), x.new_empty(3, dtype=torch.float32)
-    _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
-    _finish[(1,)](partial, out, partial.numel(), LARGEST[dtype], LARGEST_SCALE, POWER_OF_2=power_of_2, **tiles.fp8_finish())
-    return out
-
-
 def triton_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling: str, power_of_2: bool, found: tuple[Tensor, ...]) -> None:
-    """x [rows, width], not empty, into `found` (data, scale_inverse, data_t, scale_inverse_t, amax); what is empty there is not wanted."""
-    data, inverse, data_t, inverse_t, amax = found
+    """x [rows, width], not empty, into `found` (data, scale_inverse, data_t, scale_inverse_t, figures); what is empty there is not wanted."""
+    data, inverse, data_t, inverse_t, figures = found
     flags = {"E5M2_": dtype == E5M2, "STRAIGHT": data.numel() > 0, "TRANSPOSED": data_t.numel() > 0, "HARDWARE": x.is_cuda and _hardware(x.device.index)}
     if scaling != "tensor":
         choice = tiles.fp8_block()
@@ -152,19 +142,29 @@ def triton_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling
             x, data.view(torch.uint8), inverse, data_t.view(torch.uint8), inverse_t, x.stride(0), *x.shape, LARGEST[dtype], LARGEST_SCALE,
             SQUARE=scaling == "128x128", POWER_OF_2=power_of_2, **flags, **choice)
         return
+    given = scale is not None
     choice = tiles.fp8_tile()
     grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
-    given = scale is not None
-    figures = x.new_empty(3, dtype=torch.float32) if given else triton_figures(x, dtype, power_of_2)
-    partial = x.new_empty(grid if given else 0, dtype=torch.int32)
+    partial = x.new_empty(grid, dtype=torch.int32)
+    finish = functools.partial(_finish[(1,)], partial, scale if given else figures, figures, partial.numel(), LARGEST[dtype], LARGEST_SCALE,
+                               GIVEN=given, POWER_OF_2=power_of_2, **tiles.fp8_finish())
+    if not given:
+        _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
+        finish()
     _cast[grid](x, scale if given else figures[1:], data.view(torch.uint8), data_t.view(torch.uint8), partial, x.stride(0), *x.shape, LARGEST[dtype],
                 AMAX=given, **flags, **choice)
     if given:
-        _finish[(1,)](partial, figures, partial.numel(), LARGEST[dtype], LARGEST_SCALE, POWER_OF_2=False, **tiles.fp8_finish())
-    amax.copy_(figures[:1])
-    for tensor in (inverse, inverse_t):
-        if tensor.numel():
-            tensor.copy_(scale.reciprocal() if given else figures[2:])
+        finish()
+
+
+def triton_amax(x: Tensor) -> Tensor:
+    """max |x| of [rows, width] that is not empty, fp32 [1]."""
+    choice = tiles.fp8_tile()
+    grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
+    partial, figures = x.new_empty(grid, dtype=torch.int32), x.new_empty(3, dtype=torch.float32)
+    _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
+    _finish[(1,)](partial, figures, figures, partial.numel(), LARGEST[E4M3], LARGEST_SCALE, GIVEN=False, POWER_OF_2=False, **tiles.fp8_finish())
+    return figures[:1].clone()
 
 
 def fp8_launches() -> list[Launch]:
@@ -190,6 +190,6 @@ def fp8_launches() -> list[Launch]:
                         x | {"data_ptr": "*u8", "scale_ptr": "*fp32", "data_t_ptr": "*u8", "scale_t_ptr": "*fp32"} | size
                         | {"largest": "fp32", "largest_scale": "fp32"}, options | {"SQUARE": square, "POWER_OF_2": False} | block, block_warps,
                         multiples_of_16=even, since=since))
-    found.append(Launch("fp8", "finish", _finish, {"partial_ptr": "*i32", "out_ptr": "*fp32", "count": "i32", "largest": "fp32", "largest_scale": "fp32"},
-                        {"POWER_OF_2": False} | finish, finish_warps, multiples_of_16=("count",), memory_bound=False))
+    found.append(Launch("fp8", "finish", _finish, {"partial_ptr": "*i32", "scale_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "largest": "fp32", "largest_scale": "fp32"},
+                        {"GIVEN": False, "POWER_OF_2": False} | finish, finish_warps, multiples_of_16=("count",), memory_bound=False))
     return found

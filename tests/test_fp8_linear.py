@@ -247,10 +247,11 @@ def test_registered_as_torch_wants_it(recipe):
     given = recipe.backward, recipe.blocks, recipe.power_of_2, ""
     torch.library.opcheck(ops.fp8_linear.default, (x, w, scales, None, None, *given, True, torch.float32, "auto"))
     x, w, dy = x.detach(), w.detach(), draw(5, 16, dtype=torch.float32, seed=16)
-    y, x_t, x_inverse, weight_scale, amax = ops.fp8_linear(x, w, scales, None, None, *given, True, torch.float32, "auto")
-    call = dy, w, weight_scale, None, *given, True, True, torch.float32, "auto"
+    y, x_t, x_scales, weight_figures = ops.fp8_linear(x, w, scales, None, None, *given, True, torch.float32, "auto")
+    call = dy, w, weight_figures[1:2].clone(), None, *given, True, True, torch.float32, "auto"
     torch.library.opcheck(ops.fp8_linear_dx.default, call)
-    _, dy_t, dy_inverse, _ = ops.fp8_linear_dx(*call)
+    _, dy_t, dy_scales = ops.fp8_linear_dx(*call)
+    x_inverse, dy_inverse = (x_scales, dy_scales) if recipe.blocks else (x_scales[2:].clone(), dy_scales[2:].clone())
     torch.library.opcheck(ops.fp8_linear_dw.default, (dy_t, dy_inverse, x_t, x_inverse, recipe.backward, torch.float32, "auto"))
     torch.library.opcheck(ops.fp8_linear_dw_add.default, (torch.zeros(16, 32, device=DEVICE), dy_t, dy_inverse, x_t, x_inverse, recipe.backward, "auto"))
     torch.library.opcheck(ops.fp8_record.default, (torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)))
