@@ -64,6 +64,15 @@ def test_every_code_and_every_tie_to_the_bit(fp8, backend):
 
 
 @each_backend
+@each_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_every_16_bit_number(scale, dtype, fp8, backend):
+    x = torch.arange(-32768, 32768).to(torch.int16).view(dtype).view(512, 128).to(DEVICE)
+    assert_exact(x, fp8, "tensor", backend, scale=torch.full((1,), scale, device=DEVICE))
+
+
+@each_backend
 @each_dtype
 @each_scaling
 @pytest.mark.parametrize("width", SIZES)

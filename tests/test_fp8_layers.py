@@ -137,8 +137,9 @@ def test_the_history_is_a_replicated_tensor_of_the_checkpoint_and_keeps_its_bits
     entry = state["layers.up.fp8_history"]
     assert isinstance(entry, ShardedTensor) and entry.global_shape == (BLOCKS, 3, 3) and entry.global_offset == (1, 0, 0)
     assert not any("record" in key for key in state)
+    scales = model[0].up.scales.clone()
     model.bfloat16()
-    assert torch.equal(histories(model), before)
+    assert torch.equal(histories(model), before) and torch.equal(model[0].up.scales, scales)
 
 
 @each_recipe

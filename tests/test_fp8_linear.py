@@ -189,6 +189,17 @@ def test_an_overflow_shows(recipe, bad):
     assert bool(dw[:, 2].isnan().all())
 
 
+@each_recipe
+def test_backward_keeps_a_byte_an_element_of_x_and_nothing_of_the_weight(recipe):
+    recipe = RECIPES[recipe]
+    x, w = draw(128, 256, dtype=torch.bfloat16, seed=17), draw(512, 256, dtype=torch.bfloat16, seed=18).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fp8_linear(x, w, recipe=recipe, scales=SCALES if recipe.kind == "delayed" else None)
+    bytes_ = sum(t.untyped_storage().nbytes() for t in kept if t.data_ptr() != w.data_ptr())
+    assert x.numel() <= bytes_ <= x.numel() * (1 + 4 / 128) + 100
+
+
 def test_bad_input_is_named():
     x, w = torch.randn(4, 32), torch.randn(16, 32)
     for error, match, call in (

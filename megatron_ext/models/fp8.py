@@ -55,6 +55,12 @@ class Fp8Linear:
         if self.recipe.kind == "delayed":
             self.take_scales()
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.scales is not None:
+            self.take_scales()  # on the device that the history has gone to
+        return self
+
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, allreduce_dgrad: bool = False, sequence_parallel: bool = False,
                       tp_group=None, **rest) -> Tensor:
         """[seq, batch, in] -> [seq, batch, out]; called by megatron-core's `forward`, which communicates before and after."""
