@@ -102,6 +102,34 @@ def once(recipe, groups, *, sp: bool = False) -> dict:
     return {"y": y.detach(), "dx": x.grad, "up": block.up.weight.grad, "down": block.down.weight.grad}
 
 
+def sharded(model: torch.nn.Sequential, groups) -> dict:
+    """As megatron-core's TransformerBlock makes it: one name for all layers, the layer is the first axis."""
+    state = {}
+    for index, block in enumerate(model):
+        for name in ("up", "down"):
+            part = getattr(block, name).sharded_state_dict(f"layers.{name}.", ((0, index, BLOCKS),), {"dp_cp_group": groups.dp_cp})
+            state |= {f"{index}.{key.removeprefix('layers.')}": value for key, value in part.items()}
+    return {"model": state}
+
+
+def moved(directory: Path, two, alone) -> dict:
+    """Two steps on two ranks, saved; loaded by one rank and by two, and a third step each."""
+    from megatron_ext.checkpoint import Checkpoints, load
+
+    recipe = RECIPES["delayed"]
+    model = stack(recipe, two)
+    for number in range(2):
+        step(model, two, number)
+    store = Checkpoints(directory / "checkpoints", keep=0, background=False, sharding="fully_reshardable")
+    store.save(2, sharded(model, two), {"layout": {"tp": 2}})
+    store.wait(), store.close()
+    again, single = stack(recipe, two), stack(recipe, alone)
+    again.load_state_dict(load(store.newest(), sharded(again, two), group=two.tp)["model"])
+    single.load_state_dict(load(store.newest(), sharded(single, alone), group=alone.tp)["model"])
+    kept = [[block.up.fp8_history.clone() for block in m] for m in (model, again, single)]
+    return {"histories": kept, "third": [step(m, g, 2)[0] for m, g in ((model, two), (again, two), (single, alone))]}
+
+
 def main(directory: Path) -> None:
     from megatron_ext import platform
     from megatron_ext.parallel.groups import build_groups
@@ -122,6 +150,7 @@ def main(directory: Path) -> None:
     single = stack(RECIPES["delayed"], alone)
     step(single, alone, rank, lr=0.0)
     facts["dp"] = {"together": model[0].up.fp8_history.view(torch.float32).clone(), "alone": single[0].up.fp8_history.view(torch.float32).clone()}
+    facts["moved"] = moved(directory, two, alone)
     torch.save(facts, directory / f"rank{rank}.pt")
     dist.barrier()
     platform.disconnect()

@@ -236,3 +236,12 @@ def test_histories_agree_between_ranks_and_layouts(ranks):
     for rank in ranks:
         assert torch.equal(rank["dp"]["together"], torch.maximum(ranks[0]["dp"]["alone"], ranks[1]["dp"]["alone"]))
     assert not torch.equal(ranks[0]["dp"]["alone"], ranks[1]["dp"]["alone"])
+
+
+def test_a_checkpoint_of_two_ranks_resumes_on_two_to_the_bit_and_on_one(ranks):
+    for rank in ranks:
+        saved, again, single = rank["moved"]["histories"]
+        for a, b, c in zip(saved, again, single):
+            assert bool(a[0].any()) and torch.equal(a, b) and torch.equal(a, c)
+        third = rank["moved"]["third"]
+        assert third[1] == third[0] and third[2] == pytest.approx(third[0], rel=1e-4)
