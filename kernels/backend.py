@@ -63,12 +63,6 @@ def _triton(device: str) -> str | None:
     return None
 
 
-def _torch_has_fused_adamw(device: str) -> str | None:
-    import torch
-
-    return None if hasattr(torch, "_fused_adamw_") else f"torch {torch.__version__} has no fused AdamW kernel (2.4 and later have)"
-
-
 def _apex_gemm(device: str) -> str | None:
     # The path alone: megatron_ext's platform puts a stand-in of that name among the loaded modules, for megatron-core to import.
     if PathFinder.find_spec("fused_weight_gradient_mlp_cuda") is None:
@@ -160,10 +154,8 @@ def _scaled_products(blockwise: bool) -> tuple[Backend, ...]:
 def ops() -> dict[str, tuple[Backend, ...]]:
     """Every op of the project with its backends, best first."""
     return {
-        "adamw": (
-            Backend("torch", "torch's fused multi-tensor kernel: one pass over weights, gradients and moments on CPU and CUDA",
-                    _torch_has_fused_adamw, "pip install 'torch>=2.4'"),
-        ),
+        "adamw": _fused("torch's fused multi-tensor kernel: one pass over weights, gradients and moments",
+                        "one launch for all tensors, main weights rounded into the model's in the same pass"),
         "attention": _attention(),
         "fp8": _fused("rounds in pieces that stay in the cache", "amax, cast and transpose in one pass, the bits made by integer arithmetic or the hardware"),
         "fp8_linear": _scaled_products(blockwise=False),

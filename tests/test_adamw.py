@@ -200,8 +200,10 @@ def test_the_arguments_that_megatron_core_passes():
 def test_what_it_refuses():
     with pytest.raises(ValueError, match="amsgrad"):
         AdamW(parameters(), amsgrad=True)
-    with pytest.raises(ValueError, match="capturable"):
-        AdamW(parameters(), capturable=True)
+    with pytest.raises(ValueError, match="found_inf needs capturable"):
+        AdamW(parameters()).step(found_inf=torch.zeros(()))
+    with pytest.raises(ValueError, match="lr is a tensor; that needs capturable"):
+        AdamW(parameters(), lr=torch.tensor(0.1))
     with pytest.raises(ValueError, match="betas"):
         AdamW(parameters(), betas=(0.9, 1.0))
     half = parameters(torch.bfloat16)
