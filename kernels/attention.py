@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import attention_libraries as libraries
 from kernels import attention_torch
 from kernels.attention_choice import serving
-from kernels.checks import check_device, check_dtype, check_last_dense, check_shape
+from kernels.checks import FLOATS, check_device, check_dtype, check_last_dense, check_shape
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool, scale: float | None = None,
@@ -193,6 +193,8 @@ def _longest(cu_seqlens: Tensor) -> int:
 
 def check_arguments(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, packed: bool) -> None:
     """What `attention` and its context-parallel forms check alike; `op` is named in the errors."""
+    if not packed and cu_k is None and _dense_fits(q, k, v, mask):
+        return
     layout = "[tokens, heads, d]" if packed else "[seq, batch, heads, d]"
     if q.dim() != (3 if packed else 4):
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}; " + ("with" if packed else "without") + f" cu_seqlens_q it is {layout}")
@@ -228,6 +230,23 @@ def check_arguments(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
         raise ValueError(f"{op}: cu_seqlens_k is for {cu_k.numel() - 1} sequences, cu_seqlens_q for {cu_q.numel() - 1}")
     if packed and cu_k is None and q.shape[0] != k.shape[0]:
         raise ValueError(f"{op}: k holds {k.shape[0]} tokens, q {q.shape[0]}; then cu_seqlens_k must say how they are cut")
+
+
+def _dense_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether dense tensors pass every check below, asked in a few microseconds: while decoding the checks would cost as much as the work."""
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return False
+    (queries, batch, heads, size), (keys, k_batch, groups, k_size) = q.shape, k.shape
+    if not (v.shape == k.shape and k_batch == batch and k_size == size and groups and heads % groups == 0
+            and q.dtype == k.dtype == v.dtype and q.dtype in FLOATS and q.device == k.device == v.device
+            and (q.stride(3) == k.stride(3) == v.stride(3) == 1 or size == 1)):
+        return False
+    if mask is None:
+        return True
+    if mask.dim() != 4 or mask.dtype != torch.bool or mask.device != q.device:
+        return False
+    m_batch, m_heads, m_queries, m_keys = mask.shape
+    return m_batch in (1, batch) and m_heads in (1, heads) and m_queries in (1, queries) and m_keys in (1, keys)
 
 
 def cu_seqlens_of(documents: Tensor) -> Tensor:

@@ -128,6 +128,8 @@ def _constant(*call) -> str:
 def serving(backend: str, q: Tensor, *, packed: bool, mask: bool, dropout: bool = False, return_lse: bool = False, grad: bool = False,
             partial: bool = False) -> str:
     """The name of what serves these tensors: looked up once for each kind of call, a constant under `torch.compile`."""
+    if q.is_cpu and backend in ("auto", "torch"):  # what nearly every call on CPU asks, answered without a look-up
+        return "torch"
     device, size = q.device, q.shape[-1]
     if not torch.compiler.is_compiling():
         return _serving(backend, device.type, device.index, q.dtype, size, packed, mask, dropout, return_lse, grad, partial)
