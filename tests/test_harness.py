@@ -167,6 +167,12 @@ def test_optional_takes_a_library_that_is_there():
     assert float(rows["theirs", "both"]["p50_ms"]) > 0 and float(rows["made", "forward"]["error_ratio"]) == 0
 
 
+def test_compiled_code_is_differentiated_again_and_again():
+    rows = measured(case(providers={"eager": lambda x: x.exp().sin(), "compile": harness.compiled(lambda x: x.exp().sin(), backend="aot_eager")},
+                         reference=lambda x: x.exp().sin()))
+    assert all(rows["compile", mode]["p50_ms"] and float(rows["compile", mode]["error_ratio"]) <= 2 for mode in harness.MODES), rows
+
+
 def test_without_gradients_only_forward_is_measured():
     rows = measured(case(differentiable=(), providers={"eager": lambda x: x.add_(1)}, reference=None))
     assert set(rows) == {("eager", "forward")} and rows["eager", "forward"]["error"] == ""

@@ -1,10 +1,12 @@
 """What a benchmark says of its op: the inputs, who competes, the definition, and what must be moved and computed."""
 import importlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._functorch import config as functorch
 
 MODES = ("forward", "backward", "both")
 SEED = 20
@@ -25,7 +27,10 @@ def compiled(function: Callable, **options: object) -> Built:
     """`torch.compile(function)`, for the shapes of one case (no dynamic shapes), compiled when it is first called."""
     def build() -> Callable:
         # backward is called many times over one graph, so its saved tensors are not the compiler's to reuse
-        torch._functorch.config.donated_buffer = False
+        functorch.donated_buffer = False
+        # the cache on disk knows nothing of our registered ops: after a change of their outputs it would serve code for the old ones
+        torch.compiler.config.force_disable_caches = True
+        warnings.filterwarnings("ignore", message=".*force_disable_caches")
         return torch.compile(function, **{"dynamic": False, **options})
 
     return Built(build)
