@@ -134,8 +134,9 @@ def combine(state: Tensor, head: Head) -> Tensor:
     group = head.ranks()
     if group is None:
         return state
-    gathered = state.new_empty(group.size(), *state.shape)
+    gathered = state.new_empty(group.size() * len(state), *state.shape[1:])  # gloo joins, and does not stack
     dist.all_gather_into_tensor(gathered, state.contiguous(), group=group)
+    gathered = gathered.view(group.size(), *state.shape)
     top = gathered[:, 0].amax(0)
     drop = gathered[:, 0] - top
     scale = drop.exp()
