@@ -21,6 +21,11 @@ OPTIONAL = {  # what it is for, and how it comes
     "wandb": ("log.wandb=offline|online", "pip install wandb"),
     "transformers": ("comparisons in tests and benchmarks", "pip install transformers"),
 }
+# No GPU has been at hand: what only one can run, beside the backends that say so of themselves (kernels/backend.py).
+NEVER_RUN = (
+    "kernels.layers=te: Transformer Engine's layers and recipes", "Triton kernels compiled on a GPU (interpreted and statically checked only)",
+    "NCCL and collectives across GPUs", "torch._scaled_mm and FP8 on a GPU",
+)
 
 
 def version_of(distribution: str) -> str | None:
@@ -107,6 +112,15 @@ def ops() -> list[dict[str, object]]:
     return found
 
 
+def not_executed() -> list[str]:
+    """Code paths that have never run anywhere, as "op: backend"; said so that nobody takes them for proven."""
+    if kernels_collision() is not None:
+        return []
+    from kernels import backend
+
+    return [*(f"{op}: {b.name}" for op, backends in backend.ops().items() for b in backends if not b.executed), *NEVER_RUN]
+
+
 def examine() -> dict[str, object]:
     """Everything, JSON-able. `problems` lists what keeps a run from working; nothing optional is in it."""
     torch = torch_facts()
@@ -130,6 +144,7 @@ def examine() -> dict[str, object]:
         "torch": torch,
         "runs_on": runs_on(torch),
         "ops": ops(),
+        "not_executed": not_executed(),
         "problems": problems,
     }
 
@@ -149,8 +164,9 @@ def text(found: dict[str, object]) -> str:
         "ops",
     ]
     for op in found["ops"]:
-        lines.append(f"  {op['op']:<10}{op['backend']}: {op['reason']}")
-        lines += [f"  {'':<10}not {name}: {why}" for name, why in op["why_not"].items()]
+        lines.append(f"  {op['op']:<22}{op['backend']}: {op['reason']}")
+        lines += [f"  {'':<22}not {name}: {why}" for name, why in op["why_not"].items()]
+    lines += ["", "written and not yet executed anywhere", *(f"  {path}" for path in found["not_executed"])]
     lines += ["", "optional"]
     for name, entry in found["optional"].items():
         state = entry["version"] or f"not installed: {entry['install']}"

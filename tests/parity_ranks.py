@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_ext.config.schema import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from megatron_ext.config.schema import Config, DataConfig, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
 
 LLAMA = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, num_query_groups=4)
 MULTI_HEAD = replace(LLAMA, num_query_groups=None, rotary_percent=0.5, rotary_interleaved=True)
@@ -46,6 +46,8 @@ class Job:
     data: dict = field(default_factory=dict)
     steps: int = 13
     length: int = STEPS
+    kernels: dict = field(default_factory=dict)
+    fp8: str | None = None
 
 
 # In the order in which they run; what is left of a row's ranks is idle, so jobs of two ranks come in pairs, of one rank in fours.
@@ -110,9 +112,10 @@ class Trainer:
         from megatron_ext.parallel.layout import Layout
         from megatron_ext.train.engine import Engine
 
-        sizes = {key: job.parallel[key] for key in ("tp", "pp", "vpp", "sp") if key in job.parallel}
+        sizes = {key: job.parallel[key] for key in ("tp", "pp", "vpp", "cp", "sp") if key in job.parallel}
         self.config = Config(
-            model=job.model, parallel=ParallelConfig(**job.parallel), precision=PrecisionConfig(dtype=job.dtype),
+            model=job.model, parallel=ParallelConfig(**job.parallel), precision=PrecisionConfig(dtype=job.dtype, fp8=job.fp8),
+            kernels=KernelsConfig(**job.kernels),
             data=DataConfig(path=str(directory / "data"), sequence_length=SEQUENCE, **job.data),
             optim=OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=WARMUP),  # the rates of `make run` (conf/run.yaml)
             train=TrainConfig(steps=job.length, global_batch_size=BATCH, micro_batch_size=job.micro),

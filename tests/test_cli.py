@@ -129,7 +129,7 @@ def test_doctor():
     assert found["packages"]["megatron-core"] and found["torch"]["version"] and found["runs_on"]["backend"] in ("gloo", "nccl")
     assert {op["op"] for op in found["ops"]} >= {"adamw"} and all(op["reason"] for op in found["ops"])
     text = doctor.text(found)
-    assert "no problems found" in text and "transformer-engine" in text and "adamw     torch" in text
+    assert "no problems found" in text and "transformer-engine" in text and "adamw                 torch" in text and "not yet executed" in text and "te: Transformer Engine" in text
 
 
 def test_doctor_without_any_package():

@@ -30,7 +30,21 @@ FOUR = ["launch.ranks=4"]
     (["parallel.vpp=2", "parallel.pp=2", "launch.ranks=2", "train.global_batch_size=24"], ["train.global_batch_size=24", "multiple of 16"]),
     (["parallel.sp=true"], ["parallel.sp=true", "parallel.tp greater than 1"]),
     (["parallel.sp=true", "parallel.tp=2", "launch.ranks=2", "data.sequence_length=255"], ["data.sequence_length=255", "parallel.tp=2"]),
-    (["parallel.cp=2", "launch.ranks=2"], ["parallel.cp=2", "attention kernel"]),
+    (["parallel.cp=2", "launch.ranks=2", "data.sequence_length=250"], ["data.sequence_length=250", "2 x parallel.cp = 4"]),
+    (["parallel.cp=2", "launch.ranks=2", "model.attention_dropout=0.1"], ["model.attention_dropout=0.1", "parallel.cp"]),
+    (["parallel.cp=3", "launch.ranks=3", "parallel.cp_method=ulysses", "data.sequence_length=240"], ["parallel.cp_method=ulysses", "4 heads", "ring"]),
+    (["parallel.cp_method=rign"], ["did you mean ring"]),
+    (["precision.fp8=int8"], ["precision.fp8=int8", "delayed, current, blockwise, mxfp8"]),
+    (["precision=fp8_current", "precision.dtype=fp16"], ["precision.dtype=fp16", "bf16"]),
+    (["precision=fp8_current", "kernels.layers=fused"], ["kernels.layers=fused", "no FP8"]),
+    (["kernels.layers=fp8"], ["kernels.layers=fp8", "precision.fp8"]),
+    (["precision=fp8_mxfp8", "kernels.layers=fp8"], ["precision.fp8=mxfp8", "kernels.layers=te"]),
+    (["precision=fp8_delayed", "kernels.layers=te", "parallel.pp=2", "launch.ranks=2"], ["precision.fp8=delayed", "kernels.layers=fp8"]),
+    (["precision=fp8_current", "model.ffn_hidden_size=520"], ["precision.fp8=current", "pieces of 16", "feed-forward", "520"]),
+    (["precision=fp8_blockwise", "model.hidden_size=192"], ["precision.fp8=blockwise", "pieces of 128", "192"]),
+    (["precision=fp8_current", "data.sequence_length=9", "train.micro_batch_size=4"], ["train.micro_batch_size=4", "36 tokens"]),
+    (["precision=fp8_current", "precision.fp8_edge_layers=2"], ["precision.fp8_edge_layers=2", "none of the 4 layers"]),
+    (["kernels.rms_norm=tritn"], ["kernels.rms_norm=tritn", "triton"]),
     (["parallel.recompute=full", "parallel.recompute_layers=5"], ["parallel.recompute_layers=5", "4 layers"]),
     (["train.global_batch_size=20"], ["train.global_batch_size=20", "16 or 24"]),
     (["train.micro_batch_size=64"], ["train.global_batch_size=32", "64"]),
@@ -96,6 +110,14 @@ def test_every_number_has_a_range_and_every_listed_key_exists():
     numbers = {key for key, hint in key_types().items() if hint in (int, float, int | None, float | None)}
     assert numbers - RANGES.keys() == {"stop.target_loss"}  # any finite number is a target
     assert CHOICES.keys() | RANGES.keys() <= key_types().keys()
+
+
+def test_backends_are_those_of_the_kernels():
+    from kernels.backend import ops
+
+    named = {key.removeprefix("kernels."): set(CHOICES[key]) - {"auto"} for key in key_types() if key.startswith("kernels.")}
+    del named["layers"]
+    assert named == {op: {b.name for b in ops()[op]} for op in named}
 
 
 @pytest.mark.parametrize(("preset", "published"), [

@@ -106,7 +106,7 @@ def test_logits_and_loss_are_those_of_transformers(model, copied):
     with torch.no_grad():
         truth = theirs(tokens, labels=tokens)  # it shifts the labels itself
         logits = decoder(inputs, positions_of(inputs))[..., :WORDS]
-        losses = decoder(inputs, positions_of(inputs), labels=tokens[:, 1:])
+        _, losses = decoder(inputs, positions_of(inputs), labels=tokens[:, 1:])
     assert float(truth.logits.std()) > 0.5, "weights so small that every model gives the same"
     assert float((logits - truth.logits[:, :-1]).abs().max()) < 1e-5
     assert losses.shape == inputs.shape and losses.dtype == torch.float32

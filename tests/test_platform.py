@@ -248,19 +248,19 @@ FAKE = """
         torch.Tensor.contiguous = lambda self: self if self.is_contiguous() else aten.clone.default(self, memory_format=torch.contiguous_format)
         torch.Tensor.float = lambda self: aten._to_copy.default(self, dtype=torch.float32)
         torch.Tensor.__invert__, torch.Tensor.to = lambda self: aten.bitwise_not.default(self), moved
-    from megatron_ext.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+    from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
     from megatron_ext.models import decoder, norm
     from megatron_ext.models.layers import transformer_config
     from megatron_ext.parallel.groups import build_groups
     from megatron_ext.parallel.layout import Layout
-    from megatron_ext.models.attention import document_mask
+    from megatron_ext.models.attention import document_mask, pack
     from megatron_ext.platform import megatron
     from megatron.core.tensor_parallel import random
 
     # Dropout's streams live in the driver, and there is no dropout here.
     random.get_cuda_rng_tracker().fork = lambda *args: contextlib.nullcontext()
     next(patch for patch in megatron.PATCHES if patch.name == "memory-buffer").apply()
-    what, mutation = sys.argv[1:]
+    what, mutation, layers = sys.argv[1:]
     models = {
         "llama": ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, rope_scaling_factor=8.0),
         "gpt2": ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, position_embedding="learned", norm="layernorm",
@@ -279,7 +279,7 @@ FAKE = """
         honest = decoder.Decoder.rotary_angles
         decoder.Decoder.rotary_angles = lambda self, *a: honest(self, *a).cpu()
     with FakeTensorMode(), torch.no_grad():
-        config = transformer_config(model, parallel, PrecisionConfig(dtype="bf16"), on_cpu=False)
+        config = transformer_config(model, parallel, PrecisionConfig(dtype="bf16"), KernelsConfig(layers=layers), on_cpu=False)
         built = decoder.Decoder(model, config, groups, vocab_size=500, padded_vocab_size=512, first=True, last=True)
         for module in built.modules():  # what megatron-core makes on the CPU and build_model moves: Module.to cannot swap fake tensors
             for name, value in list(module._parameters.items()):
@@ -287,10 +287,14 @@ FAKE = """
                     module._parameters[name] = torch.nn.Parameter(torch.ops.aten._to_copy.default(value.detach(), device=torch.device("cuda")))
         tokens = torch.zeros(2, 16, dtype=torch.int64, device="cuda")
         positions = torch.arange(16, device="cuda")[None].expand(2, -1)
-        mask = document_mask(torch.zeros(2, 16, dtype=torch.int32, device="cuda")) if "documents" in what else None
-        loss = built(tokens, positions, mask, labels=tokens, rows_differ="documents" in what)
+        mask = packed = None
+        if "documents" in what:
+            documents = torch.zeros(2, 16, dtype=torch.int32, device="cuda")
+            mask, packed = (document_mask(documents), None) if layers == "plain" else (None, pack(documents))
+        total, loss = built(tokens, positions, mask, labels=tokens, packed=packed, rows_differ="documents" in what)
+        assert total.shape == () and total.device.type == "cuda", total
         assert loss.shape == (2, 16) and loss.device.type == "cuda", loss
-        logits = built(tokens, positions, mask)
+        logits = built(tokens, positions, mask, packed=packed)
         assert logits.shape == (2, 16, 256) and logits.device.type == "cuda"
         left = [name for name, tensor in (*built.named_parameters(), *built.named_buffers()) if tensor.device.type != "cuda"]
         assert not left, left
@@ -301,16 +305,18 @@ FAKE = """
 NEEDS_CUDA_BUILD = pytest.mark.skipif(torch.version.cuda is None, reason="torch's CPU build has no fake CUDA dropout; the second leg runs this")
 
 
-@pytest.mark.parametrize("what", [
-    "llama", "llama-sp", "llama-documents", pytest.param("gpt2", marks=NEEDS_CUDA_BUILD), pytest.param("gpt2-sp", marks=NEEDS_CUDA_BUILD),
+@pytest.mark.parametrize(("what", "layers"), [
+    ("llama", "fused"), ("llama-sp", "fused"), ("llama-sp", "plain"),
+    ("llama-documents", "plain"),  # the kernels look at where documents end, which fake tensors cannot tell
+    pytest.param("gpt2", "fused", marks=NEEDS_CUDA_BUILD), pytest.param("gpt2-sp", "plain", marks=NEEDS_CUDA_BUILD),
 ])
-def test_a_forward_pass_on_cuda_makes_no_tensor_on_the_cpu(what):
+def test_a_forward_pass_on_cuda_makes_no_tensor_on_the_cpu(what, layers):
     """Without the CPU layer, which would hide it. No GPU is needed: fake tensors have a device and no memory."""
-    done = python(FAKE, what, "none")
+    done = python(FAKE, what, "none", layers)
     assert done.stdout.strip().endswith("all on cuda"), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("mutation", ["norm", "loss", "rotary"])
 def test_a_forgotten_device_is_caught(mutation):
-    done = python(FAKE, "llama", mutation)
+    done = python(FAKE, "llama", mutation, "plain")
     assert done.returncode == 1 and "cuda:0" in done.stderr.splitlines()[-1] and "cpu" in done.stderr.splitlines()[-1], done.stderr[-3000:]

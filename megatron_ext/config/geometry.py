@@ -134,6 +134,7 @@ def text(config: Config, vocab: int | None = None) -> str:
         vocabulary += f", padded to {found['padded_vocab_size']:,} rows: a multiple of {model.vocab_multiple} that divides over " \
                       f"{parallel.tp} tensor-parallel ranks"
     extras = [word for word, on in (("sequence parallel", parallel.sp), (f"{parallel.vpp} chunks a stage", parallel.vpp),
+                                    (f"sequences split over {parallel.cp} ranks ({parallel.cp_method})", parallel.cp > 1),
                                     (f"recompute {parallel.recompute}", parallel.recompute != "none"),
                                     ("distributed optimizer", parallel.distributed_optimizer and found["grid"]["dp"] > 1)) if on]
     lines = [
@@ -142,7 +143,8 @@ def text(config: Config, vocab: int | None = None) -> str:
         f"feed-forward {sizes.ffn_size(model)}"),
         f"vocabulary  {vocabulary}",
         *grid_lines(Grid.of(config)),
-        f"layout      {found['layers_per_stage']} layers a stage" + "".join(f", {word}" for word in extras) + f", {config.precision.dtype}",
+        f"layout      {found['layers_per_stage']} layers a stage" + "".join(f", {word}" for word in extras) + f", {config.precision.dtype}"
+        + (f" with FP8 products ({config.precision.fp8} scaling)" if config.precision.fp8 else ""),
         (f"batch       {batch.global_batch} samples = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
         f"{batch.data_ranks} data ranks"),
         (f"tokens      {batch.tokens_per_step:,} a step ({batch.global_batch} x {batch.sequence_length}); {batch.steps:,} steps = "

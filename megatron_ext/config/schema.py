@@ -45,7 +45,8 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel
     pp: int = 1  # pipeline stages
     vpp: int | None = None  # model chunks a pipeline rank (interleaved 1F1B); None = plain 1F1B
-    cp: int = 1  # context parallel
+    cp: int = 1  # context parallel: every sequence is split over these ranks
+    cp_method: str = "ring"  # how keys and values meet: ring | ulysses (heads divide by cp) | gather (documents of any length)
     sp: bool = False  # sequence parallel: norms and dropouts split over the tensor-parallel ranks
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
@@ -57,9 +58,31 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class PrecisionConfig:
     dtype: str = "fp32"  # fp32 | bf16 | fp16 (weights and activations; main weights and optimizer are fp32)
+    fp8: str | None = None  # scaling of FP8 matrix products in the layers: delayed | current | blockwise | mxfp8; None = off
+    fp8_format: str = "hybrid"  # hybrid: e4m3 forward, e5m2 for gradients | e4m3
+    fp8_margin: int = 0  # delayed: scales leave this many powers of two free
+    fp8_history: int = 1024  # delayed: steps whose largest value decides the scale
+    fp8_edge_layers: int = 0  # the first and the last so many layers stay in dtype
     initial_loss_scale: float = 65536.0  # fp16 only
     loss_scale_window: int = 1000
     grad_reduce_in_fp32: bool = True
+
+
+@dataclass(frozen=True)
+class KernelsConfig:
+    """Of what layers are made, and which backend serves each op: auto (the best that can here; `doctor` says which), or one by name."""
+
+    layers: str = "auto"  # auto (with precision.fp8 te or fp8, else fused) | fused (ours) | te (Transformer Engine) | fp8 (ours) | plain
+    rms_norm: str = "auto"
+    layer_norm: str = "auto"
+    swiglu: str = "auto"
+    geglu: str = "auto"
+    bias_gelu: str = "auto"
+    rope: str = "auto"
+    linear_cross_entropy: str = "auto"
+    attention: str = "auto"
+    wgrad_accumulate: str = "auto"
+    fp8_linear: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -182,6 +205,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -13,6 +13,7 @@ from megatron_ext.config.ranges import check_values
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 
+FP8_RECIPES = ("delayed", "current", "blockwise", "mxfp8")
 Rule = Callable[[Config], Iterator[UserError]]
 
 
@@ -111,10 +112,21 @@ def ranks_fit(config: Config) -> Iterator[UserError]:
                                                f" = {model_ranks}: {fewer}{more}")
 
 
-def no_context_parallel(config: Config) -> Iterator[UserError]:
-    if config.parallel.cp > 1:
-        yield UserError("parallel.cp", config.parallel.cp, "context parallelism comes with the attention kernel; 1 for now. Long sequences "
-                                                           "fit with parallel.sp=true and parallel.recompute=full")
+def context_parallel_fits(config: Config) -> Iterator[UserError]:
+    model, parallel, length = config.model, config.parallel, config.data.sequence_length
+    if parallel.cp == 1:
+        return
+    if length % (2 * parallel.cp):
+        yield UserError("data.sequence_length", length, f"must be a multiple of 2 x parallel.cp = {2 * parallel.cp}: each rank holds an early and a "
+                                                        "late chunk of every sequence")
+    if model.attention_dropout > 0:
+        yield UserError("model.attention_dropout", model.attention_dropout, "must be 0 with parallel.cp greater than 1: ranks would drop different "
+                                                                            "weights of the same row; model.hidden_dropout works")
+    if parallel.cp_method == "ulysses" and not config.data.reset_attention:
+        heads, groups = model.num_attention_heads // parallel.tp, sizes.query_groups(model) // parallel.tp
+        if heads % parallel.cp or (groups % parallel.cp and parallel.cp % groups):
+            yield UserError("parallel.cp_method", "ulysses", f"shares the {heads} heads and {groups} key/value heads of a tensor-parallel rank out over "
+                                                             f"parallel.cp={parallel.cp} ranks, which must divide them; ring has no such limit")
 
 
 def tp_divides(config: Config) -> Iterator[UserError]:
@@ -132,8 +144,9 @@ def sequence_parallel_fits(config: Config) -> Iterator[UserError]:
     parallel, length = config.parallel, config.data.sequence_length
     if parallel.sp and parallel.tp == 1:
         yield UserError("parallel.sp", "true", "splits norms over the tensor-parallel ranks: needs parallel.tp greater than 1")
-    elif parallel.sp and length % parallel.tp:
-        yield UserError("data.sequence_length", length, f"must be a multiple of parallel.tp={parallel.tp} with parallel.sp=true")
+    elif parallel.sp and length % (parallel.tp * parallel.cp):
+        split = f"parallel.tp x cp = {parallel.tp} x {parallel.cp}" if parallel.cp > 1 else f"parallel.tp={parallel.tp}"
+        yield UserError("data.sequence_length", length, f"must be a multiple of {split} with parallel.sp=true")
 
 
 def stages_divide_layers(config: Config) -> Iterator[UserError]:
@@ -152,6 +165,48 @@ def recompute_fits(config: Config) -> Iterator[UserError]:
     chunk = config.model.num_layers // (parallel.pp * (parallel.vpp or 1))
     if parallel.recompute == "full" and parallel.recompute_layers > max(chunk, 1):
         yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
+
+
+# ---- precision and layers --------------------------------------------------------------------------------------------------------
+
+def fp8_fits(config: Config) -> Iterator[UserError]:
+    """The corners in which FP8 is known to break or to be refused by the hardware."""
+    model, parallel, precision, kind = config.model, config.parallel, config.precision, config.kernels.layers
+    if precision.fp8 is None:
+        if kind == "fp8":
+            yield UserError("kernels.layers", "fp8", "needs precision.fp8: delayed, current or blockwise (precision=fp8_current)")
+        return
+    if precision.fp8 not in FP8_RECIPES:
+        yield UserError("precision.fp8", precision.fp8, f"must be one of {', '.join(FP8_RECIPES)}, or null")
+        return
+    if kind in ("fused", "plain"):
+        yield UserError("kernels.layers", kind, f"has no FP8; with precision.fp8={precision.fp8} it must be auto, te or fp8")
+    if precision.fp8 == "mxfp8" and kind == "fp8":
+        yield UserError("precision.fp8", "mxfp8", "comes from Transformer Engine alone: kernels.layers=te, on compute capability 10.0 and later")
+    if precision.dtype == "fp16":
+        yield UserError("precision.dtype", "fp16", "and FP8 scale gradients twice, and overflow; use bf16")
+    if kind == "te" and precision.fp8 == "delayed":
+        if parallel.pp > 1:
+            yield UserError("precision.fp8", "delayed", "with kernels.layers=te reduces its largest values over all ranks at once, which pipeline stages "
+                                                        "of different layers cannot; use current, or kernels.layers=fp8")
+        if precision.fp8_edge_layers:
+            yield UserError("precision.fp8_edge_layers", precision.fp8_edge_layers, "must be 0 with delayed scaling in Transformer Engine: leaving "
+                                                                                    "its context between layers upsets the reduction")
+    if 2 * precision.fp8_edge_layers >= model.num_layers:
+        yield UserError("precision.fp8_edge_layers", precision.fp8_edge_layers, f"leaves none of the {model.num_layers} layers to FP8")
+    step = 128 if precision.fp8 == "blockwise" else 32 if precision.fp8 == "mxfp8" else 16
+    widths = {
+        "hidden": model.hidden_size, "attention": sizes.head_dim(model) * model.num_attention_heads,
+        "key/value": sizes.head_dim(model) * sizes.query_groups(model), "feed-forward": sizes.ffn_size(model),
+    }
+    for name, width in widths.items():
+        share = width if name == "hidden" else width // parallel.tp
+        if share % step:
+            yield UserError("precision.fp8", precision.fp8, f"multiplies matrices in pieces of {step}; the {name} width of a rank is {share}")
+    tokens = config.data.sequence_length * config.train.micro_batch_size // parallel.cp
+    if tokens % step:
+        yield UserError("train.micro_batch_size", config.train.micro_batch_size, f"gives {tokens} tokens a micro-batch and rank; precision.fp8="
+                                                                                f"{precision.fp8} needs a multiple of {step}")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
@@ -260,8 +315,8 @@ def load_is_given(config: Config) -> Iterator[UserError]:
 
 COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_file, load_exists, tokenizer_exists)
 MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even)
-LAYOUT: tuple[Rule, ...] = (ranks_fit, no_context_parallel, tp_divides, stages_divide_layers, recompute_fits)
+LAYOUT: tuple[Rule, ...] = (ranks_fit, tp_divides, context_parallel_fits, stages_divide_layers, recompute_fits)
 TRAIN: tuple[Rule, ...] = (
-    stage_is_known, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
+    stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
 )
-READ: tuple[Rule, ...] = (load_is_given, ranks_fit, no_context_parallel)
+READ: tuple[Rule, ...] = (load_is_given, ranks_fit)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kernels.context_parallel import zigzag_split
 from megatron_ext.data.samples import Masking, Sample, Samples
 
 
@@ -31,6 +32,14 @@ class Batch:
         if device.type == "cpu":
             return self
         return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in vars(self).values()))
+
+    def context_part(self, rank: int, size: int) -> "Batch":
+        """What context-parallel rank `rank` of `size` holds of every sequence: the chunks `rank` and `2 size - 1 - rank` of 2 size, so that
+        all ranks have as much causal attention to do. `documents` stay whole: what a token may see is decided over the whole sequence."""
+        if size == 1:
+            return self
+        parts = [zigzag_split(part, 1, rank, size) for part in (self.tokens, self.labels, self.loss_mask, self.position_ids)]
+        return Batch(*parts, self.documents)
 
 
 def micro_batches(samples: Samples, first: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""The core of attention, softmax(q k^T / sqrt(d)) v, on torch's scaled_dot_product_attention.
+"""The core of attention, softmax(q k^T / sqrt(d)) v, on `kernels.attention`: dense, packed documents, over context-parallel ranks.
 
 It stands where megatron-core's `SelfAttention` keeps `core_attention`: projections, heads over tensor-parallel ranks and rotary positions
 are megatron-core's; grouped key/value heads arrive unexpanded. While decoding it owns the cache of its layer: keys are stored with their
@@ -8,10 +8,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from kernels.attention import attention, cu_seqlens_of
+from kernels.context_parallel import ring_attention, ulysses_attention
+from kernels.gather_attention import gather_attention
 
 
 @dataclass
@@ -45,29 +49,62 @@ class CoreAttention(MegatronModule):
     def __init__(self, config, layer_number: int, attn_mask_type, softmax_scale=None, pg_collection=None, **_):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp  # else megatron-core looks for a global one when it makes the sharded state dict
+        self.cp_group = pg_collection.cp
         self.layer_number, self.mask_type = layer_number, attn_mask_type
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout
         self.cache: LayerCache | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, **_) -> Tensor:
-        """q [query, batch, heads, head_dim], k and v [key, batch, groups, head_dim] -> [query, batch, heads * head_dim]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, *,
+                packed_seq_params: PackedSeqParams | None = None, **_) -> Tensor:
+        """q [query, batch, heads, head_dim], k and v [key, batch, groups, head_dim] -> [query, batch, heads * head_dim].
+
+        packed_seq_params: of `pack`; with context parallelism the documents of whole sequences, else of q's tokens.
+        """
         queries, batch = q.shape[:2]
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        if self.cache is not None:
-            k, v = self.cache.append(k, v)
         causal = attention_mask is None and self.mask_type == AttnMaskType.causal
-        if causal and q.shape[2] != k.shape[2]:
-            raise ValueError("a cache needs an explicit mask: the rows' own positions decide what they see")
-        out = F.scaled_dot_product_attention(
-            q, k, v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=causal,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.permute(2, 0, 1, 3).reshape(queries, batch, -1)
+        options = {"causal": causal, "scale": self.scale, "backend": self.config.kernels.attention}
+        if self.cache is not None:
+            k, v = (x.permute(2, 0, 1, 3) for x in self.cache.append(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)))
+            if causal and q.shape[0] != k.shape[0]:
+                raise ValueError("a cache needs an explicit mask: the rows' own positions decide what they see")
+        if self.cp_group.size() > 1:
+            out = self._context_parallel(q, k, v, packed_seq_params, options)
+        elif packed_seq_params is not None:
+            cu_seqlens, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+            # Documents are runs of tokens in a row of the batch, so the rows have to lie one after the other.
+            q, k, v = (x.transpose(0, 1).reshape(-1, *x.shape[2:]) for x in (q, k, v))
+            out = attention(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+                            dropout=self.dropout if self.training else 0.0, **options)
+            out = out.view(batch, queries, *out.shape[1:]).transpose(0, 1)
+        else:
+            out = attention(q, k, v, mask=attention_mask, dropout=self.dropout if self.training else 0.0, **options)
+        return out.reshape(queries, batch, -1)
+
+    def _context_parallel(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams | None, options: dict) -> Tensor:
+        if packed is not None:  # documents of any length end anywhere in a rank's chunks
+            return gather_attention(q, k, v, group=self.cp_group, documents=packed.documents, **options)
+        method = {"ring": ring_attention, "ulysses": ulysses_attention, "gather": gather_attention}[self.config.cp_method]
+        return method(q, k, v, group=self.cp_group, **options)
+
+
+@dataclass
+class Documents(PackedSeqParams):
+    """megatron-core's description of packed sequences, and `documents` [batch, seq]: the document that each token belongs to."""
+
+    documents: Tensor | None = None
+
+
+def pack(documents: Tensor) -> Documents:
+    """What the layers take to keep documents apart.
+
+    Args:
+        documents: [batch, seq] int, the document of each token; a document is a run of tokens in its row.
+    """
+    cu_seqlens = cu_seqlens_of(documents)
+    # A bound without looking at the data: no document is longer than a row.
+    return Documents(qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=documents.shape[1],
+                     max_seqlen_kv=documents.shape[1], documents=documents)
 
 
 def document_mask(documents: Tensor) -> Tensor:

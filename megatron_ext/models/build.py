@@ -5,7 +5,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ext.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.initialise import initialise
@@ -29,16 +29,19 @@ def _mark_partitions(chunk: torch.nn.Module) -> None:
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, groups: ProcessGroupCollection, *,
-                vocab_size: int, seed: int, device: torch.device) -> list[torch.nn.Module]:
+                vocab_size: int, seed: int, device: torch.device, kernels: KernelsConfig = KernelsConfig(),
+                accumulate: bool = False) -> list[torch.nn.Module]:
     """The model chunks of this rank, initialised, on their device and in their dtype; not yet wrapped for data parallelism.
 
     Args:
         parallel: its sizes are those of `groups`.
         vocab_size: words that exist.
+        kernels: of what layers are made.
+        accumulate: see `layers.transformer_config`.
     Returns:
         One chunk, or `parallel.vpp` chunks with interleaving: chunk v of pipeline rank r is stage v * pp + r.
     """
-    config = transformer_config(model, parallel, precision, on_cpu=device.type == "cpu")
+    config = transformer_config(model, parallel, precision, kernels, on_cpu=device.type == "cpu", accumulate=accumulate)
     pp_rank, chunks = groups.pp.rank(), parallel.vpp or 1
     built = []
     for index in range(chunks):

@@ -8,14 +8,18 @@ from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear, copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.models.layers import block_spec
+from megatron_ext.models.fused import rotary_tables
+from megatron_ext.models.layers import LayerConfig, block_spec
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
 
 
@@ -31,7 +35,7 @@ class Decoder(LanguageModule):
         chunk: the virtual stage, with interleaving.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: ProcessGroupCollection, *,
+    def __init__(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, *,
                  vocab_size: int, padded_vocab_size: int, first: bool, last: bool, chunk: int | None = None):
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
@@ -49,8 +53,9 @@ class Decoder(LanguageModule):
             rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 1.0,
             use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
         )
+        stage = (chunk or 0) * groups.pp.size() + groups.pp.rank()
         self.decoder = TransformerBlock(
-            config, block_spec(config), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
+            config, block_spec(config, stage), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
         )
         if last:
             self.output_layer = ColumnParallelLinear(
@@ -75,32 +80,67 @@ class Decoder(LanguageModule):
             return angles.repeat_interleave(2, dim=-1)
         return torch.cat((angles, angles), dim=-1)
 
+    def _rotary(self, positions: Tensor, per_row: bool) -> Tensor | None:
+        """What the layers take: with `plain` layers the angles, else cosines and sines [2, seq, 1 or batch, d / 2] fp32."""
+        if self.rotary is None or self.config.layers == "plain":
+            return self.rotary_angles(positions, per_row)
+        self.rotary.inv_freq = self.rotary.inv_freq.to(positions.device)
+        return rotary_tables(positions.t() if per_row else positions[:1].t(), self.rotary.inv_freq)
+
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
-                rows_differ: bool = False, select: Tensor | None = None) -> Tensor:
+                loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
+                select: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
-            tokens, positions: [batch, seq] int64. `positions` is read on every stage.
+            tokens, positions: [batch, seq] int64. `positions` is read on every stage. With context parallelism this rank's part of `seq`.
             attention_mask: bool, True hides, broadcast to [batch, heads, seq, keys]; None is causal.
-            labels: [batch, seq] int64.
+            labels: [batch, seq] int64; loss_mask: [batch, seq] fp32, what each token's loss counts.
+            packed: where the documents lie in the batch: no attention across them (`attention.pack`); needs no mask.
             rows_differ: the rows of `positions` are not all the same.
             select: [batch] int64; logits at this position of each row only.
         Returns:
-            [seq, batch, hidden] on all stages but the last; there the loss of each token [batch, seq] fp32 with labels, else this
-            rank's columns of the logits [batch, seq, V/TP] ([batch, 1, V/TP] with `select`).
+            [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
+            each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
+            ([batch, 1, V/TP] with `select`).
         """
         hidden = self.embedding(tokens, positions) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self.rotary_angles(positions, rows_differ))
+        hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:
             return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is not None:
+            return self.loss(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask)
         if select is not None:
             hidden = hidden.gather(0, select.view(1, -1, 1).expand(1, -1, hidden.shape[2]))
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden, weight=weight)
-        if labels is None:
-            return logits.transpose(0, 1)
-        loss = vocab_parallel_cross_entropy(logits, labels.t(), vocab_size=self.vocab_size, group=self.tp_group)
-        return loss.t()
+        return logits.transpose(0, 1)
+
+    def loss(self, hidden: Tensor, weight: Tensor | None, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The head and the cross-entropy. hidden [seq (/ TP with sequence parallel), batch, hidden], labels and loss_mask [batch, seq] ->
+        (sum of loss_mask x loss, each token's loss [batch, seq] without gradient). The `plain` layers hold the logits, the others never do."""
+        if self.config.layers == "plain":
+            logits, _ = self.output_layer(hidden, weight=weight)
+            losses = vocab_parallel_cross_entropy(logits, labels.t(), vocab_size=self.vocab_size, group=self.tp_group).t()
+            return (losses * loss_mask).sum(), losses.detach()
+        # Each rank's gradient of `hidden` is that of its part of the vocabulary: these two add them up on the way back.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        options = {
+            "vocab_size": self.vocab_size, "group": self.tp_group if self.tp_group.size() > 1 else None, "reduce_hidden_grad": False,
+            "backend": self.config.kernels.linear_cross_entropy,
+        }
+        weight = self.output_layer.weight if weight is None else weight
+        main_grad = getattr(weight, "main_grad", None) if self.config.gradient_accumulation_fusion else None
+        if main_grad is not None and main_grad.dtype == torch.float32:
+            options["main_grad"] = main_grad
+        if not torch.is_grad_enabled():
+            losses = linear_cross_entropy(hidden, weight, labels.t(), **options).loss.t()
+            return (losses * loss_mask).sum(), losses
+        total, losses = linear_cross_entropy_sum(hidden, weight, labels.t(), loss_mask.t(), **options)
+        return total, losses.t()
 
     def tie_embeddings_and_output_weights_state_dict(self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key,
                                                      metadata=None, **_) -> None:

@@ -1,14 +1,17 @@
-"""megatron-core's parallel linear layers with FP8 products (`kernels/fp8_linear.py`): same parameters, same communication, other arithmetic.
+"""megatron-core's parallel linear layers with FP8 products (`kernels/fp8_linear.py`): same parameters and communication, other arithmetic.
 
-What keeps every layout on the same numbers: scales that come from tensors are those of the *whole* tensors (their amaxes are reduced over the
-tensor-parallel group, since each rank holds a part of the weight and of one side's activations), and what delayed scaling has seen in a step is reduced
-over all ranks that hold the same layers before it enters the history.
+With sequence parallelism the input is gathered in the layer's dtype before it is quantised; for backward each rank keeps the rows of its
+own part, in FP8, and they are gathered again there, at a byte an element.
 
-Delayed scaling. A step's largest x, weight and dy are recorded by maximum: micro-batches come in any order, and what is recomputed counts once.
-Only forward passes that are differentiated record, so evaluation and scoring leave no trace. `update_scales`, called once a step, moves the record into
-the history, from which the next step's scales come. A layer that has seen nothing yet scales by the tensors at hand. The history is part of the
-checkpoint: the same on every tensor- and data-parallel rank, whatever the layout. It is kept as the bits of its fp32 numbers, int32, so that
-`module.bfloat16()` does not round it; positive numbers order like their bits.
+What keeps every layout on the same numbers: scales that come from tensors are those of the *whole* tensors (their amaxes are reduced over
+the tensor-parallel group, since each rank holds a part of the weight and of one side's activations), and what delayed scaling has seen in
+a step is reduced over all ranks that hold the same layers before it enters the history.
+
+Delayed scaling. A step's largest x, weight and dy are recorded by maximum: micro-batches come in any order, and what is recomputed counts
+once. Only forward passes that are differentiated record, so evaluation and scoring leave no trace. `update_scales`, called once a step,
+moves the record into the history, from which the next step's scales come. A layer that has seen nothing yet scales by the tensors at
+hand. The history is part of the checkpoint: the same on every tensor- and data-parallel rank, whatever the layout. It is kept as the bits
+of its fp32 numbers, int32, so that `module.bfloat16()` does not round it; positive numbers order like their bits.
 """
 import copy
 from collections.abc import Iterable, Iterator
@@ -61,12 +64,12 @@ class Fp8Linear:
             self.take_scales()  # on the device that the history has gone to
         return self
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, allreduce_dgrad: bool = False, sequence_parallel: bool = False,
-                      tp_group=None, **rest) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, allreduce_dgrad: bool = False,
+                      sequence_parallel: bool = False, tp_group=None, **rest) -> Tensor:
         """[seq, batch, in] -> [seq, batch, out]; called by megatron-core's `forward`, which communicates before and after."""
         if self.high_precision:
-            return super()._forward_impl(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad, sequence_parallel=sequence_parallel,
-                                         tp_group=tp_group, **rest)
+            return super()._forward_impl(input=input, weight=weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
+                                         sequence_parallel=sequence_parallel, tp_group=tp_group, **rest)
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
@@ -74,7 +77,8 @@ class Fp8Linear:
         main_grad = getattr(weight, "main_grad", None) if self.gradient_accumulation_fusion else None
         record = self.recipe.kind == "delayed" and self.training and torch.is_grad_enabled()
         y = fp8_linear(
-            input.contiguous(), weight, recipe=self.recipe, scales=self.scales, group=self.tp_group, backend=self.backend,
+            input.contiguous(), weight, recipe=self.recipe, scales=self.scales, group=self.tp_group, split=sequence_parallel,
+            backend=self.backend,
             record=self.fp8_record.view(torch.float32) if record else None,
             # A main gradient of another dtype gets its part from autograd, through the hooks of the gradient buffers.
             main_grad=main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None,
@@ -95,8 +99,8 @@ def fp8_linears(recipe: Fp8Recipe, *, high_precision: bool = False, backend: str
 
     Args:
         recipe: how operands are scaled.
-        high_precision: the products stay in the layer's own dtype: for the first and last layers (`is_edge`). With delayed scaling such layers carry a
-            history too, unused, because checkpoints want the same tensors in all layers.
+        high_precision: the products stay in the layer's own dtype: for the first and last layers (`is_edge`). With delayed scaling such
+            layers carry a history too, unused, because checkpoints want the same tensors in all layers.
         backend: scaled_mm, emulation, or auto.
     """
     chosen = {"recipe": recipe, "high_precision": high_precision, "backend": backend}
@@ -124,9 +128,10 @@ def _delayed(chunks: Iterable[torch.nn.Module]) -> Iterator[Fp8Linear]:
 
 @torch.no_grad()
 def update_scales(chunks: Iterable[torch.nn.Module], groups: ProcessGroupCollection, *, applied: bool = True) -> None:
-    """A step ends: what delayed scaling has recorded enters the histories, and the scales of the next step follow. Without such layers: nothing.
+    """A step ends: what delayed scaling has recorded enters the histories, and the scales of the next step follow.
 
-    Called once a step on every rank, after backward. Collective over the ranks that hold the same layers.
+    Called once a step on every rank, after backward; does nothing where no layer scales so. Collective over the ranks that hold the same
+    layers.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.

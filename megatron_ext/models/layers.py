@@ -1,4 +1,10 @@
-"""Of what a layer is made, and megatron-core's configuration of it: the one place where `ModelConfig` meets `TransformerConfig`."""
+"""Of what a layer is made, and megatron-core's configuration of it: the one place where `ModelConfig` meets `TransformerConfig`.
+
+Four kinds of layers, with the same parameters and the same checkpoints: `fused` (our kernels), `plain` (torch and megatron-core alone),
+`te` (Transformer Engine, with its FP8 recipes), `fp8` (fused, with our FP8 linear layers).
+"""
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -12,10 +18,15 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_ext.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from kernels.fp8_scaling import Fp8Recipe
+from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_ext.config.sizes import ffn_size, head_dim, query_groups
 from megatron_ext.models.attention import CoreAttention
+from megatron_ext.models.fp8 import fp8_linears, is_edge
+from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
 from megatron_ext.models.norm import Norm
+from megatron_ext.models.te import fp8_settings, te_layer
+from megatron_ext.models.te import missing as transformer_engine_missing
 
 
 def _gelu_tanh(x):
@@ -33,8 +44,33 @@ ACTIVATIONS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, on_cpu: bool) -> TransformerConfig:
-    """megatron-core's configuration of a decoder in a layout."""
+@dataclass
+class LayerConfig(TransformerConfig):
+    """megatron-core's configuration, and what our modules ask beside it (they are handed nothing else)."""
+
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    layers: str = "fused"
+    activation: str = "swiglu"
+    cp_method: str = "ring"
+    fp8_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+
+def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig) -> str:
+    """`kernels.layers` with auto resolved: fused, te, fp8 or plain."""
+    if kernels.layers != "auto":
+        return kernels.layers
+    if precision.fp8 is None:
+        return "fused"
+    return "te" if precision.fp8 == "mxfp8" or transformer_engine_missing() is None else "fp8"
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = KernelsConfig(), *,
+                       on_cpu: bool, accumulate: bool = False) -> LayerConfig:
+    """megatron-core's configuration of a decoder in a layout.
+
+    Args:
+        accumulate: weight gradients are added straight into the main gradients, which must then exist (`DistributedDataParallel`).
+    """
     activation, gated = ACTIVATIONS[model.activation]
     dtype = DTYPES[precision.dtype]
     recompute = {}
@@ -42,7 +78,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     elif parallel.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parallel.recompute_layers}
-    return TransformerConfig(
+    kind = layers_kind(kernels, precision)
+    return LayerConfig(
+        kernels=kernels,
+        layers=kind,
+        fp8_precision=precision,
+        activation=model.activation,
+        cp_method=parallel.cp_method,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -76,40 +118,63 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         # Of two stages each is the other's next and previous: batched sends of the interleaved schedule would be taken for each other.
         overlap_p2p_comm=parallel.vpp is not None,
         batch_p2p_comm=parallel.vpp is None,
-        # Fusions that need CUDA extensions or scripted kernels; kernels/ will take their place.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=accumulate and kind != "plain",
+        # megatron-core's own fusions, for which it needs CUDA extensions or scripted kernels: kernels/ stands in their place.
         bias_dropout_fusion=False,
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         apply_rope_fusion=False,
         **recompute,
+        **(fp8_settings(precision) if kind == "te" else {}),
     )
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The layers of one stage, and the norm after the last."""
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=CoreAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        ),
-    )
-    layer = ModuleSpec(
-        module=TransformerLayer,
+def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodules:
+    """The layers of one stage, and the norm after the last.
+
+    Args:
+        stage: number of this model chunk in the order of the layers, from 0.
+    """
+    count = config.num_layers // (config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1))
+    made = {"plain": plain_layer, "fused": fused_layer, "te": te_layer, "fp8": fp8_layer}[config.layers]
+    layers = [made(config, layer) for layer in range(stage * count, (stage + 1) * count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm if config.layers == "plain" else FusedNorm)
+
+
+def plain_layer(config: LayerConfig, layer: int) -> ModuleSpec:
+    """megatron-core's layer with torch's operations: what the others are compared with."""
+    return _layer(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear)
+
+
+def fused_layer(config: LayerConfig, layer: int) -> ModuleSpec:
+    """The layer on `kernels/`."""
+    return _layer(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear)
+
+
+def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:
+    """The fused layer with FP8 matrix products; the first and last `precision.fp8_edge_layers` stay in their own dtype."""
+    precision = config.fp8_precision
+    recipe = Fp8Recipe(kind=precision.fp8, format=precision.fp8_format, margin=precision.fp8_margin, history=precision.fp8_history)
+    edge = is_edge(layer, config.num_layers, precision.fp8_edge_layers)
+    return _layer(FusedLayer, FusedSelfAttention, FusedNorm, *fp8_linears(recipe, high_precision=edge, backend=config.kernels.fp8_linear))
+
+
+def _layer(layer, attention, norm, column, row) -> ModuleSpec:
+    return ModuleSpec(
+        module=layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
-            self_attention=attention,
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column, core_attention=CoreAttention, linear_proj=row, q_layernorm=IdentityOp, k_layernorm=IdentityOp,
+                ),
+            ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
-    return TransformerBlockSubmodules(layer_specs=[layer] * (config.num_layers // chunks), layer_norm=Norm)

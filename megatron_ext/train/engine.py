@@ -21,8 +21,10 @@ from megatron.core.utils import get_model_config
 from megatron_ext.checkpoint.optimizer import optimizer_state
 from megatron_ext.config.schema import Config
 from megatron_ext.data.batches import Batch
-from megatron_ext.models.attention import document_mask
+from megatron_ext.models.attention import document_mask, pack
+from megatron_ext.models.backends import check_backends
 from megatron_ext.models.build import build_model
+from megatron_ext.models.fp8 import update_scales
 from megatron_ext.models.layers import DTYPES
 from megatron_ext.parallel.groups import build_groups
 from megatron_ext.parallel.layout import Layout
@@ -64,12 +66,13 @@ class Engine:
 
     def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True):
         self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
+        check_backends(config.kernels, platform.device.type)
         self.groups = build_groups(layout, config.launch.timeout)
         # The stream must exist before the first forward pass; with dropout each step seeds it anew.
         seed_ranks(self.groups, seed=config.train.seed, step=0)
         self.chunks = build_model(
             config.model, config.parallel, config.precision, self.groups,
-            vocab_size=vocab_size, seed=config.train.seed, device=platform.device,
+            vocab_size=vocab_size, seed=config.train.seed, device=platform.device, kernels=config.kernels, accumulate=train,
         )
         self.optimizer = None
         self._dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -112,12 +115,16 @@ class Engine:
 
     def _forward_step(self, batches, model):
         batch = next(batches)
-        mask = None if batch.documents is None else document_mask(batch.documents)
-        out = model(batch.tokens, batch.position_ids, mask, labels=batch.labels, rows_differ=self.config.data.reset_positions)
+        mask = packed = None
+        if batch.documents is not None:
+            mask, packed = (document_mask(batch.documents), None) if self.core_config.layers == "plain" else (None, pack(batch.documents))
+        part = batch.context_part(self.groups.cp.rank(), self.groups.cp.size())
+        out = model(part.tokens, part.position_ids, mask, labels=part.labels, loss_mask=part.loss_mask, packed=packed,
+                    rows_differ=self.config.data.reset_positions)
 
-        def loss(token_losses):
+        def loss(output):
             # Losses share storage with what the schedule scales afterwards: what is kept is a copy.
-            total, count = (token_losses * batch.loss_mask).sum(), batch.loss_mask.sum().to(torch.int)
+            total, count = output[0], part.loss_mask.sum().to(torch.int)
             return total, count, {"sums": torch.stack((total.detach().double(), count.double()))}
 
         return out, loss
@@ -153,6 +160,11 @@ class Engine:
             lr: learning rate of this step.
             step: number of the step from 0; dropout depends on it.
         """
+        result = self._step(batches, lr=lr, step=step)
+        update_scales(self.chunks, self.groups, applied=result.applied)
+        return result
+
+    def _step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
         if self._dropout:
             seed_ranks(self.groups, seed=self.config.train.seed, step=step)
         for chunk in self.chunks:

@@ -1,0 +1,100 @@
+"""The transformer layer on our kernels: norms with the residual added in the same pass, rotary positions of queries and keys in one
+launch, the activation with its gate, attention of packed documents.
+
+The parallel linear layers, the split of heads over tensor-parallel ranks and the layout of weights are megatron-core's: each class here is
+one of its modules with another `forward`, so that `fused` and `plain` layers have the same parameters and the same checkpoints.
+Which backend serves an op stands in `config.kernels` (`LayerConfig`); Triton on GPUs and torch on CPU by default.
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from kernels.bias_gelu import bias_gelu
+from kernels.geglu import geglu
+from kernels.layer_norm import layer_norm
+from kernels.rms_norm import rms_norm
+from kernels.rope import rope
+from kernels.swiglu import swiglu
+from megatron_ext.models.norm import Norm
+
+
+class FusedNorm(Norm):
+    """RMSNorm or LayerNorm; with a residual, of the sum."""
+
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
+        super().__init__(config, hidden_size, eps)
+        self.backend = config.kernels.rms_norm if self.rms else config.kernels.layer_norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[..., hidden] -> [..., hidden]; with `residual`: (norm of x + residual, x + residual)."""
+        if self.rms:
+            return rms_norm(x, self.weight, eps=self.eps, residual=residual, backend=self.backend)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, backend=self.backend)
+
+
+def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`model.activation` as a function of the first projection [..., 2 ffn] or [..., ffn] and its bias (or None)."""
+
+    def gated(function: Callable, backend: str) -> Callable:
+        return lambda x, bias: function(x if bias is None else x + bias, backend=backend)
+
+    return {
+        "swiglu": gated(swiglu, kernels.swiglu),
+        "geglu": gated(geglu, kernels.geglu),
+        "gelu": lambda x, bias: bias_gelu(x, bias, backend=kernels.bias_gelu),
+        "gelu_tanh": lambda x, bias: bias_gelu(x, bias, approximate="tanh", backend=kernels.bias_gelu),
+        "relu": lambda x, bias: F.relu(x if bias is None else x + bias),
+    }[name]
+
+
+class FusedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
+                packed_seq_params=None, **_) -> tuple[Tensor, Tensor | None]:
+        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None)."""
+        q, k, v = self.get_query_key_value_tensors(hidden_states)[:3]
+        if rotary_pos_emb is not None:
+            q, k = rope(q, k, rotary_pos_emb[0], rotary_pos_emb[1], interleaved=self.config.rotary_interleaved,
+                        backend=self.config.kernels.rope)
+
+        def core(q, k, v):
+            return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params)
+
+        if self.checkpoint_core_attention and self.training:
+            return self.linear_proj(tensor_parallel.checkpoint(core, False, q, k, v))
+        return self.linear_proj(core(q, k, v))
+
+
+class FusedLayer(TransformerLayer):
+    """Pre-norm layer; the sum after attention is made by the norm before the MLP, which reads it anyway."""
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.activate = activation(config.activation, config.kernels)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
+                packed_seq_params=None, **_) -> tuple[Tensor, None]:
+        """[seq, batch, hidden] -> ([seq, batch, hidden], None)."""
+        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb=rotary_pos_emb,
+                                       packed_seq_params=packed_seq_params)
+        normed, residual = self.pre_mlp_layernorm(self._dropped(*attended), residual=hidden_states)
+        # The MLP is megatron-core's: its two projections, with the bias and the activation between them in one pass.
+        expanded = self.activate(*self.mlp.linear_fc1(normed))
+        return residual + self._dropped(*self.mlp.linear_fc2(expanded)), None
+
+    def _dropped(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x if bias is None else x + bias
+        return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
+
+
+def rotary_tables(positions: Tensor, inverse: Tensor) -> Tensor:
+    """Cosines and sines [2, seq, batch or 1, rotated / 2] fp32 of positions [seq, batch or 1]: one tensor, as recomputation wants it."""
+    from kernels.rope import rope_tables
+
+    return torch.stack(rope_tables(positions, inverse))
