@@ -178,10 +178,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _rotate_in_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     y, rotated = x.new_empty(x.shape), 2 * cos.shape[-1]
     cos, sin = cos.unsqueeze(-2), (-sin if inverse else sin).unsqueeze(-2)
-    # On CPU in pieces of 1 MiB of fp32, which stay in a core's cache between the passes.
-    step = max(2**18 * x.shape[0] // max(x.numel(), 1), 1) if x.device.type == "cpu" else max(x.shape[0], 1)
-    for begin in range(0, x.shape[0], step):
-        piece = slice(begin, begin + step)
+    for piece in tiles.pieces_in_cache(x):
         y[piece, ..., :rotated] = _turn(x[piece, ..., :rotated].float(), cos[piece], sin[piece], interleaved)
     y[..., rotated:] = x[..., rotated:]
     return y

@@ -6,7 +6,7 @@ import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, each_dtype, judge, same_bits
 
 from kernels.backend import MissingBackend
-from kernels.rope import Llama3Scaling, LinearScaling, inverse_frequencies, rope, rope_reference, rope_tables
+from kernels.rope import LinearScaling, Llama3Scaling, inverse_frequencies, rope, rope_reference, rope_tables
 
 each_pairing = pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
 
