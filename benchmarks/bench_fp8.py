@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from harness import Case, compiled, main
-from kernels.fp8 import quantise
 from torch import Tensor
+
+from kernels.fp8 import quantise
 
 LARGEST = 448.0
 
@@ -52,8 +53,8 @@ def eager(scaling: str, transpose: bool) -> Callable:
 
 def ours(scaling: str, transpose: bool, backend: str) -> Callable:
     def call(x: Tensor, scale: Tensor):
-        found = quantise(x, scaling=scaling if "x" in scaling else "tensor", scale=scale if scaling == "delayed" else None, transpose=transpose,
-                         backend=backend)
+        found = quantise(x, scaling=scaling if "x" in scaling else "tensor", scale=scale if scaling == "delayed" else None,
+                         transpose=transpose, backend=backend)
         return tuple(part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part for part in found if part is not None)
 
     return call

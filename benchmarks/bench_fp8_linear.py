@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from harness import Case, compiled, main, optional
+
 from kernels.fp8_linear import fp8_linear, fp8_linear_reference
 from kernels.fp8_scaling import Fp8Recipe
 
@@ -43,7 +44,8 @@ def transformer_engine(module) -> Callable:
 
 
 def cases(device: str) -> Iterator[Case]:
-    shapes = ((4096, 4096, 4096), (4096, 8192, 8192), (8192, 8192, 8192), (8192, 4096, 14336)) if device == "cuda" else ((512, 1024, 1024), (2048, 1024, 2816))
+    on_gpu = (4096, 4096, 4096), (4096, 8192, 8192), (8192, 8192, 8192), (8192, 4096, 14336)
+    shapes = on_gpu if device == "cuda" else ((512, 1024, 1024), (2048, 1024, 2816))
     for m, k, n in shapes:
         yield Case(
             op="fp8_linear", shape=f"{m}x{k}x{n}", dtype=torch.bfloat16,
@@ -52,7 +54,8 @@ def cases(device: str) -> Iterator[Case]:
                 (torch.randn(n, k, generator=generator, device=device) / k**0.5).bfloat16()),
             providers={
                 "ours": ours(Fp8Recipe()), "ours-delayed": ours(Fp8Recipe("delayed")), "ours-blockwise": ours(Fp8Recipe("blockwise")),
-                "compile": compiled(ours(Fp8Recipe())), "eager": F.linear, "te": optional("transformer_engine.pytorch", transformer_engine)},
+                "compile": compiled(ours(Fp8Recipe())), "eager": F.linear,
+                "te": optional("transformer_engine.pytorch", transformer_engine)},
             reference=fp8_linear_reference, flops_forward=2 * m * k * n, flops_backward=4 * m * k * n, memory_bound=False)
 
 

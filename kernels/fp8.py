@@ -1,16 +1,17 @@
 """FP8 quantisation: q = round(x s) in e4m3fn or e5m2, and 1/s in fp32 (formats and scales: `fp8_scaling.py`).
 
-One scale a tensor (current scaling: two passes, amax then cast; delayed scaling: one pass with a given scale, which returns the amax of this tensor as
-well), or one a block: 1 x 128 (activations, gradients) or 128 x 128 (weights), in one pass. The transpose that the backward products need (FP8 matrix
-products want both operands dense along the contracted dimension) is written in the same pass; with 1 x 128 it is quantised anew, along the other
-dimension, because the product contracts over rows then.
+One scale a tensor (current scaling: two passes, amax then cast; delayed scaling: one pass with a given scale, which returns the amax of
+this tensor as well), or one a block: 1 x 128 (activations, gradients) or 128 x 128 (weights), in one pass. The transpose that the
+backward products need (FP8 matrix products want both operands dense along the contracted dimension) is written in the same pass; with 1 x
+128 it is quantised anew, along the other dimension, because the product contracts over rows then.
 
-Rounding: to nearest, ties to even; finite values saturate. NaN *and infinity become NaN*: e4m3fn has no infinity, and saturating one would turn an
-overflow into a plausible number. Such a tensor's amax is inf or NaN and its scale 1. NaN keeps no sign. (torch's own cast saturates infinity in e4m3fn,
-and does not saturate at all in e5m2.)
+Rounding: to nearest, ties to even; finite values saturate. NaN *and infinity become NaN*: e4m3fn has no infinity, and saturating one
+would turn an overflow into a plausible number. Such a tensor's amax is inf or NaN and its scale 1. NaN keeps no sign. (torch's own cast
+saturates infinity in e4m3fn, and does not saturate at all in e5m2.)
 
-Memory traffic for [M, N] in b bytes an element: current scaling reads 2 b M N, the others b M N; each orientation writes M N. Shapes: x [..., N];
-data like x; data_t [N, M]; scale_inverse [1], [M, ceil(N/128)] (column-major, as `torch._scaled_mm` asks), or [ceil(M/128), ceil(N/128)].
+Memory traffic for [M, N] in b bytes an element: current scaling reads 2 b M N, the others b M N; each orientation writes M N. Shapes: x
+[..., N]; data like x; data_t [N, M]; scale_inverse [1], [M, ceil(N/128)] (column-major, as `torch._scaled_mm` asks), or [ceil(M/128),
+ceil(N/128)].
 """
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ PIECE = 1 << 18  # elements that the torch path handles at a time: its fp32 temp
 
 
 class Quantised(NamedTuple):
-    """Attributes: data, scale_inverse; data_t, scale_inverse_t: of the transpose (as for `data` of x.t()), or None; figures: fp32 [3] amax, scale,
-    1 / scale of the tensor, None with blocks. With `transpose="only"` data and scale_inverse are None."""
+    """Attributes: data, scale_inverse; data_t, scale_inverse_t: of the transpose (as for `data` of x.t()), or None; figures: fp32 [3]
+    amax, scale, 1 / scale of the tensor, None with blocks. With `transpose="only"` data and scale_inverse are None."""
 
     data: Tensor | None
     scale_inverse: Tensor | None
@@ -43,7 +44,7 @@ class Quantised(NamedTuple):
         return None if self.figures is None else self.figures[:1]
 
 
-def _outputs(x: Tensor, dtype: torch.dtype, scaling: str, straight: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, dtype: torch.dtype, scaling: str, straight: bool, transposed: bool) -> tuple[Tensor, ...]:
     """data, scale_inverse, data_t, scale_inverse_t (of blocks), figures (of the tensor); what is not asked for is empty."""
     rows, width = x.shape
     blocks = scaling != "tensor"
@@ -145,7 +146,8 @@ def _torch_blocks(x: Tensor, side: int, data: Tensor, inverse: Tensor, power_of_
     scale = scale_of(amax, data.dtype, power_of_2=power_of_2)
     inverse.copy_(scale.reciprocal())
     out = data if not any(ragged) else data.new_empty(padded.shape)
-    _torch_cast(blocks, scale[:, None, :, None], out.unflatten(0, (-1, side)).unflatten(2, (-1, BLOCK)), not x.is_cuda and bool(amax.isfinite().all()))
+    out_blocks = out.unflatten(0, (-1, side)).unflatten(2, (-1, BLOCK))
+    _torch_cast(blocks, scale[:, None, :, None], out_blocks, not x.is_cuda and bool(amax.isfinite().all()))
     if any(ragged):
         data.view(torch.uint8).copy_(out.view(torch.uint8)[:rows, :width])
 
@@ -202,7 +204,7 @@ def quantise(x: Tensor, *, dtype: torch.dtype = E4M3, scaling: str = "tensor", s
 
 
 def dequantise(data: Tensor, scale_inverse: Tensor) -> Tensor:
-    """fp32 [M, N] from FP8 `data` [M, N] and the scales that `quantise` returned with it: [1], [M, ceil(N/128)] or [ceil(M/128), ceil(N/128)]."""
+    """fp32 [M, N] from FP8 `data` [M, N] and the scales that came with it: [1], [M, ceil(N/128)] or [ceil(M/128), ceil(N/128)]."""
     values = data.float()
     if scale_inverse.numel() == 1:
         return values.mul_(scale_inverse.reshape(()))

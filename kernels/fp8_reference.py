@@ -1,7 +1,7 @@
 """FP8 as the definition has it, in fp64 on the CPU: what the kernels and torch's own conversions are compared with, bit for bit.
 
-The 256 codes are decoded from sign, exponent and mantissa; a value is rounded to the nearest of them, ties to the even code, saturating. Values that are
-not finite become NaN: e4m3fn has no infinity, and a saturated one would turn an overflow into a plausible number.
+The 256 codes are decoded from sign, exponent and mantissa; a value is rounded to the nearest of them, ties to the even code, saturating.
+Values that are not finite become NaN: e4m3fn has no infinity, and a saturated one would turn an overflow into a plausible number.
 """
 import torch
 from torch import Tensor
@@ -44,13 +44,14 @@ def _spread(per_block: Tensor, shape: torch.Size, block: tuple[int, int]) -> Ten
 def _amax(x: Tensor, block: tuple[int, int]) -> Tensor:
     """max |x| of each block of [rows, width]."""
     rows, width = -(-x.shape[0] // block[0]), -(-x.shape[1] // block[1])
-    return torch.stack([torch.stack([x[r * block[0]: (r + 1) * block[0], c * block[1]: (c + 1) * block[1]].float().abs().max() for c in range(width)])
-                        for r in range(rows)])
+    return torch.stack([
+        torch.stack([x[r * block[0]: (r + 1) * block[0], c * block[1]: (c + 1) * block[1]].float().abs().max() for c in range(width)])
+        for r in range(rows)])
 
 
 def quantise_reference(x: Tensor, *, dtype: torch.dtype, scaling: str = "tensor", scale: Tensor | None = None,
                        power_of_2: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """What `kernels.fp8.quantise` must return for [rows, width] that is not empty: (uint8 codes, scale_inverse, amax of each block). Slow."""
+    """What `quantise` must return for [rows, width] that is not empty: (uint8 codes, scale_inverse, amax of each block). Slow."""
     block = {"tensor": tuple(x.shape), "1x128": (1, BLOCK), "128x128": (BLOCK, BLOCK)}[scaling]
     amax = _amax(x, block)
     scales = scale_of(amax, dtype, power_of_2=power_of_2) if scale is None else scale.reshape(1, 1)

@@ -1,13 +1,16 @@
 """FP8 formats and where their scales come from.
 
-e4m3fn: 4 exponent and 3 mantissa bits, largest 448, smallest step 2^-9, no infinity. e5m2: largest 57,344, smallest step 2^-16. Micikevicius et al.
-2022, arXiv 2209.05433. A value x is stored as round(x s) with an fp32 scale s, and read back as q / s; the inverse 1/s travels with the data.
+e4m3fn: 4 exponent and 3 mantissa bits, largest 448, smallest step 2^-9, no infinity. e5m2: largest 57,344, smallest step 2^-16.
+Micikevicius et al. 2022, arXiv 2209.05433. A value x is stored as round(x s) with an fp32 scale s, and read back as q / s; the inverse
+1/s travels with the data.
 
-    s = largest / amax,      amax = max |x| over what shares the scale, s <= 2^126 (so that 1/s is a normal number), s = 1 where amax is 0 or not finite
+    s = largest / amax,      amax = max |x| over what shares the scale
 
-Current scaling takes the amax of the tensor itself. Delayed scaling (Transformer Engine) takes it from the steps before, so that quantising is one
-pass; it leaves `margin` powers of two free for growth, and values that outgrow the scale saturate. Blockwise scaling (DeepSeek-V3, arXiv 2412.19437)
-gives each 1 x 128 piece of activations and gradients, and each 128 x 128 block of weights, its own scale.
+with s <= 2^126, so that 1/s is a normal number, and s = 1 where amax is 0 or not finite.
+
+Current scaling takes the amax of the tensor itself. Delayed scaling (Transformer Engine) takes it from the steps before, so that
+quantising is one pass; it leaves `margin` powers of two free for growth, and values that outgrow the scale saturate. Blockwise scaling
+(DeepSeek-V3, arXiv 2412.19437) gives each 1 x 128 piece of activations and gradients, and each 128 x 128 block of weights, its own scale.
 """
 from dataclasses import dataclass
 
@@ -77,8 +80,8 @@ def scale_of(amax: Tensor, dtype: torch.dtype, *, margin: int = 0, power_of_2: b
 
 
 def push_amax(history: Tensor, amax: Tensor) -> None:
-    """A step ends: `amax` [n] becomes the first row of `history` [steps, n], the oldest row goes. What is not finite is a step that failed; the row
-    before it is repeated, so that it leaves no trace."""
+    """A step ends: `amax` [n] becomes the first row of `history` [steps, n], the oldest row goes. What is not finite is a step that failed:
+    the row before it is repeated, so that it leaves no trace."""
     latest = torch.where(torch.isfinite(amax), amax, history[0])
     history.copy_(torch.roll(history, 1, dims=0))
     history[0] = latest

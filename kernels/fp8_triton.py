@@ -1,7 +1,8 @@
 """The Triton kernels of FP8 quantisation, and how they are launched. What they compute: `fp8.py`.
 
-The bits are made by integer arithmetic, the same in compiled code and in Triton's interpreter, whose own casts are wrong (`jit.py`); from sm_90 on the
-hardware's conversion does it in one instruction for two values (on sm_89 Triton goes through fp16, which rounds twice). Triton's maxima drop NaN, so amax is a maximum over the bits of |x|.
+The bits are made by integer arithmetic, the same in compiled code and in Triton's interpreter, whose own casts are wrong (`jit.py`); from
+sm_90 on the hardware's conversion does it in one instruction for two values (on sm_89 Triton goes through fp16, which rounds twice).
+Triton's maxima drop NaN, so amax is a maximum over the bits of |x|.
 """
 import functools
 
@@ -60,7 +61,8 @@ def _amax_tiles(x_ptr, partial_ptr, x_stride, rows, width, ROWS: tl.constexpr, C
 
 
 @triton.jit
-def _finish(partial_ptr, scale_ptr, out_ptr, count, largest, largest_scale, GIVEN: tl.constexpr, POWER_OF_2: tl.constexpr, SIZE: tl.constexpr):
+def _finish(partial_ptr, scale_ptr, out_ptr, count, largest, largest_scale, GIVEN: tl.constexpr, POWER_OF_2: tl.constexpr,
+            SIZE: tl.constexpr):
     """out = amax, scale, 1 / scale from the maxima of the tiles, or with the scale that is given: one program, and no atomics."""
     best = tl.zeros([SIZE], tl.int32)
     for start in range(0, count, SIZE):
@@ -85,7 +87,8 @@ def _cast(x_ptr, scale_ptr, data_ptr, data_t_ptr, partial_ptr, x_stride, rows, w
     if STRAIGHT:
         tl.store(data_ptr + row[:, None] * width + col[None, :], code, mask=live)
     if TRANSPOSED:
-        tl.store(data_t_ptr + col.to(tl.int64)[:, None] * rows + row[None, :], tl.trans(code), mask=(col < width)[:, None] & (row < rows)[None, :])
+        live_t = (col < width)[:, None] & (row < rows)[None, :]
+        tl.store(data_t_ptr + col.to(tl.int64)[:, None] * rows + row[None, :], tl.trans(code), mask=live_t)
     if AMAX:
         tl.store(partial_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.max(tl.max(_magnitude(x), 1), 0))
 
@@ -123,7 +126,7 @@ def _cast_blocks(x_ptr, data_ptr, scale_ptr, data_t_ptr, scale_t_ptr, x_stride, 
             tl.store(scale_t_ptr + tl.program_id(0) * width + col, tl.div_rn(scale * 0 + 1.0, scale), mask=col < width)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hardware(index: int | None) -> bool:
     return not jit.interpreted() and torch.cuda.get_device_capability(index) >= (9, 0)
 
@@ -133,9 +136,10 @@ def _grid(rows: int, width: int, rows_a_tile: int, cols_a_tile: int) -> tuple[in
 
 
 def triton_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling: str, power_of_2: bool, found: tuple[Tensor, ...]) -> None:
-    """x [rows, width], not empty, into `found` (data, scale_inverse, data_t, scale_inverse_t, figures); what is empty there is not wanted."""
+    """x [rows, width], not empty, into `found` (data, scale_inverse, data_t, scale_inverse_t, figures); what is empty is not wanted."""
     data, inverse, data_t, inverse_t, figures = found
-    flags = {"E5M2_": dtype == E5M2, "STRAIGHT": data.numel() > 0, "TRANSPOSED": data_t.numel() > 0, "HARDWARE": x.is_cuda and _hardware(x.device.index)}
+    flags = {"E5M2_": dtype == E5M2, "STRAIGHT": data.numel() > 0, "TRANSPOSED": data_t.numel() > 0,
+             "HARDWARE": x.is_cuda and _hardware(x.device.index)}
     if scaling != "tensor":
         choice = tiles.fp8_block()
         _cast_blocks[_grid(*x.shape, choice["SIDE"], choice["SIDE"])](
@@ -151,8 +155,8 @@ def triton_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling
     if not given:
         _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
         finish()
-    _cast[grid](x, scale if given else figures[1:], data.view(torch.uint8), data_t.view(torch.uint8), partial, x.stride(0), *x.shape, LARGEST[dtype],
-                AMAX=given, **flags, **choice)
+    _cast[grid](x, scale if given else figures[1:], data.view(torch.uint8), data_t.view(torch.uint8), partial, x.stride(0), *x.shape,
+                LARGEST[dtype], AMAX=given, **flags, **choice)
     if given:
         finish()
 
@@ -163,7 +167,8 @@ def triton_amax(x: Tensor) -> Tensor:
     grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
     partial, figures = x.new_empty(grid, dtype=torch.int32), x.new_empty(3, dtype=torch.float32)
     _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
-    _finish[(1,)](partial, figures, figures, partial.numel(), LARGEST[E4M3], LARGEST_SCALE, GIVEN=False, POWER_OF_2=False, **tiles.fp8_finish())
+    _finish[(1,)](partial, figures, figures, partial.numel(), LARGEST[E4M3], LARGEST_SCALE, GIVEN=False, POWER_OF_2=False,
+                  **tiles.fp8_finish())
     return figures[:1].clone()
 
 
@@ -182,14 +187,16 @@ def fp8_launches() -> list[Launch]:
                 name = f"{dtype} {'e5m2' if e5m2 else 'e4m3'}{' hardware' if hardware else ''}"
                 options = {"E5M2_": e5m2, "HARDWARE": hardware, "STRAIGHT": True, "TRANSPOSED": True}
                 since = 90 if hardware else 80
-                found.append(Launch("fp8", f"cast {name}", _cast, x | {"scale_ptr": "*fp32", "data_ptr": "*u8", "data_t_ptr": "*u8", "partial_ptr": "*i32"}
-                                    | size | {"largest": "fp32"}, options | {"AMAX": True} | tile, warps, multiples_of_16=even, since=since))
+                found.append(Launch(
+                    "fp8", f"cast {name}", _cast,
+                    x | {"scale_ptr": "*fp32", "data_ptr": "*u8", "data_t_ptr": "*u8", "partial_ptr": "*i32"} | size | {"largest": "fp32"}, options | {"AMAX": True} | tile, warps, multiples_of_16=even, since=since))
                 for square in (False, True):
                     found.append(Launch(
                         "fp8", f"{'128x128' if square else '1x128'} {name}", _cast_blocks,
                         x | {"data_ptr": "*u8", "scale_ptr": "*fp32", "data_t_ptr": "*u8", "scale_t_ptr": "*fp32"} | size
-                        | {"largest": "fp32", "largest_scale": "fp32"}, options | {"SQUARE": square, "POWER_OF_2": False} | block, block_warps,
-                        multiples_of_16=even, since=since))
-    found.append(Launch("fp8", "finish", _finish, {"partial_ptr": "*i32", "scale_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "largest": "fp32", "largest_scale": "fp32"},
+                        | {"largest": "fp32", "largest_scale": "fp32"}, options | {"SQUARE": square, "POWER_OF_2": False} | block,
+                        block_warps, multiples_of_16=even, since=since))
+    figures = {"partial_ptr": "*i32", "scale_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32", "largest": "fp32", "largest_scale": "fp32"}
+    found.append(Launch("fp8", "finish", _finish, figures,
                         {"GIVEN": False, "POWER_OF_2": False} | finish, finish_warps, multiples_of_16=("count",), memory_bound=False))
     return found

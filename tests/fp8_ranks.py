@@ -1,4 +1,5 @@
-"""The stack of FP8 layers of test_fp8_layers.py, and a rank of its two: trains it in layouts of one and of two ranks and writes down what happened.
+"""The stack of FP8 layers of test_fp8_layers.py, and a rank of its two: trains it in layouts of one and of two ranks and writes down what
+happened.
 
     python tests/fp8_ranks.py DIRECTORY      under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 """
@@ -49,17 +50,19 @@ def stack(recipe, groups, *, sp: bool = False, dtype: torch.dtype = torch.float3
     return torch.nn.Sequential(*(Block(config, groups.tp, linears or fp8_linears(recipe), index) for index in range(BLOCKS)))
 
 
-def step(model: torch.nn.Sequential, groups, number: int, *, lr: float = 0.05, micro: int = 2, run=lambda model, x: model(x)) -> tuple[float, list]:
+def step(model: torch.nn.Sequential, groups, number: int, *, lr: float = 0.05, micro: int = 2,
+         run=lambda model, x: model(x)) -> tuple[float, list]:
     """One step of SGD on `micro` micro-batches: the loss, and the gradient norm of each whole parameter."""
     from megatron_ext.models.fp8 import update_scales
 
     config, tp = model[0].up.config, groups.tp
     total = 0.0
     for index in range(micro):
-        x, target = draw(SEQUENCE, BATCH, HIDDEN, seed=1000 * number + index), draw(SEQUENCE, BATCH, HIDDEN, seed=1000 * number + 500 + index)
+        x, target = (draw(SEQUENCE, BATCH, HIDDEN, seed=1000 * number + index + more) for more in (0, 500))
         if config.sequence_parallel:
             x, target = (t.chunk(tp.size())[tp.rank()] for t in (x, target))
-        loss = (run(model, x.to(config.params_dtype).requires_grad_()).float() - target).square().sum() / (micro * SEQUENCE * BATCH * HIDDEN)
+        y = run(model, x.to(config.params_dtype).requires_grad_())
+        loss = (y.float() - target).square().sum() / (micro * SEQUENCE * BATCH * HIDDEN)
         loss.backward()
         total += float(loss.detach())
     sums = []
@@ -81,12 +84,17 @@ def step(model: torch.nn.Sequential, groups, number: int, *, lr: float = 0.05, m
     return total, sums
 
 
+def seen(module) -> torch.Tensor:
+    """The amaxes of the steps that a layer remembers."""
+    return module.fp8_history.view(torch.float32).clone()
+
+
 def train(recipe, groups, *, sp: bool = False) -> dict:
     model = stack(recipe, groups, sp=sp)
     steps = [step(model, groups, number) for number in range(STEPS)]
     facts = {"losses": [s[0] for s in steps], "norms": [s[1] for s in steps]}
     if recipe.kind == "delayed":
-        facts["histories"] = {name: buffer.view(torch.float32).clone() for name, buffer in model.named_buffers() if name.endswith("fp8_history")}
+        facts["histories"] = {name: seen(module) for name, module in model.named_modules() if hasattr(module, "fp8_history")}
     return facts
 
 
@@ -97,9 +105,12 @@ def once(recipe, groups, *, sp: bool = False) -> dict:
     if sp:
         x, dy = (t.chunk(tp.size())[tp.rank()] for t in (x, dy))
     x = x.clone().requires_grad_()
-    y = block(x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = block(x)
     y.backward(dy)
-    return {"y": y.detach(), "dx": x.grad, "up": block.up.weight.grad, "down": block.down.weight.grad}
+    x_t = [t for t in kept if t.dtype == torch.uint8 and t.shape[0] == HIDDEN]
+    return {"y": y.detach(), "dx": x.grad, "kept": sum(t.numel() for t in x_t), "up": block.up.weight.grad, "down": block.down.weight.grad}
 
 
 def sharded(model: torch.nn.Sequential, groups) -> dict:
@@ -149,7 +160,7 @@ def main(directory: Path) -> None:
     step(model, data, rank, lr=0.0)
     single = stack(RECIPES["delayed"], alone)
     step(single, alone, rank, lr=0.0)
-    facts["dp"] = {"together": model[0].up.fp8_history.view(torch.float32).clone(), "alone": single[0].up.fp8_history.view(torch.float32).clone()}
+    facts["dp"] = {"together": seen(model[0].up), "alone": seen(single[0].up)}
     facts["moved"] = moved(directory, two, alone)
     torch.save(facts, directory / f"rank{rank}.pt")
     dist.barrier()

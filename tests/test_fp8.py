@@ -1,4 +1,5 @@
-"""kernels/fp8.py: Triton (interpreted on CPU), torch and the fp64 emulation agree bit for bit, on values that are chosen to be hard to round."""
+"""kernels/fp8.py: Triton (interpreted on CPU), torch and the fp64 emulation agree bit for bit, on values that are chosen to be hard to
+round."""
 import pytest
 import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, each_dtype
@@ -32,7 +33,7 @@ def assert_exact(x: torch.Tensor, fp8: torch.dtype, scaling: str, backend: str, 
 
 
 def hard(fp8: torch.dtype, width: int = 128) -> torch.Tensor:
-    """fp32 [rows, width]: every code, the middles between neighbours and the fp32 numbers beside them, both signs; zeros, subnormals, overflow."""
+    """fp32 [rows, width]: every code, the middles between neighbours and what lies beside them, both signs; zeros, subnormals, overflow."""
     values = codes(fp8)[:128].float()
     values = values[~values.isnan()]
     middles = (values[1:] + values[:-1]) / 2
@@ -47,7 +48,8 @@ def hard(fp8: torch.dtype, width: int = 128) -> torch.Tensor:
 @each_format
 def test_the_emulation_rounds_as_torch_does_where_torch_is_right(fp8):
     x = hard(fp8).cpu()
-    x = torch.cat((x, draw(64, 128, dtype=torch.float32, seed=1, scale=30.0).cpu(), 2.0 ** draw(64, 128, dtype=torch.float32, seed=2, scale=12.0).cpu()))
+    drawn = draw(64, 128, dtype=torch.float32, seed=1).cpu()
+    x = torch.cat((x, 30 * drawn, 2.0 ** (12 * drawn)))
     x = x.clamp(-LARGEST[fp8], LARGEST[fp8])
     assert torch.equal(round_to_codes(x, torch.isfinite(x), fp8), x.to(fp8).view(torch.uint8))
     values = codes(fp8)
@@ -162,7 +164,8 @@ def test_strided_rows_and_three_dimensions(scaling, backend):
     whole = draw(6, 2, 160, dtype=torch.float32, seed=8)
     found = quantise(whole[:, 0], scaling=scaling, transpose=True, backend=backend)
     dense = quantise(whole[:, 0].contiguous(), scaling=scaling, transpose=True, backend=backend)
-    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:4:2], dense[:4:2])) and torch.equal(found.scale_inverse, dense.scale_inverse)
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:4:2], dense[:4:2]))
+    assert torch.equal(found.scale_inverse, dense.scale_inverse)
     assert quantise(whole, scaling=scaling, backend=backend).data.shape == whole.shape
     again = quantise(whole[:, 0], scaling=scaling, transpose=True, backend=backend)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(found[:4:2], again[:4:2]))

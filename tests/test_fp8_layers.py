@@ -1,4 +1,5 @@
-"""megatron_ext/models/fp8.py: the parallel layers against the op, micro-batches, recomputation, accumulation, checkpoints; two ranks against one."""
+"""megatron_ext/models/fp8.py: the parallel layers against the op, micro-batches, recomputation, accumulation, checkpoints; two ranks
+against one."""
 import os
 import socket
 import subprocess
@@ -57,7 +58,8 @@ def test_the_layers_are_the_op(groups, recipe):
 
 
 def test_edge_layers_are_megatron_cores_and_keep_the_same_tensors(groups):
-    ours, theirs = (stack(None, groups, linears=classes)[0] for classes in (fp8_linears(DELAYED, high_precision=True), (ColumnParallelLinear, RowParallelLinear)))
+    kinds = fp8_linears(DELAYED, high_precision=True), (ColumnParallelLinear, RowParallelLinear)
+    ours, theirs = (stack(None, groups, linears=classes)[0] for classes in kinds)
     x = draw(5, 2, HIDDEN, seed=1)
     assert torch.equal(ours(x), theirs(x))
     assert {k for k in ours.state_dict() if "history" in k} == {"up.fp8_history", "down.fp8_history"}
@@ -171,7 +173,8 @@ def test_bf16_learns(groups, recipe):
 def test_experts_are_refused(groups):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, use_cpu_initialization=True, perform_initialization=False)
+    config = TransformerConfig(num_layers=1, hidden_size=HIDDEN, num_attention_heads=4, use_cpu_initialization=True,
+                               perform_initialization=False)
     with pytest.raises(ValueError, match="experts"):
         fp8_linears(Fp8Recipe())[0](HIDDEN, HIDDEN, config=config, init_method=None, tp_group=groups.tp, is_expert=True)
 
@@ -210,6 +213,9 @@ def test_a_block_on_two_ranks_is_the_block_on_one(ranks, recipe, layout):
         whole = torch.cat((first[name], second[name])) if layout == "sp" else first[name]
         assert layout == "sp" or torch.equal(first[name], second[name])
         assert float((whole - one[name]).abs().max() / one[name].abs().max()) < 1e-6
+    tokens = fp8_ranks.SEQUENCE * fp8_ranks.BATCH
+    assert one["kept"] == tokens * HIDDEN, "bytes of the input, for backward"
+    assert first["kept"] == one["kept"] // (2 if layout == "sp" else 1)
     for name, axis in (("up", 0), ("down", 1)):
         whole = torch.cat((first[name], second[name]), axis)
         assert float((whole - one[name]).abs().max() / one[name].abs().max()) < 1e-6
@@ -218,8 +224,8 @@ def test_a_block_on_two_ranks_is_the_block_on_one(ranks, recipe, layout):
 @each_recipe
 @each_layout
 def test_training_on_two_ranks_is_training_on_one(ranks, recipe, layout):
-    """A sum that differs in its last bit may round to the other neighbour on the FP8 grid, an eighth away in e5m2: of 4,096 elements one such
-    is 1e-4 of a gradient's norm here, and the steps after it feel it. The first loss feels nothing."""
+    """A sum that differs in its last bit may round to the other neighbour on the FP8 grid, a quarter away in e5m2: of 4,096 elements one
+    such is 1e-4 of a gradient's norm here, and the steps after it feel it. The first loss feels nothing."""
     one, two = (ranks[0][recipe][name] for name in ("one", layout))
     assert all(ranks[0][recipe][layout][key] == ranks[1][recipe][layout][key] for key in ("losses", "norms"))
     assert two["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6)

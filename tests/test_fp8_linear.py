@@ -1,4 +1,4 @@
-"""kernels/fp8_linear.py: products against fp64 of the operands as FP8 has them, the operands against the emulation, recording, accumulation."""
+"""kernels/fp8_linear.py: products against fp64 of the operands as FP8 has them (by the emulation), recording, accumulation."""
 import pytest
 import torch
 from kernel_truth import DEVICE, draw, each_dtype, same_bits
@@ -17,13 +17,14 @@ RECIPES = {
 SCALES = torch.tensor([90.0, 300.0, 9000.0], device=DEVICE)
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 each_product = pytest.mark.parametrize("backend", [
-    pytest.param("scaled_mm", marks=pytest.mark.skipif(choose("fp8_linear", device=DEVICE).backend != "scaled_mm", reason="no scaled_mm here")),
+    pytest.param("scaled_mm", marks=pytest.mark.skipif(choose("fp8_linear", device=DEVICE).backend != "scaled_mm", reason="not here")),
     "emulation"])
 
 
 def seen(x: torch.Tensor, dtype: torch.dtype, scaling: str, scale: torch.Tensor | None, power_of_2: bool) -> torch.Tensor:
     """fp64: x as FP8 has it, by the emulation."""
-    data, inverse, _ = quantise_reference(x.cpu(), dtype=dtype, scaling=scaling, scale=None if scale is None else scale.cpu(), power_of_2=power_of_2)
+    scale = None if scale is None else scale.cpu()
+    data, inverse, _ = quantise_reference(x.cpu(), dtype=dtype, scaling=scaling, scale=scale, power_of_2=power_of_2)
     return dequantise_reference(data, inverse, dtype=dtype, scaling=scaling)
 
 
@@ -80,7 +81,8 @@ def test_distance_from_the_linear_layer_is_that_of_the_format(kind):
         y = function(*leaves)
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
-    far = [float((a - b).norm() / b.norm()) for a, b in zip(results(lambda *a: fp8_linear(*a, recipe=Fp8Recipe(kind))), results(fp8_linear_reference))]
+    ours, theirs = results(lambda *a: fp8_linear(*a, recipe=Fp8Recipe(kind))), results(fp8_linear_reference)
+    far = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs)]
     assert far == [pytest.approx(0.0375, rel=0.06), pytest.approx(0.059, rel=0.06), pytest.approx(0.059, rel=0.06)]
 
 
@@ -200,6 +202,15 @@ def test_backward_keeps_a_byte_an_element_of_x_and_nothing_of_the_weight(recipe)
     assert x.numel() <= bytes_ <= x.numel() * (1 + 4 / 128) + 100
 
 
+class ThreeRanks:
+    """Of a process group: what the checks ask."""
+
+    group_name = "three"
+
+    def size(self) -> int:
+        return 3
+
+
 def test_bad_input_is_named():
     x, w = torch.randn(4, 32), torch.randn(16, 32)
     for error, match, call in (
@@ -214,6 +225,7 @@ def test_bad_input_is_named():
         (TypeError, "record is bfloat16", lambda: fp8_linear(x, w, record=torch.zeros(3, dtype=torch.bfloat16))),
         (TypeError, "main_grad is bfloat16", lambda: fp8_linear(x, w, main_grad=torch.zeros(16, 32, dtype=torch.bfloat16))),
         (ValueError, "main_grad has shape", lambda: fp8_linear(x, w, main_grad=torch.zeros(32, 16))),
+        (ValueError, "x has 4 rows, the group 3 ranks", lambda: fp8_linear(x, w, group=ThreeRanks(), split=True)),
         (TypeError, "out_dtype is torch.int8", lambda: fp8_linear(x, w, out_dtype=torch.int8)),
         (ValueError, "last dimension of x is strided", lambda: fp8_linear(torch.randn(32, 4).t(), w)),
         (MissingBackend, "unknown here; there are: ", lambda: fp8_linear(x, w, backend="cudnn")),
@@ -256,15 +268,16 @@ def test_registered_as_torch_wants_it(recipe):
     scales = SCALES if recipe.kind == "delayed" else None
     ops = torch.ops.kernels
     given = recipe.backward, recipe.blocks, recipe.power_of_2, ""
-    torch.library.opcheck(ops.fp8_linear.default, (x, w, scales, None, None, *given, True, torch.float32, "auto"))
+    torch.library.opcheck(ops.fp8_linear.default, (x, w, scales, None, None, *given, True, 1, 0, torch.float32, "auto"))
     x, w, dy = x.detach(), w.detach(), draw(5, 16, dtype=torch.float32, seed=16)
-    y, x_t, x_scales, weight_figures = ops.fp8_linear(x, w, scales, None, None, *given, True, torch.float32, "auto")
+    _, x_t, x_scales, weight_figures = ops.fp8_linear(x, w, scales, None, None, *given, True, 1, 0, torch.float32, "auto")
     call = dy, w, weight_figures[1:2].clone(), None, *given, True, True, torch.float32, "auto"
     torch.library.opcheck(ops.fp8_linear_dx.default, call)
     _, dy_t, dy_scales = ops.fp8_linear_dx(*call)
     x_inverse, dy_inverse = (x_scales, dy_scales) if recipe.blocks else (x_scales[2:].clone(), dy_scales[2:].clone())
     torch.library.opcheck(ops.fp8_linear_dw.default, (dy_t, dy_inverse, x_t, x_inverse, recipe.backward, torch.float32, "auto"))
-    torch.library.opcheck(ops.fp8_linear_dw_add.default, (torch.zeros(16, 32, device=DEVICE), dy_t, dy_inverse, x_t, x_inverse, recipe.backward, "auto"))
+    main_grad = torch.zeros(16, 32, device=DEVICE)
+    torch.library.opcheck(ops.fp8_linear_dw_add.default, (main_grad, dy_t, dy_inverse, x_t, x_inverse, recipe.backward, "auto"))
     torch.library.opcheck(ops.fp8_record.default, (torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)))
 
     def both(function):
