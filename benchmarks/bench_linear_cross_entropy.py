@@ -6,7 +6,7 @@ Two cases a shape: `linear_cross_entropy_sum` (the sum of the losses; what pretr
 each token). "eager" and "compile" have logits in the dtype of the weights and the loss in fp32, as the model's plain path; "eager-narrow" leaves the
 loss in 16 bits too. `peak_mb` holds outputs and gradients as well; beyond them it is measured in tests/test_linear_cross_entropy_memory.py.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,12 @@ from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entr
 SIZES = {"cpu": [(1024, 512, 8192), (2048, 1024, 32768)], "cuda": [(4096, 2048, 128256), (8192, 4096, 128256), (8192, 8192, 32768)]}
 
 
-def liger(module):
-    loss = module.LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return loss
+def liger(target: torch.Tensor) -> Callable:
+    def build(module):
+        loss = module.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        return lambda h, w: loss(w, h, target).float()
+
+    return build
 
 
 def cases(device: str) -> Iterator[Case]:
@@ -56,8 +59,7 @@ def cases(device: str) -> Iterator[Case]:
             providers = {"ours": summed(), "ours-torch": summed(backend="torch"), "ours-at-once": summed(recompute=False),
                          "ours-twice": summed(recompute=True), "eager": eager, "eager-narrow": narrow}
             if device == "cuda":
-                providers |= {"compile": compiled(eager), "liger": optional("liger_kernel.transformers", lambda m, target=target: (
-                    lambda h, w, loss=liger(m): loss(w, h, target).float()))}
+                providers |= {"compile": compiled(eager), "liger": optional("liger_kernel.transformers", liger(target))}
             yield Case(op="linear_cross_entropy_sum", shape=shape, dtype=dtype, make=make, providers=providers, reference=eager,
                        bytes_forward=moved, bytes_backward=2 * moved, flops_forward=flops, flops_backward=2 * flops, memory_bound=False,
                        modes=("both",))

@@ -156,7 +156,7 @@ def _(hidden, weight, bias, target, main_grad, token_weights, needed, *rest):
 
 
 def _setup_sum(ctx, inputs, output):
-    hidden, ctx.weight, bias, target, ctx.main_grad, *ctx.rest = inputs
+    _, ctx.weight, _, _, ctx.main_grad, *ctx.rest = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.made = output[2:]  # not save_for_backward: they are scaled in place and given away, the head's gradient being the largest tensor here
@@ -183,7 +183,8 @@ _sum.register_autograd(_gradients_sum, setup_context=_setup_sum)
 
 
 def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, main_grad: Tensor | None, vocab_size: int | None, group,
-             temperature: float, label_smoothing: float, z_loss: float, ignore_index: int, chunk: tuple[int, int] | None) -> tuple[Tensor, Tensor, list]:
+             temperature: float, label_smoothing: float, z_loss: float, ignore_index: int,
+             chunk: tuple[int, int] | None) -> tuple[Tensor, Tensor, list]:
     """hidden as rows, target as a row, and the settings of the registered ops, up to the chunk."""
     check_dtype(OP, "hidden", hidden)
     rows = rows_of(OP, "hidden", hidden)
@@ -213,8 +214,8 @@ def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
             raise ValueError(f"{OP}: {name} is {value}; it must be " + {"temperature": "above 0", "z_loss": "at least 0"}.get(name, "in 0 .. 1"))
     if chunk is not None and (len(chunk) != 2 or min(chunk) < 1):
         raise ValueError(f"{OP}: chunk is {chunk}; it must be (tokens, words), both at least 1")
-    return rows, target.reshape(-1), [vocab_size, "" if group is None else group.group_name, float(temperature), float(label_smoothing), float(z_loss),
-                                      ignore_index, *(chunk or (0, 0))]
+    name = "" if group is None else group.group_name
+    return rows, target.reshape(-1), [vocab_size, name, float(temperature), float(label_smoothing), float(z_loss), ignore_index, *(chunk or (0, 0))]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, vocab_size: int | None = None, group: dist.ProcessGroup | None = None,
@@ -241,7 +242,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, voca
         TypeError: a wrong dtype, or no process group. ValueError: a wrong shape, device, setting, or (on a CPU) a target that is no word; on a GPU,
             where looking would stall it, such a token's loss, logprob and gradients are NaN. MissingBackend: the backend cannot serve here.
     """
-    rows, flat, settings = _checked(hidden, weight, target, bias, main_grad, vocab_size, group, temperature, label_smoothing, z_loss, ignore_index, chunk)
+    rows, flat, settings = _checked(hidden, weight, target, bias, main_grad, vocab_size, group, temperature, label_smoothing, z_loss,
+                                    ignore_index, chunk)
     found = _score(rows, weight, bias, flat, main_grad, *settings, reduce_hidden_grad, backend)
     return TokenScores(*(x.view(target.shape) for x in found[:3]))
 
@@ -279,10 +281,11 @@ def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, target: Tensor, tok
         recompute = _recomputes(hidden, group.size() if group is not None else 1)
     if recompute:
         loss = linear_cross_entropy(
-            hidden, weight, target, vocab_size=vocab_size, group=group, bias=bias, temperature=temperature, label_smoothing=label_smoothing, z_loss=z_loss,
-            ignore_index=ignore_index, chunk=chunk, main_grad=main_grad, reduce_hidden_grad=reduce_hidden_grad, backend=backend).loss
+            hidden, weight, target, vocab_size=vocab_size, group=group, bias=bias, temperature=temperature, label_smoothing=label_smoothing,
+            z_loss=z_loss, ignore_index=ignore_index, chunk=chunk, main_grad=main_grad, reduce_hidden_grad=reduce_hidden_grad, backend=backend).loss
         return (loss * token_weights).sum(), loss.detach()
-    rows, flat, settings = _checked(hidden, weight, target, bias, main_grad, vocab_size, group, temperature, label_smoothing, z_loss, ignore_index, chunk)
+    rows, flat, settings = _checked(hidden, weight, target, bias, main_grad, vocab_size, group, temperature, label_smoothing, z_loss,
+                                    ignore_index, chunk)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     total, loss, *_ = _sum(rows, weight, bias, flat, main_grad, token_weights.reshape(-1), needed, *settings, reduce_hidden_grad, backend)
     return total, loss.view(target.shape)

@@ -77,11 +77,12 @@ def statistics(x: Tensor, target: Tensor, state: Tensor, first: int, temperature
     rows, width = x.shape
     if rows and width:
         choice = tiles.head_rows(width)
-        _statistics[(triton.cdiv(rows, choice["ROWS"]),)](x, target, state, x.stride(0), state.stride(0), rows, width, first, 1 / temperature, **choice)
+        _statistics[(triton.cdiv(rows, choice["ROWS"]),)](
+            x, target, state, x.stride(0), state.stride(0), rows, width, first, 1 / temperature, **choice)
 
 
 def gradient(x: Tensor, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
-    """out [n, w] = the gradient of the raw logits x, for `plan` [6, n]: m, log sum, and the factors of p, p log p, [v = target] and 1. `out` may be x."""
+    """out [n, w] = the gradient of the raw logits x; `out` may be x. plan [6, n]: m, log sum, the factors of p, p log p, [v = target] and 1."""
     rows, width = x.shape
     if rows and width:
         choice = tiles.head_rows(width)

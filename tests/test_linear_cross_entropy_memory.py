@@ -19,7 +19,7 @@ from kernels import linear_cross_entropy_loops as loops
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from measure.memory import peak_bytes  # noqa: E402
+from measure.memory import peak_bytes
 
 TOKENS, WORDS = 4096, 128_256
 CPU = torch.device("cpu")
