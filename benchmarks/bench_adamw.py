@@ -1,85 +1,102 @@
-"""AdamW: the fused update that `kernels/adamw.py` uses, against a loop over tensors, torch._foreach_*, and torch.optim.AdamW.
+"""AdamW: one update of all of a model's tensors, against a loop over tensors, torch's fused and foreach updates, Apex and Transformer Engine.
 
-    python benchmarks/bench_adamw.py [--threads N] [--device cpu|cuda]
-
-Prints milliseconds a step (median of the repeats) for the shapes of a 4-layer, hidden-256 Llama with a vocabulary of 2,048, and for the
-same numbers as one flat tensor, which is what a rank of the distributed optimizer holds.
+Shapes: a Llama's layers, `TENSORSxPARAMETERS`, and the same numbers as one flat tensor, which is what a rank of the distributed optimizer holds.
+fp32: weights, gradients, moments; 28 bytes a parameter. bf16: fp32 main weights and moments beside bf16 weights and gradients; 28 bytes too.
+`eager` is the loop over tensors, `fused` and `foreach` are torch.optim.AdamW's.
 """
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from harness import Case, compiled, main, optional
+from torch.optim.adamw import adamw
 
-from kernels.adamw import AdamW, adamw_reference_
+from kernels.adamw import adamw_, adamw_reference_
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+STEP = 10
 
 
-def model_shapes() -> list[tuple[int, ...]]:
-    layer = [(768, 256), (256, 256), (1408, 256), (256, 704), (256,), (256,)]
-    return [(2048, 256), (2048, 256), (256,), *layer * 4]
+def model_shapes(hidden: int, layers: int) -> list[tuple[int, ...]]:
+    wide = 11 * hidden // 4
+    layer = [(3 * hidden, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide), (hidden,), (hidden,)]
+    return [(8 * hidden, hidden), (hidden,), *layer * layers]
 
 
-def foreach_update(params: list, grads: list, first: list, second: list, step: int) -> None:
-    (b1, b2), lr = HYPER["betas"], HYPER["lr"]
-    torch._foreach_mul_(params, 1 - lr * HYPER["weight_decay"])
-    torch._foreach_lerp_(first, grads, 1 - b1)
-    torch._foreach_mul_(second, b2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - b2)
-    bottom = torch._foreach_sqrt(second)
-    torch._foreach_div_(bottom, (1 - b2**step) ** 0.5)
-    torch._foreach_add_(bottom, HYPER["eps"])
-    torch._foreach_addcdiv_(params, first, bottom, -lr / (1 - b1**step))
+def lists(tensors: tuple[torch.Tensor, ...], mixed: bool) -> list[list[torch.Tensor]]:
+    """(weights, gradients, moments, squares[, bf16 weights]) of the inputs, which come in a row."""
+    columns = 5 if mixed else 4
+    count = len(tensors) // columns
+    return [list(tensors[i * count:(i + 1) * count]) for i in range(columns)]
 
 
-def milliseconds(update: Callable[[int], object], device: str, repeats: int) -> float:
-    times = []
-    for step in range(1, repeats + 4):
-        begin = time.perf_counter()
-        update(step)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times[3:])
+def ours(backend: str, mixed: bool) -> Callable:
+    def run(*tensors):
+        p, g, m, v, *low = lists(tensors, mixed)
+        adamw_(p, g, m, v, step=STEP, model_params=low[0] if low else (), backend=backend, **HYPER)
+        return p
+    return run
 
 
-def candidates(shapes: list[tuple[int, ...]], device: str) -> dict[str, Callable[[int], object]]:
-    def tensors(zero: bool = False) -> list:
-        return [(torch.zeros if zero else torch.randn)(s, device=device) for s in shapes]
-
-    def optimizer(cls: type, **options: object) -> Callable[[int], object]:
-        params = [torch.nn.Parameter(t) for t in tensors()]
-        for p, g in zip(params, tensors(), strict=True):
-            p.grad = g
-        built = cls(params, **HYPER, **options)
-        return lambda _: built.step()
-
-    p, g, m, v = tensors(), tensors(), tensors(True), tensors(True)
-    return {
-        "kernels.adamw.AdamW": optimizer(AdamW),
-        "torch.optim.AdamW(fused=True)": optimizer(torch.optim.AdamW, fused=True),
-        "torch.optim.AdamW(foreach=True)": optimizer(torch.optim.AdamW, foreach=True),
-        "torch._foreach_*": lambda step: foreach_update(p, g, m, v, step),
-        "loop over tensors": lambda step: [adamw_reference_(*row, step=step, **HYPER) for row in zip(p, g, m, v, strict=True)],
-    }
+def eager(mixed: bool) -> Callable:
+    def run(*tensors):
+        p, g, m, v, *low = lists(tensors, mixed)
+        for row in zip(p, g, m, v, strict=True):
+            adamw_reference_(row[0], row[1].to(row[0].dtype), *row[2:], step=STEP, **HYPER)
+        for a, b in zip(low[0] if low else (), p, strict=False):
+            a.copy_(b)
+        return p
+    return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=21)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for name, shapes in (("model", model_shapes()), ("flat", [(sum(torch.Size(s).numel() for s in model_shapes()),)])):
-        numbers = sum(torch.Size(s).numel() for s in shapes)
-        print(f"{name}: {numbers / 1e6:.2f} M parameters in {len(shapes)} tensors, {options.device}, {options.threads} thread(s)")
-        for label, update in candidates(shapes, options.device).items():
-            print(f"  {label:34s}{milliseconds(update, options.device, options.repeats):9.2f} ms")
+def torchs(mixed: bool, **which: bool) -> Callable:
+    def run(*tensors):
+        p, g, m, v, *low = lists(tensors, mixed)
+        steps = [torch.full((), STEP - 1.0, device=p[0].device) for _ in p]  # they are counted on in place
+        adamw(
+            p, [x.float() for x in g] if mixed else g, m, v, [], steps, amsgrad=False, beta1=0.9, beta2=0.95, lr=HYPER["lr"],
+            weight_decay=0.1, eps=1e-8, maximize=False, **which)
+        if low:
+            torch._foreach_copy_(low[0], p)
+        return p
+    return run
+
+
+def library(mixed: bool) -> Callable:
+    """Apex's and Transformer Engine's multi_tensor_adam, one interface. Neither takes main weights beside bf16 gradients in this form."""
+    def build(module):
+        def run(*tensors):
+            p, g, m, v, *_ = lists(tensors, mixed)
+            buffer = torch.zeros(1, dtype=torch.int, device=p[0].device)
+            module.multi_tensor_adam(65536, buffer, [g, p, m, v], HYPER["lr"], 0.9, 0.95, 1e-8, STEP, 1, True, 0.1)
+            return p
+        return run
+    return build
+
+
+def cases(device: str) -> Iterator[Case]:
+    sizes = ((256, 4), (1024, 1)) if device == "cpu" else ((2048, 8), (4096, 8), (8192, 2))
+    for mixed in (False, True):
+        for hidden, layers in sizes:
+            model = model_shapes(hidden, layers)
+            numbers = sum(torch.Size(shape).numel() for shape in model)
+            for shapes in (model, [(numbers,)]):
+                def make(generator, device, shapes=shapes, mixed=mixed):
+                    def drawn(*size):
+                        return torch.randn(*size, generator=generator, device=device)
+
+                    p, g = [drawn(*s) for s in shapes], [drawn(*s) for s in shapes]
+                    m, v = [0.1 * drawn(*s) for s in shapes], [0.1 * drawn(*s).square() for s in shapes]
+                    return (*p, *g, *m, *v) if not mixed else (*p, *(x.bfloat16() for x in g), *m, *v, *(x.bfloat16() for x in p))
+
+                yield Case(
+                    op="adamw", shape=f"{len(shapes)}x{numbers}", dtype=torch.bfloat16 if mixed else torch.float32, make=make,
+                    providers={
+                        "ours": ours("auto", mixed), "ours-torch": ours("torch", mixed), "eager": eager(mixed), "compile": compiled(eager(mixed)),
+                        "fused": torchs(mixed, fused=True), "foreach": torchs(mixed, foreach=True),
+                        **({} if mixed else {"apex": optional("amp_C", library(mixed)), "te": optional("transformer_engine_torch", library(mixed))}),
+                    },
+                    reference=eager(mixed), bytes_forward=28 * numbers, differentiable=())
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    main(cases)

@@ -6,9 +6,9 @@ Providers: `eager` is a norm of each tensor and the norm of those (`torch.linalg
 from collections.abc import Iterator
 
 import torch
-from kernels.grad_norm import grad_norm, grad_norm_reference, scale_
-
 from harness import Case, main, optional
+
+from kernels.grad_norm import grad_norm, grad_norm_reference, scale_
 
 
 def layer(hidden: int) -> list[tuple[int, ...]]:

@@ -2,9 +2,9 @@
 from collections.abc import Iterator
 
 import torch
-from kernels.wgrad_accumulate import wgrad_accumulate_, wgrad_accumulate_reference
-
 from harness import Case, compiled, main, optional
+
+from kernels.wgrad_accumulate import wgrad_accumulate_, wgrad_accumulate_reference
 
 
 def ours(backend: str):

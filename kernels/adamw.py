@@ -28,6 +28,7 @@ from kernels import adamw_triton
 from kernels.backend import serving
 
 MAIN = (torch.float32, torch.float64)
+PIECE = 1 << 22  # elements: gradients that have to be widened for torch's kernel are widened piece by piece
 
 
 def adamw_reference_(
@@ -54,19 +55,29 @@ def adamw_reference_(
 def _in_torch(rows: list[tuple[Tensor, ...]], *, step, lr, betas, eps, weight_decay, bias_correction, adam_w_mode, grad_scale, found_inf) -> None:
     """Rows of (weights, gradient, exp_avg, exp_avg_sq[, weights to write besides])."""
     name = "_fused_adamw_" if adam_w_mode else "_fused_adam_"  # private names: torch.optim.AdamW(fused=True) calls them too
-    fused, rest = defaultdict(list), []
-    for p, g, m, v, *_ in rows:
-        g = g.to(p.dtype) if grad_scale is None else g.to(p.dtype) / grad_scale
-        # The fused kernel walks flat memory, so it needs the same order of elements in all four tensors.
-        if bias_correction and hasattr(torch, name) and all(t.is_contiguous() for t in (p, g, m, v)):
-            fused[p.device, p.dtype].append((p, g, m, v))
-        else:
-            rest.append((p, g, m, v))
-    for (device, _), kind in fused.items():
-        p, g, m, v = (list(column) for column in zip(*kind, strict=True))
-        count = step.float() if isinstance(step, Tensor) else torch.full((), float(step), dtype=torch.float32, device=device)
+    has_fused = bias_correction and hasattr(torch, name)
+
+    def fused(p: list, g: list, m: list, v: list) -> None:
+        count = step.float() if isinstance(step, Tensor) else torch.full((), float(step), dtype=torch.float32, device=p[0].device)
         getattr(torch, name)(p, g, m, v, [], [count] * len(p), lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps,
                              amsgrad=False, maximize=False, found_inf=None if found_inf is None else (found_inf != 0).float())
+
+    def wide(grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad.to(dtype) if grad_scale is None else grad.to(dtype) / grad_scale
+
+    together, rest = defaultdict(list), []
+    for row in rows:
+        p, g, m, v, *_ = row
+        # The fused kernel walks flat memory, so it needs the same order of elements in all four tensors.
+        if not (has_fused and all(t.is_contiguous() for t in (p, g, m, v))):
+            rest.append((p, wide(g, p.dtype), m, v))
+        elif g.dtype == p.dtype and grad_scale is None:
+            together[p.dtype].append((p, g, m, v))
+        else:
+            for part in zip(*(t.view(-1).split(PIECE) for t in (p, g, m, v)), strict=True):
+                fused([part[0]], [wide(part[1], p.dtype)], [part[2]], [part[3]])
+    for kind in together.values():
+        fused(*(list(column) for column in zip(*kind, strict=True)))
     for p, g, m, v in rest:
         before = [] if found_inf is None else [t.clone() for t in (p, m, v)]
         adamw_reference_(p, g, m, v, step=step.double() if isinstance(step, Tensor) else step, lr=lr, betas=betas, eps=eps,

@@ -50,7 +50,7 @@ def _piece(p_ptr, g_ptr, m_ptr, v_ptr, low_ptr, at, left, keep, size, root2, bet
 def _adamw(pointers, sizes, tensor_of, offset_of, numbers_ptr, scale_ptr, skip_ptr, tensors, keep, size, root2, beta1, rest1, beta2, rest2, eps,
            decay, GRAD: tl.constexpr, LOW: tl.constexpr, MASTER: tl.constexpr, DECOUPLED: tl.constexpr, ON_DEVICE: tl.constexpr,
            SCALED: tl.constexpr, SKIPS: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    if SKIPS:
+    if SKIPS:  # noqa: SIM102 a compile-time choice
         if tl.load(skip_ptr) != 0:
             return
     if ON_DEVICE:

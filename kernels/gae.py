@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import serving
-from kernels.checks import check_device, check_dtype, check_group, check_last_dense, check_shape, rows_of
+from kernels.checks import check_device, check_dtype, check_group, check_shape, rows_of
 from kernels.jit import Launch, tl, triton
 from kernels.tiles import scan
 
+MASKS = (torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64)
 BLOCK = 32  # steps of the torch path: fewer are more levels, more are more operations a level
 
 
@@ -57,24 +58,16 @@ def _nearest(live_after, v_after, live, v):
 def _gae(r_ptr, v_ptr, mask_ptr, cu_ptr, boot_ptr, a_ptr, g_ptr, seq, r_stride, v_stride, mask_stride, gamma, decay,
          PACKED: tl.constexpr, MASKED: tl.constexpr, BOOT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    first, length = row * seq, seq
     if PACKED:
         first = tl.load(cu_ptr + row).to(tl.int64)
         length = (tl.load(cu_ptr + row + 1).to(tl.int64) - first).to(tl.int32)
-        r_ptr += first
-        v_ptr += first
-        mask_ptr += first
-        a_ptr += first
-        g_ptr += first
-    else:
-        length = seq
-        r_ptr += row * r_stride
-        v_ptr += row * v_stride
-        mask_ptr += row * mask_stride
-        a_ptr += row * seq
-        g_ptr += row * seq
-    following = 0.0  # V at the nearest live position to the right of the chunk
-    if BOOT:
-        following = tl.load(boot_ptr + row).to(tl.float32)
+    r_ptr += first if PACKED else row * r_stride
+    v_ptr += first if PACKED else row * v_stride
+    mask_ptr += first if PACKED else row * mask_stride
+    a_ptr += first
+    g_ptr += first
+    following = tl.load(boot_ptr + row).to(tl.float32) if BOOT else 0.0  # V at the nearest live position to the right of the chunk
     carried = 0.0
     at = tl.arange(0, BLOCK)
     chunk = (length + BLOCK - 1) // BLOCK
@@ -113,10 +106,8 @@ def _gae(r_ptr, v_ptr, mask_ptr, cu_ptr, boot_ptr, a_ptr, g_ptr, seq, r_stride, 
 def _scan(d: Tensor, c: Tensor) -> Tensor:
     """A with A_t = d_t + c_t A_{t+1} along a vector; where c_t is 0 nothing is carried, not even NaN."""
     count = d.numel()
-    blocks = -(-count // BLOCK)
-    if blocks == 0:
-        return d
-    width = min(BLOCK, count)
+    blocks = max(-(-count // BLOCK), 1)
+    width = max(min(BLOCK, count), 1)
     if blocks * width > count:
         d, c = F.pad(d, (0, blocks * width - count)), F.pad(c, (0, blocks * width - count))
     d, c = (x.view(blocks, width).t().clone(memory_format=torch.contiguous_format) for x in (d, c))  # a step of all blocks lies together
@@ -230,25 +221,21 @@ def gae(rewards: Tensor, values: Tensor, *, cu_seqlens: Tensor | None = None, ma
     check_dtype("gae", "values", values)
     if rewards.dim() != (2 if cu_seqlens is None else 1):
         raise ValueError(f"gae: rewards has shape {tuple(rewards.shape)}; it must be [tokens] with cu_seqlens, [batch, seq] without")
-    integers = (torch.int8, torch.uint8, torch.int32, torch.int64)
     if cu_seqlens is not None:
         check_dtype("gae", "cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
         if cu_seqlens.dim() != 1 or not cu_seqlens.numel():
             raise ValueError(f"gae: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (n + 1,)")
-        check_last_dense("gae", "cu_seqlens", cu_seqlens)
     rollouts = rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     for name, tensor, shape in (("values", values, rewards.shape), ("mask", mask, rewards.shape), ("bootstrap", bootstrap, (rollouts,))):
         if tensor is not None:
             check_shape("gae", name, tensor, shape)
     if mask is not None:
-        check_dtype("gae", "mask", mask, (torch.bool, *integers))
+        check_dtype("gae", "mask", mask, MASKS)
     if bootstrap is not None:
         check_dtype("gae", "bootstrap", bootstrap)
-    for name, tensor in (("values", values), ("cu_seqlens", cu_seqlens), ("mask", mask), ("bootstrap", bootstrap)):
+    for name, tensor in (("rewards", rewards), ("values", values), ("cu_seqlens", cu_seqlens), ("mask", mask), ("bootstrap", bootstrap)):
         if tensor is not None:
             check_device("gae", name, tensor, rewards.device)
-    for name, tensor in (("rewards", rewards), ("values", values), ("mask", mask), ("bootstrap", bootstrap)):
-        if tensor is not None:
             rows_of("gae", name, tensor)
     return _gae_op(rewards.detach(), values.detach(), cu_seqlens, mask, None if bootstrap is None else bootstrap.detach(), gamma, lam, backend)
 
@@ -273,7 +260,7 @@ def masked_whiten(x: Tensor, mask: Tensor | None = None, *, group: dist.ProcessG
     """
     check_dtype("masked_whiten", "x", x)
     if mask is not None:
-        check_dtype("masked_whiten", "mask", mask, (torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64))
+        check_dtype("masked_whiten", "mask", mask, MASKS)
         check_shape("masked_whiten", "mask", mask, x.shape)
         check_device("masked_whiten", "mask", mask, x.device)
     check_group("masked_whiten", "group", group)

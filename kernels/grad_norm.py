@@ -46,12 +46,12 @@ def _partial(pointers, sizes, tensor_of, offset_of, partial_ptr, tensors, DTYPE:
         for start in range(0, CHUNK, BLOCK):
             x = tl.abs(tl.load(x_ptr + start + at).to(tl.float32))
             total = tl.maximum(total, x) if KIND == 0 else total + (x * x if KIND == 2 else x)
-            broken |= (x != x).to(tl.int32)
+            broken |= (x != x).to(tl.int32)  # noqa: PLR0124 NaN
     else:
         for start in range(0, CHUNK, BLOCK):
             x = tl.abs(tl.load(x_ptr + start + at, mask=start + at < left, other=0.0).to(tl.float32))
             total = tl.maximum(total, x) if KIND == 0 else total + (x * x if KIND == 2 else x)
-            broken |= (x != x).to(tl.int32)
+            broken |= (x != x).to(tl.int32)  # noqa: PLR0124 NaN
     if KIND == 0:
         found = tl.max(total, axis=0)
         found = tl.where(tl.max(broken, axis=0) != 0, float("nan"), found)
