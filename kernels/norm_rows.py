@@ -11,6 +11,8 @@ share of dweight and dbias in registers, written once as one fp32 row; a last ke
 registers are looped over, and read again from the L2 cache.
 No atomics, and no number of programs taken from the machine: the same bits on every run, and on every GPU.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -233,27 +235,30 @@ def _add_up(partial_ptr, out_ptr, programs, width, ROWS: tl.constexpr, BLOCK: tl
     tl.store(out_ptr + col, narrow(tl.sum(total, 0).to(tl.float32), out_ptr.dtype.element_ty)[None, :], mask=col < width)
 
 
-def check(op: str, x: Tensor, residual: Tensor | None, **per_column: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x and residual as rows; raises as the ops say. `per_column`: weight and bias, by name."""
+def check(op: str, x: Tensor, residual: Tensor | None, **per_column: Tensor | None) -> None:
+    """Raises as the ops say. `per_column`: weight and bias, by name."""
     check_dtype(op, "x", x)
-    rows = rows_of(op, "x", x)
+    rows_of(op, "x", x)
     for name, tensor in per_column.items():
         if tensor is not None:
             check_dtype(op, name, tensor, (x.dtype, torch.float32))
             check_shape(op, name, tensor, x.shape[-1:])
             check_device(op, name, tensor, x.device)
             check_last_dense(op, name, tensor)
-    if residual is None:
-        return rows, None
-    check_dtype(op, "residual", residual, (x.dtype, torch.float32))
-    check_shape(op, "residual", residual, x.shape)
-    check_device(op, "residual", residual, x.device)
-    return rows, rows_of(op, "residual", residual)
+    if residual is not None:
+        check_dtype(op, "residual", residual, (x.dtype, torch.float32))
+        check_shape(op, "residual", residual, x.shape)
+        check_device(op, "residual", residual, x.device)
+        rows_of(op, "residual", residual)
 
 
-def dense(gradient: Tensor | None) -> Tensor | None:
-    """What autograd hands over is its own (an expanded scalar after .sum(), a transpose): a copy here is no caller's surprise."""
-    return gradient if gradient is None or gradient.stride(-1) == 1 else gradient.contiguous()
+def rows(tensor: Tensor | None) -> Tensor | None:
+    """[..., N] as [rows, N]. The inputs of an op have been checked to be views of that form; a gradient is autograd's own (an expanded scalar
+    after .sum(), a transpose), and a copy of it is no caller's surprise."""
+    if tensor is None:
+        return None
+    count = math.prod(tensor.shape[:-1])
+    return tensor.reshape(count, tensor.shape[-1]) if tensor.stride(-1) == 1 else tensor.contiguous().view(count, tensor.shape[-1])
 
 
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, zero_centered: bool,
@@ -286,7 +291,7 @@ def backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, mean:
         shares = [None if g is None else weight.new_empty(programs, width, dtype=torch.float32) for g in (dweight, dbias)]
         _backward_kernel(choice)[(programs,)](dy, h, weight, mean, rstd, dtotal, dh, dx, *shares, dy.stride(0), h.stride(0),
                                               0 if dtotal is None else dtotal.stride(0), rows, width, ONE=zero_centered, **choice)
-        last = tiles.norm_add_up()
+        last = tiles.norm_add_up(width)
         for share, out in zip(shares, (dweight, dbias), strict=True):
             if out is not None:
                 _add_up[(triton.cdiv(width, last["BLOCK"]),)](share, out, programs, width, **last)
@@ -321,9 +326,9 @@ def every_launch(op: str, centered: bool) -> list[Launch]:
             found.append(Launch(op, f"{direction} N={width} {x}" + ("" if x == h else f" h {h}"), kernel,
                                 {n: types[n] for n in names if n not in constants}, constants, warps,
                                 multiples_of_16=("x_stride", "residual_stride", "dy_stride", "h_stride", "dtotal_stride", "width")))
-    for dtype in ("bf16", "fp32"):
-        choice = tiles.norm_add_up()
+    for width, dtype in ((4096, "bf16"), (4096, "fp32"), (16384, "bf16"), (16384, "fp32")):
+        choice = tiles.norm_add_up(width)
         warps = choice.pop("num_warps")
-        found.append(Launch(op, f"add up dweight {dtype}", _add_up, {"partial_ptr": "*fp32", "out_ptr": f"*{dtype}", "programs": "i32", "width": "i32"},
+        found.append(Launch(op, f"add up dweight N={width} {dtype}", _add_up, {"partial_ptr": "*fp32", "out_ptr": f"*{dtype}", "programs": "i32", "width": "i32"},
                             choice, warps, multiples_of_16=("width",)))
     return found

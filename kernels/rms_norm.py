@@ -10,13 +10,14 @@ Memory traffic for [rows, N]: forward reads x and the residual, writes h and y (
 backward reads dy, h and dh', writes dh (twice where x and residual differ in dtype). Saved: h, weight, r. Statistics and sums are fp32.
 Shapes: x, residual [..., N]; weight [N]; y [..., N].
 """
+import math
+
 import torch
 from torch import Tensor
 
-from kernels import norm_rows
+from kernels import norm_rows, norm_torch
 from kernels.backend import serving
 from kernels.jit import Launch
-from kernels.tiles import pieces_in_cache
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None, zero_centered: bool = False):
@@ -28,73 +29,37 @@ def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual
     return y if residual is None else (y, h)
 
 
-def _torch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    gain = weight.float() + 1 if zero_centered else weight.float()
-    total = None if residual is None else residual + x
-    h = x if total is None else total
-    y, rstd = torch.empty_like(x, memory_format=torch.contiguous_format), h.new_empty(h.shape[0], 1, dtype=torch.float32)
-    for piece in pieces_in_cache(h):
-        wide = h[piece].float()
-        work = wide * wide
-        torch.rsqrt(work.mean(1, keepdim=True) + eps, out=rstd[piece])
-        torch.mul(wide, rstd[piece], out=work)
-        if y.dtype == torch.float32:
-            torch.mul(work, gain, out=y[piece])
-        else:
-            y[piece] = work.mul_(gain)
-    return y, total, rstd.view(-1)
-
-
-def _torch_backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor,
-                    zero_centered: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    gain = weight.float() + 1 if zero_centered else weight.float()
-    dh, dx = torch.empty_like(h, memory_format=torch.contiguous_format), None if dy.dtype == h.dtype else dy.new_empty(h.shape)
-    dweight, rstd = torch.zeros_like(gain), rstd.view(-1, 1)
-    for piece in pieces_in_cache(h):
-        wide, gdy = h[piece].float(), dy[piece].float()
-        dweight += (wide * rstd[piece]).mul_(gdy).sum(0)
-        gdy = gdy * gain
-        along = torch.linalg.vecdot(gdy, wide).div_(-h.shape[1]).unsqueeze(1).mul_(rstd[piece]).mul_(rstd[piece])
-        out = gdy if dh.dtype != torch.float32 else dh[piece]
-        torch.addcmul(gdy, wide, along, out=out).mul_(rstd[piece])
-        if dtotal is not None:
-            out += dtotal[piece]
-        if out is gdy:
-            dh[piece] = out
-        if dx is not None:
-            dx[piece] = out
-    return dh, dx, dweight.to(weight.dtype)
-
-
-@torch.library.custom_op("kernels::rms_norm", mutates_args=())
-def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     # y, x + residual (empty without a residual: an op has a fixed number of results), r
-    if serving("rms_norm", backend, x.device.type) == "torch":
-        y, total, rstd = _torch_forward(x, residual, weight, eps, zero_centered)
-    else:
-        y, total, _, rstd = norm_rows.forward(x, residual, weight, None, eps, zero_centered, center=False)
-    return y, x.new_empty(0) if total is None else total, rstd
+    serves = norm_torch if serving("rms_norm", backend, x.device.type) == "torch" else norm_rows
+    y, total, _, rstd = serves.forward(norm_rows.rows(x), norm_rows.rows(residual), weight, None, eps, zero_centered, center=False)
+    return y.view(x.shape), x.new_empty(0) if total is None else total.view(x.shape), rstd
+
+
+_rms_norm = torch.library.custom_op("kernels::rms_norm", _forward, mutates_args=())
 
 
 @_rms_norm.register_fake
 def _(x, residual, weight, eps, zero_centered, backend):
-    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
+    statistic = x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(0) if residual is None else residual.new_empty(x.shape), statistic
 
 
-@torch.library.custom_op("kernels::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool,
-                       backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, rstd: Tensor, zero_centered: bool,
+              backend: str) -> tuple[Tensor, Tensor, Tensor]:
     # dh, the same in dy's dtype (empty where that is h's), dweight
-    if serving("rms_norm", backend, h.device.type) == "torch":
-        dh, dx, dweight = _torch_backward(dy, dtotal, h, weight, rstd, zero_centered)
-    else:
-        dh, dx, dweight, _ = norm_rows.backward(dy, dtotal, h, weight, None, rstd, None, zero_centered)
-    return dh, dy.new_empty(0) if dx is None else dx, dweight
+    serves = norm_torch if serving("rms_norm", backend, h.device.type) == "torch" else norm_rows
+    dh, dx, dweight, _ = serves.backward(norm_rows.rows(dy), norm_rows.rows(dtotal), norm_rows.rows(h), weight, None, rstd, None, zero_centered)
+    return dh.view(h.shape), dy.new_empty(0) if dx is None else dx.view(h.shape), dweight
+
+
+_rms_norm_backward = torch.library.custom_op("kernels::rms_norm_backward", _backward, mutates_args=())
 
 
 @_rms_norm_backward.register_fake
 def _(dy, dtotal, h, weight, rstd, zero_centered, backend):
-    return h.new_empty(h.shape), dy.new_empty(0) if dy.dtype == h.dtype else dy.new_empty(h.shape), weight.new_empty(weight.shape)
+    dx = dy.new_empty(0) if dy.dtype == h.dtype else dy.new_empty(h.shape)
+    return h.new_empty(h.shape), dx, weight.new_empty(weight.shape)
 
 
 def _setup(ctx, inputs, output):
@@ -109,7 +74,7 @@ def _grad(ctx, dy, dtotal, _drstd):
     dtotal = dtotal if ctx.residual else None
     if dy is None:  # only the new residual was used
         return None if dtotal is None else dtotal.to(ctx.x_dtype), dtotal, None, None, None, None
-    dh, dx, dweight = torch.ops.kernels.rms_norm_backward(norm_rows.dense(dy), norm_rows.dense(dtotal), h, weight, rstd, ctx.zero_centered, ctx.backend)
+    dh, dx, dweight = torch.ops.kernels.rms_norm_backward(dy, dtotal, h, weight, rstd, ctx.zero_centered, ctx.backend)
     return dh if ctx.x_dtype == h.dtype else dx, dh if ctx.residual else None, dweight, None, None, None
 
 
@@ -133,9 +98,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor |
         TypeError: another dtype. ValueError: a shape or device that does not fit, strides that would need a copy, or N over 65,536 in Triton.
         MissingBackend: the backend asked for cannot serve here.
     """
-    rows, residual_rows = norm_rows.check("rms_norm", x, residual, weight=weight)
-    y, total, _ = _rms_norm(rows, residual_rows, weight, eps, zero_centered, backend)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), total.view(x.shape))
+    norm_rows.check("rms_norm", x, residual, weight=weight)
+    y, total, _ = _rms_norm(x, residual, weight, eps, zero_centered, backend)
+    return y if residual is None else (y, total)
 
 
 def launches() -> list[Launch]:

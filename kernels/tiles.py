@@ -137,9 +137,10 @@ def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int
     return {"BLOCK": 4096, "num_warps": 16, "programs": 108}
 
 
-def norm_add_up() -> dict[str, int]:
-    """Adds up the programs' shares of dweight: 32 columns are 128 bytes a row, and enough programs at 4,096 columns to fill a GPU."""
-    return {"BLOCK": 32, "ROWS": 32, "num_warps": 4}
+def norm_add_up(width: int) -> dict[str, int]:
+    """Adds up the programs' shares of dweight: 64 or 128 columns are 256 or 512 contiguous bytes a row, 32 rows in flight, and 64 programs or more at
+    the widths where it matters."""
+    return {"BLOCK": 64 if width <= 4096 else 128, "ROWS": 32, "num_warps": 4 if width <= 4096 else 8}
 
 
 def wgrad(itemsize: int) -> dict[str, int]:
