@@ -30,7 +30,8 @@ def documents(batch: int, seq: int, device) -> torch.Tensor:
 
 
 def drawn(generator, device, dtype, queries, keys, batch, heads, groups, size):
-    return [torch.randn(n, batch, h, size, generator=generator, device=device).to(dtype) for n, h in ((queries, heads), (keys, groups), (keys, groups))]
+    shapes = ((queries, heads), (keys, groups), (keys, groups))
+    return [torch.randn(n, batch, h, size, generator=generator, device=device).to(dtype) for n, h in shapes]
 
 
 def library(backend: str, call, device: str):

@@ -20,7 +20,8 @@ def _lse(lse: Tensor) -> Tensor:
     return lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
-def dense(name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def dense(name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, dropout: float,
+          return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """(out [seq, batch, heads, d], log-sum-exp or None) of the library `name`."""
     if name == "transformer-engine":
         module = _te_module(q.shape[-2], q.shape[-1], k.shape[-2], scale, dropout)

@@ -2,8 +2,8 @@
 
     python tests/context_parallel_ranks.py DIRECTORY      under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT
 
-Writes DIRECTORY/rankN.json: for each case the errors of this rank's part against fp64, {"ring causal dense fp32": {"out": [ours, PyTorch's, largest value],
-"dq": ...}}, and for each refusal its message.
+Writes DIRECTORY/rankN.json: for each case the errors of this rank's part against fp64, {"ring dense causal grouped float32":
+{"out": [ours, PyTorch's, largest value], "dq": ...}}, and for each refusal its message.
 """
 import json
 import os

@@ -285,7 +285,8 @@ def test_registered_as_torch_wants_it(kind):
     inside = [x.detach() for x in inside]
     out, lse = torch.ops.kernels.attention(*inside, mask, cu, cu, True, 0.35)
     for dlse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(torch.ops.kernels.attention_backward.default, (torch.randn_like(out), dlse, *inside, out, lse, mask, cu, cu, True, 0.35))
+        torch.library.opcheck(torch.ops.kernels.attention_backward.default,
+                              (torch.randn_like(out), dlse, *inside, out, lse, mask, cu, cu, True, 0.35))
     options = {"cu_seqlens_q": cu} if kind == "packed" else {"mask": mask}
 
     def both(q, k, v):
@@ -330,7 +331,8 @@ def test_bad_input_is_named():
     refused("unknown here; there are: ", q, k, v, backend="cudnn", error=MissingBackend)
     refused("flash-attn 2 is not installed; install it with: pip", q, k, v, backend="flash-attn-2", error=MissingBackend)
     refused("varlen runs on NVIDIA GPUs, the tensors are on cpu", *tokens, cu_seqlens_q=cu, backend="varlen", error=MissingBackend)
-    refused("flex_attention has no backward on CPU", *(x.clone().requires_grad_() for x in tokens), cu_seqlens_q=cu, backend="flex", error=MissingBackend)
+    refused("flex_attention has no backward on CPU", *(x.clone().requires_grad_() for x in tokens), cu_seqlens_q=cu, backend="flex",
+            error=MissingBackend)
     refused("flex_attention serves packed sequences here", q, k, v, backend="flex", error=MissingBackend)
 
 

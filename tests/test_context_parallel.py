@@ -43,7 +43,8 @@ def test_long_messages_beside_others(facts):
 
 @ranks
 def test_what_does_not_fit_is_refused_by_name(facts):
-    expected = {"odd": "ValueError: {}: q holds 5 tokens", "length": "ValueError: {}: cu_seqlens has lengths [6, ", "total": "ValueError: {}: cu_seqlens has",
+    expected = {"odd": "ValueError: {}: q holds 5 tokens", "length": "ValueError: {}: cu_seqlens has lengths [6, ",
+                "total": "ValueError: {}: cu_seqlens has",
                 "keys": "ValueError: {}: k holds 24 tokens, q 4", "dtype": "TypeError: {}: k is torch.bfloat16, q is torch.float32",
                 "heads": "ValueError: {}: q has 3 heads, which", "backend": "MissingBackend: varlen cannot serve attention: "}
     for rank in facts:
