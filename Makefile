@@ -7,7 +7,7 @@ PY := .venv/bin/python
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup run test test-fast test-312 campaign lint clean
+.PHONY: help setup run test test-fast test-312 campaign bench lint clean
 
 help:
 	@grep -E '^# make|^## ' Makefile | sed 's/^#* //'
@@ -29,6 +29,10 @@ test-fast: setup
 ## make test-312   the second leg alone
 test-312:
 	@.ci/second_leg
+
+## make bench      every kernel's benchmark and the collectives, into benchmarks/results/ (ARGS=--quick for a look)
+bench: setup
+	@$(PY) benchmarks/run_all.py $(ARGS)
 
 ## make campaign   what takes longer than a test run should: writes docs/parity.md and docs/resume.md (20 minutes on two cores)
 campaign: setup

@@ -30,6 +30,8 @@ ONE, TP2, SP, PP2, DP2 = {}, {"tp": 2}, {"tp": 2, "sp": True}, {"pp": 2}, {}
 INTERLEAVED, TP2PP2 = {"pp": 2, "vpp": 2}, {"tp": 2, "pp": 2}
 PLAIN_DP = {"distributed_optimizer": False, "overlap_grad_reduce": False, "overlap_param_gather": False}
 DOCUMENTS = {"reset_positions": True, "reset_attention": True}
+CP2, ULYSSES = {"cp": 2}, {"cp": 2, "cp_method": "ulysses"}
+FP8 = {"dtype": "fp32", "micro": 4}  # fp32 around the FP8 products, so that nothing else hides what a layout does to their scales
 SEQUENCE, BATCH, STEPS, WARMUP, RANKS = 32, 8, 20, 10, 4
 
 
@@ -70,7 +72,12 @@ JOBS = (
     Job("documents/tp2sp", data=DOCUMENTS, parallel=SP, ranks=2), Job("documents/pp2", data=DOCUMENTS, parallel=PP2, ranks=2),
     Job("bf16/tp2sp", parallel=SP, dtype="bf16", ranks=2), Job("bf16/pp2", parallel=PP2, dtype="bf16", ranks=2),
     Job("bf16/interleaved", parallel=INTERLEAVED, dtype="bf16", ranks=2), Job("bf16/dp2", dtype="bf16", ranks=2),
-    Job("tp2pp2", parallel=TP2PP2, ranks=4, steps=STEPS), Job("tp2dp2", parallel=TP2, ranks=4, steps=STEPS), Job("tied/tp2pp2", TIED, parallel=TP2PP2, ranks=4),
+    Job("plain", kernels={"layers": "plain"}), Job("fp8/one", fp8="current", **FP8), Job("fp8-delayed/one", fp8="delayed", **FP8),
+    Job("fp8-delayed/full", fp8="delayed", parallel={"recompute": "full"}, **FP8),
+    Job("cp2", parallel=CP2, ranks=2), Job("ulysses", parallel=ULYSSES, ranks=2),
+    Job("documents/cp2", data=DOCUMENTS, parallel=CP2, ranks=2), Job("gpt2/cp2", GPT2, parallel=CP2, ranks=2),
+    Job("fp8/tp2sp", fp8="current", parallel=SP, ranks=2, **FP8), Job("fp8-delayed/pp2", fp8="delayed", parallel=PP2, ranks=2, **FP8),
+    Job("cp2tp2sp", parallel={**CP2, **SP}, ranks=4), Job("tp2pp2", parallel=TP2PP2, ranks=4, steps=STEPS), Job("tp2dp2", parallel=TP2, ranks=4, steps=STEPS), Job("tied/tp2pp2", TIED, parallel=TP2PP2, ranks=4),
 )
 
 
@@ -84,6 +91,8 @@ def weights_hash(engine) -> str:
     parts = []
     for chunk in engine.models:
         for tensor in _sharded_tensors(chunk.sharded_state_dict(metadata={"dp_cp_group": engine.groups.dp_cp})):
+            if not tensor.data.is_floating_point():
+                continue  # FP8's history of scales is no weight
             lead = tensor.prepend_axis_num
             shape = tensor.global_shape[lead:]
             part = tensor.data.detach().reshape(tensor.data.shape[-len(shape):]).clone()
@@ -202,16 +211,24 @@ def run_ranks(directory: Path, *, script: Path = Path(__file__), arguments: Sequ
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(directory), *arguments], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(script), str(directory), *arguments], env={**environment, "RANK": str(rank)},
+            stderr=(directory / f"rank{rank}.err").open("w"),
         )
         for rank in range(RANKS)
     ]
+    # A rank that fails leaves the others waiting for it: they are ended with it.
+    first, deadline = None, time.monotonic() + timeout
     try:
-        errors = [rank.communicate(timeout=timeout)[1] for rank in ranks]
+        while any(rank.poll() is None for rank in ranks) and first is None and time.monotonic() < deadline:
+            first = next((rank for rank in ranks if rank.poll()), None)
+            time.sleep(0.1)
     finally:
         for rank in ranks:
             rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-2000:] for error in errors)
+    first = first or next((rank for rank in ranks if rank.wait()), None)
+    if first is not None:
+        said = (directory / f"rank{ranks.index(first)}.err").read_text()[-3000:]
+        raise AssertionError(f"rank {ranks.index(first)} ended with {first.returncode} (-9: no end within {timeout} s)\n{said}")
     found: dict[str, dict] = {}
     for rank in range(RANKS):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
