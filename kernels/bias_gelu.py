@@ -47,18 +47,28 @@ def _backward(dy_ptr, x_ptr, bias_ptr, dx_ptr, partial_ptr, dy_stride, x_stride,
     bias = tl.zeros((1, BLOCK), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + col, mask=live_col, other=0.0).to(tl.float32)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    exact: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    total, lost = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, GROUP, ROWS):
         row = (tl.program_id(1) * GROUP + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         live = live_col & (row < rows)
         t = tl.load(x_ptr + row * x_stride + col, mask=live, other=0.0).to(tl.float32) + bias
         dy = tl.load(dy_ptr + row * dy_stride + col, mask=live, other=0.0).to(tl.float32)
-        _, slope = activations.with_derivative(t, KIND, x_ptr.dtype.element_ty == tl.float32)
+        _, slope = activations.with_derivative(t, KIND, exact)
         dx = dy * slope
         tl.store(dx_ptr + row * width + col, narrow(dx, dx_ptr.dtype.element_ty), mask=live)
-        total += dx
+        if exact:  # Kahan's sum: rounding errors of fp32 sums would be as large as all others together
+            step = dx - lost
+            longer = total + step
+            lost, total = (longer - total) - step, longer
+        else:
+            total += dx
     if HAS_BIAS:
-        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * width + col, tl.sum(total, axis=0)[None, :], mask=live_col)
+        if exact:
+            sums = tl.sum(total.to(tl.float64) - lost.to(tl.float64), axis=0).to(tl.float32)
+        else:
+            sums = tl.sum(total, axis=0)
+        tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * width + col, sums[None, :], mask=live_col)
 
 
 def _sum(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,7 +106,7 @@ def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: str, b
     if dy.numel():
         _backward[(triton.cdiv(width, choice["BLOCK"]), groups)](dy, x, bias, dx, partial, dy.stride(0), x.stride(0), rows, width,
                                                                 HAS_BIAS=bias is not None, KIND=kind, **choice)
-    return dx, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
+    return dx, x.new_empty(0) if bias is None else partial.sum(0, dtype=torch.float64).to(bias.dtype)
 
 
 @_bias_gelu_backward.register_fake

@@ -97,7 +97,8 @@ def apply(name: str, op: Callable[[Tensor, str, str], Tensor], x: Tensor, kind: 
     if odd:
         raise ValueError(f"{name}: the last dimension of x is {rows.shape[1]}; it holds gate and up, so it must be even")
     if activations.plain_torch(name, backend, x):
-        return activations.forward(x[..., :width], kind) * x[..., width:]
+        a, b = x.chunk(2, dim=-1)  # not two slices: autograd would pad each gradient with zeros and add the two
+        return activations.forward(a, kind) * b
     return op(rows, kind, backend).view(*x.shape[:-1], width)
 
 

@@ -84,7 +84,7 @@ class Gated:
         x = leaf * 1
         y = self.op(x, backend=backend)
         x.zero_()  # the backward needs x: PyTorch must notice
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match="modified (by an )?inplace"):
             y.sum().backward()
 
     def test_bad_input_is_named(self):
