@@ -162,7 +162,8 @@ def ops() -> dict[str, tuple[Backend, ...]]:
         "fp8_linear_blockwise": _scaled_products(blockwise=True),
         "gae": _fused("a blocked scan, 32 steps of all blocks at once", "one scan a rollout, everything read once"),
         "grad_norm": _fused("blocks summed in fp32, their sums in fp64", "all tensors in one launch, chunks summed in fp32, their sums in fp64"),
-        "bias_gelu": _fused("PyTorch's expression; on a GPU and compiled its backward recomputes", "bias and activation in one pass each way, the bias gradient summed on the way"),
+        "bias_gelu": _fused("PyTorch's expression; on a GPU and compiled its backward recomputes",
+                            "bias and activation in one pass each way, the bias gradient summed on the way"),
         "geglu": _fused("PyTorch's expression; on a GPU and compiled its backward recomputes", "one pass over memory each way, nothing kept but the input"),
         "layer_norm": _fused("torch's own layer norm, forward and backward", "residual add, statistics and norm in one pass over memory each way"),
         "linear_cross_entropy": _fused("tiles of logits that stay in the cache, fp32 sums", "tiles of fp32 logits, read once and written once between the products"),
@@ -213,8 +214,9 @@ def choose(op: str, backend: str = "auto", *, device: str | None = None, table: 
             raise MissingBackend(op, "any backend", "; ".join(f"{b.name}: {why_not[b.name]}" for b in backends), backends[-1].install)
     else:
         chosen = named[backend]
-        if why_not[backend] is not None:
-            raise MissingBackend(op, backend, why_not[backend], chosen.install)
+        if (why := why_not[backend]) is not None:
+            # Installing does not help where it is there and the tensors are elsewhere.
+            raise MissingBackend(op, backend, why, "" if "the tensors are on" in why else chosen.install)
     others = tuple((b.name, why_not[b.name] or f"can serve, but {chosen.name} " + ("is preferred" if backend == "auto" else "was asked for"))
                    for b in backends if b is not chosen)
     return Choice(op, chosen.name, chosen.reason, others)
