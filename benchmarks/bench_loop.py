@@ -23,8 +23,8 @@ def bare_step(engine, batches) -> None:
     """Forward, backward and step as megatron-core does them, and nothing else."""
     def forward(iterator, model):
         batch = next(iterator)
-        losses = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return losses, lambda losses: (losses.sum(), batch.loss_mask.sum().int(), {})
+        output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, loss_mask=batch.loss_mask)
+        return output, lambda output: (output[0], batch.loss_mask.sum().int(), {})
 
     for chunk in engine.chunks:
         chunk.zero_grad_buffer()

@@ -73,6 +73,7 @@ def test_nothing_is_left_to_do(one, small_data, tmp_path):
 
 @pytest.mark.parametrize("name, layout, words", [
     ("dropout on two data ranks", "dp2", DROPOUT), ("bf16", "one", ("precision=bf16",)), ("tp2", "tp2", ()),
+    ("FP8 with its history", "one", ("precision=fp8_delayed", "precision.fp8_history=3")),
 ])
 def test_the_same_layout_goes_on_bit_for_bit(request, small_data, tmp_path, name, layout, words):
     if name == "tp2":
@@ -173,6 +174,16 @@ def test_other_data_is_refused_and_weights_alone_are_taken(one, small_data, tmp_
     assert found[1] < before[1] - 0.1  # it begins with what was learned, and counts steps and samples anew
     start = records(run, "events")[0]
     assert (start["kind"], start["step"], start["samples"]) == ("start", 0, 0) and start["checkpoint"].endswith("step_00000008")
+
+
+def test_fp8_starts_from_a_checkpoint_without_it_and_its_history_has_one_length(one, small_data, tmp_path):
+    run = tmp_path / "run"
+    train(run, small_data, half(one), "precision=fp8_delayed", "precision.fp8_history=3", "checkpoint.every=0")
+    found, plain = losses(run), losses(one)
+    assert sorted(found) == [5, 6, 7, 8]
+    assert all(0 < abs(found[step] - plain[step]) / plain[step] < 2e-2 for step in found)
+    done = train(tmp_path / "longer", small_data, f"checkpoint.load={run}", "precision=fp8_delayed", "precision.fp8_history=4", code=2)
+    assert "Set precision.fp8_history" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_another_model_is_refused(one, small_data, tmp_path):

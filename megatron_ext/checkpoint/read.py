@@ -22,6 +22,7 @@ from megatron_ext.checkpoint.opaque import inspect
 from megatron_ext.errors import UserError
 
 EXTRA_STATE = "_extra_state"
+HISTORY = "fp8_history"  # of delayed scaling: a run that begins with FP8 from a checkpoint without it starts an empty one
 
 
 @dataclass
@@ -242,7 +243,8 @@ def _compare_keys(stored: Stored, values: list) -> None:
             continue
         there = stored.tensors.get(value.key)
         if there is None:
-            wrong.append(f"{value.key} is not in it")
+            if not value.key.endswith(HISTORY):
+                wrong.append(f"{value.key} is not in it")
         elif len(there.shape) != len(value.global_shape) or (there.shape != tuple(value.global_shape) and not value.allow_shape_mismatch):
             wrong.append(f"{value.key} has shape {list(there.shape)}, this run's {list(value.global_shape)}")
     if wrong := list(dict.fromkeys(wrong)):
@@ -251,6 +253,8 @@ def _compare_keys(stored: Stored, values: list) -> None:
         hint = f". It {_bound(stored.record)}" if of_optimizer and stored.record.get("sharding") == "dp_reshardable" else ""
         if of_optimizer and not hint:
             hint = f". Its optimizer state is in the format {stored.record.get('sharding')}"
+        if all(HISTORY in line for line in wrong):
+            hint = ". Set precision.fp8_history to the length that it was written with"
         raise UserError(m.KEY, stored.path, what + hint)
 
 
@@ -258,11 +262,14 @@ def _region(tensor: ShardedTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(tensor.global_offset), (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
 
 
-def _reads(stored: Stored, tensor: ShardedTensor) -> list:
-    return stored.pieces(stored.tensors[tensor.key], *_region(tensor))
+def _reads(stored: Stored, tensor: ShardedTensor) -> list | None:
+    """The pieces of a tensor; None where the checkpoint has none and the tensor stays what it is."""
+    return stored.pieces(stored.tensors[tensor.key], *_region(tensor)) if tensor.key in stored.tensors else None
 
 
-def _fill(stored: Stored, tensor: ShardedTensor, pieces: list) -> None:
+def _fill(stored: Stored, tensor: ShardedTensor, pieces: list | None) -> None:
+    if pieces is None:
+        return
     tensor.init_data("cpu")
     target = tensor.data.detach()[(None,) * tensor.prepend_axis_num]
     if tensor.allow_shape_mismatch:

@@ -197,16 +197,23 @@ def fp8_fits(config: Config) -> Iterator[UserError]:
     step = 128 if precision.fp8 == "blockwise" else 32 if precision.fp8 == "mxfp8" else 16
     widths = {
         "hidden": model.hidden_size, "attention": sizes.head_dim(model) * model.num_attention_heads,
-        "key/value": sizes.head_dim(model) * sizes.query_groups(model), "feed-forward": sizes.ffn_size(model),
+        "query, key and value": sizes.head_dim(model) * (model.num_attention_heads + 2 * sizes.query_groups(model)),
+        "feed-forward": sizes.ffn_size(model),
     }
     for name, width in widths.items():
         share = width if name == "hidden" else width // parallel.tp
         if share % step:
             yield UserError("precision.fp8", precision.fp8, f"multiplies matrices in pieces of {step}; the {name} width of a rank is {share}")
     tokens = config.data.sequence_length * config.train.micro_batch_size // parallel.cp
-    if tokens % step:
+    if kind == "te" and tokens % step:
         yield UserError("train.micro_batch_size", config.train.micro_batch_size, f"gives {tokens} tokens a micro-batch and rank; precision.fp8="
-                                                                                f"{precision.fp8} needs a multiple of {step}")
+                                                                                f"{precision.fp8} in Transformer Engine needs a multiple of {step}")
+
+
+def attention_serves(config: Config) -> Iterator[UserError]:
+    backend = config.kernels.attention
+    if backend in ("varlen", "flex") and not config.data.reset_attention:
+        yield UserError("kernels.attention", backend, "serves packed documents alone: data.reset_attention=true, or another backend (auto)")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------
@@ -317,6 +324,6 @@ COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_fil
 MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even)
 LAYOUT: tuple[Rule, ...] = (ranks_fit, tp_divides, context_parallel_fits, stages_divide_layers, recompute_fits)
 TRAIN: tuple[Rule, ...] = (
-    stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
+    stage_is_known, fp8_fits, attention_serves, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)

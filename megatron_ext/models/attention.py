@@ -64,6 +64,9 @@ class CoreAttention(MegatronModule):
         queries, batch = q.shape[:2]
         causal = attention_mask is None and self.mask_type == AttnMaskType.causal
         options = {"causal": causal, "scale": self.scale, "backend": self.config.kernels.attention}
+        masked = attention_mask is not None or self.cp_group.size() > 1 and packed_seq_params is not None
+        if masked and options["backend"] != "torch":
+            options["backend"] = "auto"  # the libraries take no mask: decoding and gathered documents are served by what does
         if self.cache is not None:
             k, v = (x.permute(2, 0, 1, 3) for x in self.cache.append(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)))
             if causal and q.shape[0] != k.shape[0]:

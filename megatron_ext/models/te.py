@@ -61,6 +61,8 @@ def te_layer(config, layer: int) -> ModuleSpec:
     """The layer (megatron-core says which of them have FP8). Raises UserError where Transformer Engine cannot serve."""
     reason = missing()
     if reason is not None:
+        if config.kernels.layers != "te":
+            raise UserError("precision.fp8", config.fp8_precision.fp8, f"comes from Transformer Engine alone: {reason}; install it with: {INSTALL}")
         raise UserError("kernels.layers", "te", f"{reason}; install it with: {INSTALL}, or leave it to kernels.layers=auto")
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 

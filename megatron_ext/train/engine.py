@@ -66,7 +66,7 @@ class Engine:
 
     def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True):
         self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
-        check_backends(config.kernels, platform.device.type)
+        check_backends(config.kernels, config.precision, platform.device.type)
         self.groups = build_groups(layout, config.launch.timeout)
         # The stream must exist before the first forward pass; with dropout each step seeds it anew.
         seed_ranks(self.groups, seed=config.train.seed, step=0)
