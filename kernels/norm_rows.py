@@ -20,6 +20,7 @@ from kernels import tiles
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
 from kernels.jit import Launch, narrow, tl, triton
 
+
 @triton.jit
 def _gain(weight_ptr, col, live, ONE: tl.constexpr):
     gain = tl.load(weight_ptr + col, mask=live, other=0.0, eviction_policy="evict_last").to(tl.float32)  # every program reads it: stays in L1
@@ -329,6 +330,6 @@ def every_launch(op: str, centered: bool) -> list[Launch]:
     for width, dtype in ((4096, "bf16"), (4096, "fp32"), (16384, "bf16"), (16384, "fp32")):
         choice = tiles.norm_add_up(width)
         warps = choice.pop("num_warps")
-        found.append(Launch(op, f"add up dweight N={width} {dtype}", _add_up, {"partial_ptr": "*fp32", "out_ptr": f"*{dtype}", "programs": "i32", "width": "i32"},
-                            choice, warps, multiples_of_16=("width",)))
+        types = {"partial_ptr": "*fp32", "out_ptr": f"*{dtype}", "programs": "i32", "width": "i32"}
+        found.append(Launch(op, f"add up dweight N={width} {dtype}", _add_up, types, choice, warps, multiples_of_16=("width",)))
     return found

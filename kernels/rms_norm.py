@@ -66,6 +66,7 @@ def _setup(ctx, inputs, output):
     x, residual, weight, _, ctx.zero_centered, ctx.backend = inputs
     ctx.residual, ctx.x_dtype = residual is not None, x.dtype
     ctx.save_for_backward(output[1] if ctx.residual else x, weight, output[2])
+    ctx.registered = True
     ctx.set_materialize_grads(False)  # an output that nothing used sends None, not a tensor of zeros to be read
 
 
@@ -74,11 +75,13 @@ def _grad(ctx, dy, dtotal, _drstd):
     dtotal = dtotal if ctx.residual else None
     if dy is None:  # only the new residual was used
         return None if dtotal is None else dtotal.to(ctx.x_dtype), dtotal, None, None, None, None
-    dh, dx, dweight = torch.ops.kernels.rms_norm_backward(dy, dtotal, h, weight, rstd, ctx.zero_centered, ctx.backend)
+    backward = torch.ops.kernels.rms_norm_backward if ctx.registered else _backward
+    dh, dx, dweight = backward(dy, dtotal, h, weight, rstd, ctx.zero_centered, ctx.backend)
     return dh if ctx.x_dtype == h.dtype else dx, dh if ctx.residual else None, dweight, None, None, None
 
 
 _rms_norm.register_autograd(_grad, setup_context=_setup)
+_unregistered = norm_torch.unregistered(_forward, _setup, _grad)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor | None = None, zero_centered: bool = False,
@@ -99,7 +102,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, residual: Tensor |
         MissingBackend: the backend asked for cannot serve here.
     """
     norm_rows.check("rms_norm", x, residual, weight=weight)
-    y, total, _ = _rms_norm(x, residual, weight, eps, zero_centered, backend)
+    op = _rms_norm if x.device.type != "cpu" or torch.compiler.is_compiling() else _unregistered.apply
+    y, total, _ = op(x, residual, weight, eps, zero_centered, backend)
     return y if residual is None else (y, total)
 
 

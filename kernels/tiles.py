@@ -121,17 +121,18 @@ def norm_backward(width: int, *, centered: bool, itemsize: int) -> dict[str, int
     equal bits everywhere, because nothing depends on the GPU. Bound by memory, 108 programs with 32 KB in flight each use an H100's bandwidth;
     one program more than an A100 holds would cost it a second wave. Their fp32 shares of dweight add 2 to 5 % to the traffic of 8,192 rows.
 
-    To 8,192 columns a program holds rows whole, 16 elements a thread, the next ones on their way (STAGES). To 16,384 (32,768 without a
-    mean) it holds only its share of dweight and dbias, 32 to 64 of 128 registers, and reads a row in parts, twice; FIRST is the piece of the
+    To 8,192 columns (4,096 of fp32 with a mean) a program holds rows whole, the next ones on their way (STAGES). To 16,384 (32,768 without
+    a mean) it holds only its share of dweight and dbias, 32 to 64 of 128 registers, and reads a row in parts, twice; FIRST is the piece of the
     first read, 32 KB of h and dy in flight. Wider rows are looped over with the share of dweight in memory.
     """
     if width > NORM_WIDEST:
         raise ValueError(f"the last dimension of x is {width}, over {NORM_WIDEST}, the widest row of the Triton kernel; backend='torch' has no limit")
-    block = next_power_of_2(width)
-    if block <= 8192:
+    block, heavy = next_power_of_2(width), centered and itemsize == 4
+    if block <= (4096 if heavy else 8192):
         rows = min(max(2048 // block, 1), 32)
-        resident = 3 if block <= 2048 else 2 if block <= 4096 else 1
-        return {"BLOCK": block, "ROWS": rows, "STAGES": 2, "num_warps": max(rows * block // 512, 1), "programs": 108 * resident}
+        elements = 8 if heavy and block == 4096 else 16  # with 16, dweight and dbias beside fp32 rows spill
+        resident = 3 if block <= 2048 else 2 if block <= 4096 and elements == 16 else 1
+        return {"BLOCK": block, "ROWS": rows, "STAGES": 2, "num_warps": max(rows * block // 32 // elements, 1), "programs": 108 * resident}
     if block <= (16384 if centered else 32768):
         return {"BLOCK": 4096, "PARTS": block // 4096, "FIRST": 4096 if itemsize == 4 else 8192, "num_warps": 16, "programs": 108}
     return {"BLOCK": 4096, "num_warps": 16, "programs": 108}

@@ -4,8 +4,8 @@ import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, each_dtype, judge, same_bits
 
 from kernels import jit, norm_rows, tiles
-from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.backend import MissingBackend
+from kernels.rms_norm import rms_norm, rms_norm_reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
