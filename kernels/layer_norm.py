@@ -14,6 +14,7 @@ Shapes: x, residual [..., N]; weight, bias [N]; y [..., N].
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import norm_rows, norm_torch
@@ -108,7 +109,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: fl
         MissingBackend: the backend asked for cannot serve here.
     """
     norm_rows.check("layer_norm", x, residual, weight=weight, bias=bias)
-    op = _layer_norm if x.device.type != "cpu" or torch.compiler.is_compiling() else _unregistered.apply
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and x.dtype == torch.float32 and x.shape[-1] >= norm_torch.NATIVE and x.numel() and serving("layer_norm", backend, "cpu") == "torch":
+        # what _forward and _backward would call, in C++ all the way: Python around it takes a fifth of the time of 2,048 x 1,024
+        h = x if residual is None else residual + x
+        y = F.layer_norm(h, h.shape[-1:], weight + 1 if zero_centered else weight, bias, eps)
+        return y if residual is None else (y, h)
+    op = _unregistered.apply if eager else _layer_norm
     y, total, _, _ = op(x, residual, weight, bias, eps, zero_centered, backend)
     return y if residual is None else (y, total)
 
