@@ -5,7 +5,7 @@
     python -m kernels.static_check --op swiglu  one op
 
 Needs only Triton's wheel, which carries ptxas and cuobjdump. TRITON_INTERPRET must not be set: the decorator would make interpreted functions.
-A kernel is refused when it spills (STACK or LOCAL above 0), when it is bound by memory and has no 16-byte load, or when it takes more registers
+A kernel is refused when it spills (STACK or LOCAL above 0), when it asks for more shared memory than a program may have, when it is bound by memory and has no 16-byte load, or when it takes more registers
 (in steps of 8, the granularity at which they are handed out) or shared memory than the table says. Figures depend on the version of Triton: with another
 one than the table's, only spills and load widths are judged.
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may have (CUDA programming guide, compute capabilities)
 TABLE = Path(__file__).parent.parent / "docs" / "kernels.md"
 WIDE = re.compile(r"ld\.global[.\w:]*\.v4\.[bfu]32|ld\.global[.\w:]*\.v8\.[bfu](?:16|32)|ld\.global[.\w:]*\.v2\.[bfu]64|ld\.global[.\w:]*\.v4\.[bfu]64"
                   r"|cp\.async\.c[ga]\.shared\.global[^;]*, 0x10|cp\.async\.bulk")
@@ -58,7 +59,8 @@ def cost(launch, sm: int) -> Cost:
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in signature.items() if t.startswith("*") or n in launch.multiples_of_16}
     types = {n: "constexpr" if n in constants else signature[n] for n in names}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
-    asm = triton.compile(ASTSource(launch.kernel, types, constants, aligned), target=GPUTarget("cuda", sm, 32), options=options).asm
+    compiled = triton.compile(ASTSource(launch.kernel, types, constants, aligned), target=GPUTarget("cuda", sm, 32), options=options)
+    asm = compiled.asm
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
@@ -68,7 +70,8 @@ def cost(launch, sm: int) -> Cost:
     def figure(name: str) -> int:
         return int(re.search(rf"{name}:(\d+)", said)[1])
 
-    return Cost(figure("REG"), figure("STACK") + figure("LOCAL"), figure("SHARED"), len(WIDE.findall(asm["ptx"])))
+    # Triton asks for its shared memory at launch: the cubin knows of the static part alone.
+    return Cost(figure("REG"), figure("STACK") + figure("LOCAL"), max(figure("SHARED"), compiled.metadata.shared), len(WIDE.findall(asm["ptx"])))
 
 
 def measure(op: str, only: int | None = None) -> dict[tuple[str, str, int], tuple[Cost, bool]]:
@@ -105,6 +108,8 @@ def complaints(found: dict[tuple[str, str, int], tuple[Cost, bool]], known: dict
         name = f"{key[0]} {key[1]} sm_{key[2]}"
         if now.spilled:
             said.append(f"{name}: spills {now.spilled} bytes a thread")
+        if now.shared > SHARED_LIMIT[key[2]]:
+            said.append(f"{name}: {now.shared} bytes of shared memory; a program may have {SHARED_LIMIT[key[2]]}")
         if memory_bound and not now.wide_loads:
             said.append(f"{name}: bound by memory, and loads nothing 16 bytes at a time")
         before = known.get(key)
