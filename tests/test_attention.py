@@ -57,7 +57,7 @@ def each_alone(q, k, v, q_lengths, k_lengths, **options):
 
 @each_dtype
 @causal_or_not
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [size for size in SIZES if size <= 5120])  # the fp64 definition holds size x size scores
 def test_error_is_at_most_twice_that_of_pytorch(size, causal, dtype):
     heads, groups = (1, 1) if size > 2000 else (4, 2)
     inputs, dout = tensors(size, 1, heads=heads, groups=groups, dtype=dtype)
