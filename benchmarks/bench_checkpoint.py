@@ -15,7 +15,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 
 def build(options):
@@ -35,12 +34,13 @@ def build(options):
 def batch(device):
     import torch
 
+    from megatron_ext.data.batches import Batch
+
     tokens = torch.randint(0, 2048, (1, 65), device=device)
-    made = SimpleNamespace(
+    made = Batch(
         tokens=tokens[:, :-1].contiguous(), labels=tokens[:, 1:].contiguous(), documents=None,
         loss_mask=torch.ones(1, 64, device=device), position_ids=torch.arange(64, device=device)[None],
     )  # fmt: skip
-    made.to = lambda device: made
     return made
 
 

@@ -76,17 +76,16 @@ def facts(engine) -> dict:
 
 def trained(layout) -> dict:
     """After a step, whose new weights the distributed optimizer gathers only when the next forward pass asks for them."""
-    from types import SimpleNamespace
 
     import torch
 
+    from megatron_ext.data.batches import Batch
     from megatron_ext.generate import generate
 
     engine = decoders.build(layout=layout, train=True)
     rows = torch.randint(0, decoders.WORDS, (4, 17), generator=torch.Generator().manual_seed(3)).chunk(layout.dp)[engine.groups.dp.rank()]
-    batch = SimpleNamespace(tokens=rows[:, :-1], labels=rows[:, 1:], loss_mask=torch.ones(len(rows), 16), documents=None,
-                            position_ids=torch.arange(16)[None].expand(len(rows), -1))
-    batch.to = lambda device: batch
+    batch = Batch(tokens=rows[:, :-1], labels=rows[:, 1:], loss_mask=torch.ones(len(rows), 16), documents=None,
+                  position_ids=torch.arange(16)[None].expand(len(rows), -1))
     engine.step([batch], lr=3e-2, step=0)
     return {"greedy": [asdict(one) for one in generate(engine, decoders.prompts(), SETTINGS["greedy"])]}
 

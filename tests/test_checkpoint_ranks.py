@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -54,16 +53,17 @@ class Rank:
     def steps(self, engine, first: int, last: int) -> list[float]:
         import torch
 
+        from megatron_ext.data.batches import Batch
+
         losses = []
         for step in range(first, last):
             tokens = torch.randint(0, 100, (8, 33), generator=torch.Generator().manual_seed(step))
             batches = []
             for part in tokens.chunk(engine.layout.dp)[engine.groups.dp.rank()].split(2):
-                batch = SimpleNamespace(
+                batch = Batch(
                     tokens=part[:, :-1].contiguous(), labels=part[:, 1:].contiguous(), loss_mask=torch.ones(2, 32), documents=None,
                     position_ids=torch.arange(32)[None].expand(2, -1),
                 )  # fmt: skip
-                batch.to = lambda device, batch=batch: batch
                 batches.append(batch)
             losses.append(engine.step(batches, lr=1e-3, step=step).loss)
         return losses

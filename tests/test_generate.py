@@ -288,13 +288,12 @@ def test_rows_that_are_done_leave_the_others_as_they_were(engine):
 
 def test_training_goes_on_as_if_nothing_had_been_generated(connected):
     """The same weights, no copy: dropout, gradients and the optimizer are as before."""
-    from types import SimpleNamespace
+    from megatron_ext.data.batches import Batch
 
     def batch():
         rows = torch.randint(0, decoders.WORDS, (4, 17), generator=torch.Generator().manual_seed(3))
-        made = SimpleNamespace(tokens=rows[:, :-1], labels=rows[:, 1:], loss_mask=torch.ones(4, 16), documents=None,
-                               position_ids=torch.arange(16)[None].expand(4, -1))
-        made.to = lambda device: made
+        made = Batch(tokens=rows[:, :-1], labels=rows[:, 1:], loss_mask=torch.ones(4, 16), documents=None,
+                     position_ids=torch.arange(16)[None].expand(4, -1))
         return made
 
     losses = []

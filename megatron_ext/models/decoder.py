@@ -3,6 +3,8 @@
 One pipeline stage (or one chunk of it) of a causal language model with learned or rotary positions. What varies between GPT-2, Llama and
 their kin is configuration: `layers.py` says of what a layer is made. Parallelism comes in through `groups` alone.
 """
+from collections.abc import Callable
+
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -21,6 +23,18 @@ from megatron_ext.config.schema import ModelConfig
 from megatron_ext.models.fused import rotary_tables
 from megatron_ext.models.layers import LayerConfig, block_spec
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
+
+
+class Head(ColumnParallelLinear):
+    """The projection onto the vocabulary, split over the tensor-parallel ranks."""
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, *,
+                score: Callable[[Tensor], tuple] | None = None) -> tuple:
+        """Logits and no bias, as megatron-core's; with `score` what it makes of the weight, without logits. It is called in here because hooks hang
+        on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
+        if score is not None:
+            return score(self.weight if weight is None else weight)
+        return super().forward(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
 
 
 class Decoder(LanguageModule):
@@ -58,7 +72,7 @@ class Decoder(LanguageModule):
             config, block_spec(config, stage), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
         )
         if last:
-            self.output_layer = ColumnParallelLinear(
+            self.output_layer = Head(
                 config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method, bias=False,
                 skip_weight_param_allocation=first and model.tied_embeddings, tp_group=groups.tp,
             )
@@ -132,15 +146,18 @@ class Decoder(LanguageModule):
             "vocab_size": self.vocab_size, "group": self.tp_group if self.tp_group.size() > 1 else None, "reduce_hidden_grad": False,
             "backend": self.config.kernels.linear_cross_entropy,
         }
-        weight = self.output_layer.weight if weight is None else weight
-        main_grad = getattr(weight, "main_grad", None) if self.config.gradient_accumulation_fusion else None
-        if main_grad is not None and main_grad.dtype == torch.float32:
-            options["main_grad"] = main_grad
-        if not torch.is_grad_enabled():
-            losses = linear_cross_entropy(hidden, weight, labels.t(), **options).loss.t()
-            return (losses * loss_mask).sum(), losses
-        total, losses = linear_cross_entropy_sum(hidden, weight, labels.t(), loss_mask.t(), **options)
-        return total, losses.t()
+
+        def score(weight: Tensor) -> tuple[Tensor, Tensor]:
+            if not torch.is_grad_enabled():
+                losses = linear_cross_entropy(hidden, weight, labels.t(), **options).loss.t()
+                return (losses * loss_mask).sum(), losses
+            main_grad = getattr(weight, "main_grad", None) if self.config.gradient_accumulation_fusion else None
+            if main_grad is not None and main_grad.dtype != torch.float32:
+                main_grad = None  # through autograd and the hooks of the gradient buffers, as any other
+            total, losses = linear_cross_entropy_sum(hidden, weight, labels.t(), loss_mask.t(), main_grad=main_grad, **options)
+            return total, losses.t()
+
+        return self.output_layer(hidden, weight, score=score)
 
     def tie_embeddings_and_output_weights_state_dict(self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key,
                                                      metadata=None, **_) -> None:
