@@ -107,7 +107,7 @@ def test_a_layer_of_other_modules_goes_through_its_own_forward_pass(connected):
 
     engine = decoders.build()
     layer = engine.models[0].decoder.layers[1]
-    layer.pre_mlp_layernorm = Doubled(layer.pre_mlp_layernorm)
+    layer.input_layernorm = Doubled(layer.input_layernorm)
     prompts = decoders.prompts()
     assert tokens(generate(engine, prompts, GREEDY)) == [decoders.greedy(engine, prompt, COUNT) for prompt in prompts]
 

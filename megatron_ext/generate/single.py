@@ -21,19 +21,20 @@ from megatron_ext.generate.cache import StageCache
 from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
 from megatron_ext.models.decoder import Decoder
+from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
 from megatron_ext.models.norm import Norm
 
 KINDS = {
-    "": TransformerLayer,
-    "input_layernorm": Norm,
-    "self_attention": SelfAttention,
+    "": (TransformerLayer, FusedLayer),
+    "input_layernorm": (Norm, FusedNorm),
+    "self_attention": (SelfAttention, FusedSelfAttention),
     "self_attention.linear_qkv": ColumnParallelLinear,
     "self_attention.q_layernorm": (IdentityOp, type(None)),
     "self_attention.k_layernorm": (IdentityOp, type(None)),
     "self_attention.core_attention": CoreAttention,
     "self_attention.linear_proj": RowParallelLinear,
     "cross_attention": IdentityOp,
-    "pre_mlp_layernorm": Norm,
+    "pre_mlp_layernorm": (Norm, FusedNorm),
     "mlp": MLP,
     "mlp.linear_fc1": ColumnParallelLinear,
     "mlp.linear_fc2": RowParallelLinear,
@@ -81,14 +82,15 @@ class SingleToken:
         h = (model.embedding(tokens[:, None], positions) if model.pre_process else hidden)[0]
         mask = None if hides is None else torch.zeros(hides.shape, dtype=h.dtype, device=h.device).masked_fill_(hides, float("-inf"))
         rotation = self._rotation(positions, h.dtype)
+        norm = Norm.forward  # torch's: for one token a row the way into a fused kernel takes longer than the norm
         for layer, kept in zip(model.decoder.layers, cache.layers):
-            h = h + self._attention(layer.self_attention, layer.input_layernorm(h), rotation, mask, kept)
-            h = h + self._mlp(layer.mlp, layer.pre_mlp_layernorm(h))
+            h = h + self._attention(layer.self_attention, norm(layer.input_layernorm, h), rotation, mask, kept)
+            h = h + self._mlp(layer.mlp, norm(layer.pre_mlp_layernorm, h))
         self._linear.passed()
         if not model.post_process:
             return h[None]
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
-        return self._linear(model.decoder.final_layernorm(h), weight)
+        return self._linear(norm(model.decoder.final_layernorm, h), weight)
 
     def _attention(self, attention: SelfAttention, x: Tensor, rotation, mask: Tensor | None, kept: LayerCache) -> Tensor:
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
