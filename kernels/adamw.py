@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels import adamw_triton
 from kernels.backend import serving
+from kernels.checks import check_dtype
 
 MAIN = (torch.float32, torch.float64)
 PIECE = 1 << 22  # elements: gradients that have to be widened for torch's kernel are widened piece by piece
@@ -138,7 +139,7 @@ def adamw_(
         step: number of this update, the first is 1; an int, or an integer scalar tensor on the device.
         lr: a number, or a scalar tensor on the device. With tensors for both, a CUDA graph of the call reads them at each replay.
         model_params: bf16 or fp16 weights to set to params, rounded to nearest even; none, or one for each.
-        grad_scale: scalar tensor that gradients are divided by. found_inf: scalar tensor, not 0 = do nothing. Neither is waited for.
+        grad_scale: fp32 scalar tensor that gradients are divided by. found_inf: scalar tensor, not 0 = do nothing. Neither is waited for.
         backend: triton, torch, or auto.
     Raises:
         TypeError, ValueError: a dtype, shape, device or length that does not fit, naming it. MissingBackend: the backend cannot serve here.
@@ -158,6 +159,12 @@ def adamw_(
     for name, scalar in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
         if isinstance(scalar, Tensor) and (scalar.numel() != 1 or params and scalar.device != params[0].device):
             raise ValueError(f"adamw_: {name} must be a scalar on {params[0].device}, got shape {tuple(scalar.shape)} on {scalar.device}")
+    if not isinstance(step, Tensor) and step < 1:
+        raise ValueError(f"adamw_: step is {step}; the first update is 1")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_: betas are {betas}; they must be in [0, 1)")
+    if grad_scale is not None:
+        check_dtype("adamw_", "grad_scale", grad_scale, (torch.float32,))
     if params:
         by_tensor = isinstance(step, Tensor), isinstance(lr, Tensor)
         _adamw_op(

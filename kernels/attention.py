@@ -165,6 +165,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
             return _packed_with_dropout(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, dropout)
         out, lse = _attention(q, k, v, None, cu_seqlens_q, cu_seqlens_k, causal, scale)
     else:
+        if q.is_cpu and not torch.compiler.is_compiling():  # flex, which trusts them as the libraries for GPUs do; looking costs nothing here
+            _on_host("cu_seqlens_q", cu_seqlens_q, q), _on_host("cu_seqlens_k", cu_seqlens_k, k)
         longest = (_longest(cu_seqlens_q) if max_seqlen_q is None else max_seqlen_q, _longest(cu_seqlens_k) if max_seqlen_k is None else max_seqlen_k)
         out, lse = libraries.packed(name, q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, causal=causal, scale=scale, dropout=dropout,
                                     return_lse=return_lse)
@@ -174,13 +176,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     """torch's op, which `torch.compile` and autograd know: [batch, heads, seq, d]."""
     mask, causal = attention_torch.hidden_by(mask, causal, q.shape[2], k.shape[2], q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask, dropout_p=dropout, is_causal=causal, scale=scale,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # a branch: a comparison of dynamic sizes is no bool to torch.compile
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask, dropout_p=dropout, is_causal=causal, scale=scale, **grouped)
 
 
 def _packed_with_dropout(q, k, v, cu_q, cu_k, causal, scale, dropout) -> Tensor:
     """A sequence at a time; torch keeps what it dropped."""
-    parts, q_ends, k_ends = [], cu_q.tolist(), cu_k.tolist()
+    parts, q_ends, k_ends = [], _on_host("cu_seqlens_q", cu_q, q), _on_host("cu_seqlens_k", cu_k, k)
     for q0, q1, k0, k1 in zip(q_ends[:-1], q_ends[1:], k_ends[:-1], k_ends[1:], strict=True):
         one = [x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
         parts.append(_sdpa(*one, None, causal, scale, dropout)[0].transpose(0, 1))

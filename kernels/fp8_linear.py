@@ -60,6 +60,12 @@ def product(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, *, out_d
     blocks = a_inverse.dim() == 2
     if not a.numel() or not b.numel():
         return a.new_zeros(m, n, dtype=out_dtype)
+    with torch.autocast(a.device.type, enabled=False):  # which would multiply in bf16 what has been read back to fp32
+        return _product(a, a_inverse, b, b_inverse, blocks, out_dtype, fast, backend)
+
+
+def _product(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, blocks: bool, out_dtype: torch.dtype, fast: bool, backend: str) -> Tensor:
+    m, n = a.shape[0], b.shape[0]
     if serving("fp8_linear_blockwise" if blocks else "fp8_linear", backend, a.device.type) == "emulation":
         if blocks:
             return (dequantise(a, a_inverse) @ dequantise(b, b_inverse).t()).to(out_dtype)

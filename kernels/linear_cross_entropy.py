@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
@@ -162,6 +163,7 @@ def _setup_sum(ctx, inputs, output):
     ctx.made = output[2:]  # not save_for_backward: they are scaled in place and given away, the head's gradient being the largest tensor here
 
 
+@once_differentiable  # what it scales are constants by now: a second derivative would be wrong
 def _gradients_sum(ctx, dtotal, *_):
     nothing = [None] * (2 + len(ctx.rest))
     if dtotal is None:

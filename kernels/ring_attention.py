@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import attention_libraries as libraries
 from kernels import attention_torch
@@ -148,6 +149,7 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # L is a constant here, so that a second derivative would be wrong
     def backward(ctx, dout):
         q, k, v, out, lse = ctx.saved_tensors
         tokens, group, causal, scale, name = ctx.rest

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.adamw import AdamW, adamw_reference_
+from kernels.adamw import AdamW, adamw_, adamw_reference_
 
 pytestmark = pytest.mark.both
 SHAPES = [(7,), (33, 17), (1,), (4, 5, 6), (1031,)]
@@ -206,6 +206,11 @@ def test_what_it_refuses():
         AdamW(parameters(), lr=torch.tensor(0.1))
     with pytest.raises(ValueError, match="betas"):
         AdamW(parameters(), betas=(0.9, 1.0))
+    tensors, numbers = [[torch.ones(3)] for _ in range(4)], {"step": 1, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
+    for error, match, wrong in ((ValueError, "step is 0", {"step": 0}), (ValueError, "betas are", {"betas": (1.0, 0.9)}),
+                                (TypeError, "grad_scale is float16", {"grad_scale": torch.ones((), dtype=torch.float16)})):
+        with pytest.raises(error, match=match):
+            adamw_(*tensors, **{**numbers, **wrong})
     half = parameters(torch.bfloat16)
     optimizer = AdamW(half)  # megatron-core constructs it with bf16 weights and replaces them
     set_gradients(half, 0)

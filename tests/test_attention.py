@@ -300,6 +300,15 @@ def test_registered_as_torch_wants_it(kind):
     torch.testing.assert_close(found, expected)
 
 
+def test_every_size_may_be_dynamic_under_the_compiler():
+    """Grouped heads too, and more keys than queries: sizes that torch.compile holds for symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: attention(*inputs, causal=True), fullgraph=True, backend="aot_eager", dynamic=True)
+    for queries, keys, groups in ((7, 10, 2), (5, 9, 4)):
+        q, k, v = (torch.randn(n, 2, h, 16) for n, h in ((queries, 4), (keys, groups), (keys, groups)))
+        assert torch.equal(compiled(q, k, v), attention(q, k, v, causal=True))
+
+
 def test_bad_input_is_named():
     (q, k, v), _ = tensors(6, 2)
     cu = cumulative((2, 4))
@@ -327,6 +336,8 @@ def test_bad_input_is_named():
     refused("cu_seqlens_k is for 1 sequences, cu_seqlens_q for 2", *tokens, cu_seqlens_q=cu, cu_seqlens_k=cumulative((6,)))
     refused("k holds 5 tokens, q 6", tokens[0], tokens[1][:5], tokens[2][:5], cu_seqlens_q=cu)
     refused("cu_seqlens_q must rise from 0 to the 6 tokens", *tokens, cu_seqlens_q=cumulative((2, 3)))
+    for options in ({"dropout": 0.1}, {"backend": "flex"}) if q.is_cpu else ({"dropout": 0.1},):
+        refused("cu_seqlens_q must rise from 0 to the 6 tokens", *tokens, cu_seqlens_q=cumulative((2, 3)), **options)
     refused("dropout is 1.0", q, k, v, dropout=1.0)
     refused("unknown here; there are: ", q, k, v, backend="cudnn", error=MissingBackend)
     refused("flash-attn 2 is not installed; install it with: pip", q, k, v, backend="flash-attn-2", error=MissingBackend)

@@ -202,6 +202,14 @@ def test_backward_keeps_a_byte_an_element_of_x_and_nothing_of_the_weight(recipe)
     assert x.numel() <= bytes_ <= x.numel() * (1 + 4 / 128) + 100
 
 
+@pytest.mark.parametrize("backend", ["auto", "emulation"])
+def test_autocast_changes_nothing(backend):
+    x, w = torch.randn(64, 32, device=DEVICE), torch.randn(16, 32, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = fp8_linear(x, w, backend=backend)
+    assert torch.equal(found, fp8_linear(x, w, backend=backend))
+
+
 class ThreeRanks:
     """Of a process group: what the checks ask."""
 

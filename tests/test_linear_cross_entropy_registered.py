@@ -122,3 +122,14 @@ def test_where_nobody_looks_a_wrong_target_is_nan():
     assert loss.isnan().tolist() == logprob.isnan().tolist() == [False, True, True, False] and loss[3] == 0
     factors = plan(target, top, log_sum, entropy, torch.ones(4), None, None, head)[2:]
     assert factors.isnan().any(0).tolist() == [False, True, True, False] and (factors[:, 3] == 0).all()
+
+
+def test_a_second_derivative_is_refused():
+    """The gradients that the forward pass made are constants: what is differentiated through them would be wrong."""
+    (hidden, weight, _), target, _ = problem(9, 60, torch.float32)
+    hidden.requires_grad_()
+    factor = torch.tensor(2.0, device=DEVICE, requires_grad=True)
+    total, _ = linear_cross_entropy_sum(hidden, weight, target, torch.ones(9, device=DEVICE), recompute=False)
+    (gradient,) = torch.autograd.grad(total * factor, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
