@@ -34,7 +34,10 @@ LAYOUTS = {  # name: title, ParallelConfig, ranks
     "interleaved": ("PP2 interleaved (2 chunks a stage)", machinery.INTERLEAVED, 2),
     "dp2-plain": ("DP2, plain all-reduce", machinery.PLAIN_DP, 2),
     "dp2": ("DP2, distributed optimizer, overlap", machinery.DP2, 2),
+    "cp2": ("CP2, ring", machinery.CP2, 2),
+    "ulysses": ("CP2, Ulysses", machinery.ULYSSES, 2),
     "tp2pp2": ("TP2 x PP2", machinery.TP2PP2, 4),
+    "cp2tp2sp": ("CP2 (ring) x TP2 + SP", {**machinery.CP2, **machinery.SP}, 4),
     "tp2dp2": ("TP2 x DP2, distributed optimizer, overlap", machinery.TP2, 4),
 }
 DTYPES = ("fp32", "bf16")

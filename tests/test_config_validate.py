@@ -43,6 +43,7 @@ FOUR = ["launch.ranks=4"]
     (["precision=fp8_current", "model.ffn_hidden_size=520"], ["precision.fp8=current", "pieces of 16", "feed-forward", "520"]),
     (["precision=fp8_blockwise", "model.hidden_size=192"], ["precision.fp8=blockwise", "pieces of 128", "192"]),
     (["precision=fp8_current", "kernels.layers=te", "data.sequence_length=9", "train.micro_batch_size=4"], ["train.micro_batch_size=4", "36 tokens"]),
+    (["kernels.layers=plain", "parallel.cp=2", "launch.ranks=2", "data.reset_attention=true"], ["kernels.layers=plain", "fused layers"]),
     (["kernels.attention=varlen"], ["kernels.attention=varlen", "data.reset_attention=true"]),
     (["precision=fp8_current", "model.head_dim=2"], ["query, key and value width of a rank is 24"]),
     (["precision=fp8_current", "precision.fp8_edge_layers=2"], ["precision.fp8_edge_layers=2", "none of the 4 layers"]),

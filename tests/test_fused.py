@@ -92,6 +92,20 @@ def test_dropout_and_recomputation_draw_as_the_plain_layers_do():
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_dropout_draws_from_the_stream_that_differs_between_tensor_parallel_ranks():
+    """Each rank holds other heads, and must drop other weights of them; what the ranks share is drawn from the default stream."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    chunk = engine(replace(SMALL, attention_dropout=0.5, num_layers=1), layers="fused", train=False).models[0].train()
+    core = chunk.decoder.layers[0].self_attention.core_attention
+    q, k = torch.randn(16, 1, 8, 32), torch.randn(16, 1, 4, 32)
+    shared, own = torch.get_rng_state(), {name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
+    first, second = core(q, k, k), core(q, k, k)
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), shared)
+    assert any(not torch.equal(state, own[name]) for name, state in get_cuda_rng_tracker().get_states().items())
+
+
 @pytest.mark.parametrize(("ops", "words"), [
     ({"rms_norm": "cudnn"}, "kernels.rms_norm=cudnn"), ({"attention": "flash-attn-2"}, "kernels.attention=flash-attn-2"),
 ])

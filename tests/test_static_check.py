@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kernels import backend, static_check
-from kernels.static_check import Cost, complaints, read_table, table_text
+from kernels.static_check import Cost, complaints, gone, read_table, table_text
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
@@ -50,6 +50,7 @@ def test_what_is_complained_of():
     assert complaints({key: (Cost(99, 0, 999, 1), True)}, table, False) == [], "figures of another Triton are not comparable"
     assert complaints({key: (Cost(40, 8, 64, 2), True)}, table, False) != []
     assert "not in kernels.md" in complaints({key: (good, True)}, {}, True)[0]
+    assert gone({key: (good, True)}, table) == [] and "not launched any more" in gone({}, table)[0]
 
 
 def test_the_table_is_read_as_it_is_written(tmp_path):

@@ -88,14 +88,15 @@ def faulty(monkeypatch, faults: dict[int, str]) -> list[bool]:
         weights[:] = [weight.detach().clone() for weight in engine.models[0].parameters()]
         kind = faults.get(step + 1)
         if kind == "loss":
-            hooks.append(engine.models[0].register_forward_hook(lambda module, given, out: out * math.inf))
+            hooks.append(engine.models[0].register_forward_hook(lambda module, given, out: tuple(part * math.inf for part in out)))
         elif kind == "gradient":
             def spoil(gradient):
                 gradient = gradient.clone()
                 gradient.view(-1)[7] = math.nan
                 return gradient
 
-            hooks.append(list(engine.models[0].parameters())[3].register_hook(spoil))
+            # A norm's: those of the linear layers are added to the main gradients on the way, past such a hook.
+            hooks.append(dict(engine.models[0].named_parameters())["decoder.layers.0.input_layernorm.weight"].register_hook(spoil))
 
     def after(engine, step, result):
         while hooks:

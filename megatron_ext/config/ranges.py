@@ -20,7 +20,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("kernels.rms_norm", "kernels.layer_norm", "kernels.swiglu", "kernels.geglu", "kernels.bias_gelu", "kernels.rope",
                      "kernels.linear_cross_entropy"), ("auto", "triton", "torch")),
     "kernels.attention": ("auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "transformer-engine", "varlen", "flex", "torch"),
-    "kernels.wgrad_accumulate": ("auto", "apex", "torch", "triton"),
     "kernels.fp8_linear": ("auto", "scaled_mm", "emulation"),
     "data.corpus": ("stdlib",),
     "optim.schedule": ("cosine", "linear", "wsd", "constant"),

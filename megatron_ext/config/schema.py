@@ -81,7 +81,6 @@ class KernelsConfig:
     rope: str = "auto"
     linear_cross_entropy: str = "auto"
     attention: str = "auto"
-    wgrad_accumulate: str = "auto"
     fp8_linear: str = "auto"
 
 

@@ -122,6 +122,9 @@ def context_parallel_fits(config: Config) -> Iterator[UserError]:
     if model.attention_dropout > 0:
         yield UserError("model.attention_dropout", model.attention_dropout, "must be 0 with parallel.cp greater than 1: ranks would drop different "
                                                                             "weights of the same row; model.hidden_dropout works")
+    if config.kernels.layers == "plain" and config.data.reset_attention:
+        yield UserError("kernels.layers", "plain", "keeps documents apart with a mask over whole sequences, which ranks with parallel.cp greater than 1 do "
+                                                   "not hold; fused layers (auto) take documents")
     if parallel.cp_method == "ulysses" and not config.data.reset_attention:
         heads, groups = model.num_attention_heads // parallel.tp, sizes.query_groups(model) // parallel.tp
         if heads % parallel.cp or (groups % parallel.cp and parallel.cp % groups):
@@ -185,7 +188,7 @@ def fp8_fits(config: Config) -> Iterator[UserError]:
         yield UserError("precision.fp8", "mxfp8", "comes from Transformer Engine alone: kernels.layers=te, on compute capability 10.0 and later")
     if precision.dtype == "fp16":
         yield UserError("precision.dtype", "fp16", "and FP8 scale gradients twice, and overflow; use bf16")
-    if kind == "te" and precision.fp8 == "delayed":
+    if kind == "te" and precision.fp8 == "delayed":  # `auto` takes our layers then (models/layers.py)
         if parallel.pp > 1:
             yield UserError("precision.fp8", "delayed", "with kernels.layers=te reduces its largest values over all ranks at once, which pipeline stages "
                                                         "of different layers cannot; use current, or kernels.layers=fp8")
@@ -205,9 +208,9 @@ def fp8_fits(config: Config) -> Iterator[UserError]:
         if share % step:
             yield UserError("precision.fp8", precision.fp8, f"multiplies matrices in pieces of {step}; the {name} width of a rank is {share}")
     tokens = config.data.sequence_length * config.train.micro_batch_size // parallel.cp
-    if kind == "te" and tokens % step:
+    if kind in ("te", "auto") and tokens % step:  # auto is te where Transformer Engine is installed, which is not known here
         yield UserError("train.micro_batch_size", config.train.micro_batch_size, f"gives {tokens} tokens a micro-batch and rank; precision.fp8="
-                                                                                f"{precision.fp8} in Transformer Engine needs a multiple of {step}")
+                                                                                f"{precision.fp8} in Transformer Engine needs a multiple of {step}; kernels.layers=fp8 pads")
 
 
 def attention_serves(config: Config) -> Iterator[UserError]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
@@ -71,18 +72,30 @@ class CoreAttention(MegatronModule):
             k, v = (x.permute(2, 0, 1, 3) for x in self.cache.append(k.permute(1, 2, 0, 3), v.permute(1, 2, 0, 3)))
             if causal and q.shape[0] != k.shape[0]:
                 raise ValueError("a cache needs an explicit mask: the rows' own positions decide what they see")
+        if self.dropout and self.training and not self.config.sequence_parallel:
+            # Ranks of a tensor-parallel group hold different heads, and must drop different weights; with sequence parallelism the block forks already.
+            with get_cuda_rng_tracker().fork():
+                out = self._attend(q, k, v, attention_mask, packed_seq_params, options)
+        else:
+            out = self._attend(q, k, v, attention_mask, packed_seq_params, options)
+        return out.reshape(queries, batch, -1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, packed_seq_params: PackedSeqParams | None,
+                options: dict) -> Tensor:
+        """[query, batch, heads, head_dim]."""
+        queries, batch = q.shape[:2]
         if self.cp_group.size() > 1:
-            out = self._context_parallel(q, k, v, packed_seq_params, options)
-        elif packed_seq_params is not None:
+            if attention_mask is not None:
+                raise ValueError("context parallelism takes documents (packed_seq_params), not a mask: a rank holds part of the rows only")
+            return self._context_parallel(q, k, v, packed_seq_params, options)
+        if packed_seq_params is not None:
             cu_seqlens, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
             # Documents are runs of tokens in a row of the batch, so the rows have to lie one after the other.
             q, k, v = (x.transpose(0, 1).reshape(-1, *x.shape[2:]) for x in (q, k, v))
             out = attention(q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
                             dropout=self.dropout if self.training else 0.0, **options)
-            out = out.view(batch, queries, *out.shape[1:]).transpose(0, 1)
-        else:
-            out = attention(q, k, v, mask=attention_mask, dropout=self.dropout if self.training else 0.0, **options)
-        return out.reshape(queries, batch, -1)
+            return out.view(batch, queries, *out.shape[1:]).transpose(0, 1)
+        return attention(q, k, v, mask=attention_mask, dropout=self.dropout if self.training else 0.0, **options)
 
     def _context_parallel(self, q: Tensor, k: Tensor, v: Tensor, packed: PackedSeqParams | None, options: dict) -> Tensor:
         if packed is not None:  # documents of any length end anywhere in a rank's chunks

@@ -55,13 +55,15 @@ class LayerConfig(TransformerConfig):
     fp8_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 
-def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig) -> str:
+def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> str:
     """`kernels.layers` with auto resolved: fused, te, fp8 or plain."""
     if kernels.layers != "auto":
         return kernels.layers
     if precision.fp8 is None:
         return "fused"
-    return "te" if precision.fp8 == "mxfp8" or transformer_engine_missing() is None else "fp8"
+    # What te cannot do with delayed scaling, ours can (config/validate.py, fp8_fits).
+    ours = precision.fp8 == "delayed" and (parallel.pp > 1 or precision.fp8_edge_layers > 0)
+    return "te" if precision.fp8 == "mxfp8" or not ours and transformer_engine_missing() is None else "fp8"
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = KernelsConfig(), *,
@@ -78,7 +80,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     elif parallel.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parallel.recompute_layers}
-    kind = layers_kind(kernels, precision)
+    kind = layers_kind(kernels, precision, parallel)
     return LayerConfig(
         kernels=kernels,
         layers=kind,
