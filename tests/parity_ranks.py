@@ -16,7 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_ext.config.schema import Config, DataConfig, KernelsConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig, TrainConfig
+from megatron_ext.config.schema import (
+    Config,
+    DataConfig,
+    KernelsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
 
 LLAMA = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, num_query_groups=4)
 MULTI_HEAD = replace(LLAMA, num_query_groups=None, rotary_percent=0.5, rotary_interleaved=True)

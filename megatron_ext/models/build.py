@@ -9,7 +9,7 @@ from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfi
 from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.initialise import initialise
-from megatron_ext.models.layers import transformer_config
+from megatron_ext.models.layers import DEFAULTS, transformer_config
 
 
 def _mark_partitions(chunk: torch.nn.Module) -> None:
@@ -29,7 +29,7 @@ def _mark_partitions(chunk: torch.nn.Module) -> None:
 
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, groups: ProcessGroupCollection, *,
-                vocab_size: int, seed: int, device: torch.device, kernels: KernelsConfig = KernelsConfig(),
+                vocab_size: int, seed: int, device: torch.device, kernels: KernelsConfig = DEFAULTS,
                 accumulate: bool = False) -> list[torch.nn.Module]:
     """The model chunks of this rank, initialised, on their device and in their dtype; not yet wrapped for data parallelism.
 

@@ -41,6 +41,7 @@ ACTIVATIONS = {
     "swiglu": (F.silu, True),
     "geglu": (F.gelu, True),
 }
+DEFAULTS = KernelsConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,12 +62,12 @@ def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: Pa
         return kernels.layers
     if precision.fp8 is None:
         return "fused"
-    # What te cannot do with delayed scaling, ours can (config/validate.py, fp8_fits).
+    # What te cannot do with delayed scaling, ours can (config/precision.py).
     ours = precision.fp8 == "delayed" and (parallel.pp > 1 or precision.fp8_edge_layers > 0)
     return "te" if precision.fp8 == "mxfp8" or not ours and transformer_engine_missing() is None else "fp8"
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = KernelsConfig(), *,
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = DEFAULTS, *,
                        on_cpu: bool, accumulate: bool = False) -> LayerConfig:
     """megatron-core's configuration of a decoder in a layout.
 
