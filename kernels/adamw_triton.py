@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import multi_tensor
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 from kernels.multi_tensor import address, tables, torch_type
 
 
@@ -100,13 +100,14 @@ def update(
         table = tables(list(zip(*kind, strict=True)))
         if table is None:
             continue
-        _adamw[table.grid](
-            table.pointers, table.sizes, table.tensor_of, table.offset_of, numbers if on_device else table.sizes,
-            table.sizes if grad_scale is None else grad_scale, table.sizes if found_inf is None else found_inf, table.sizes.numel(),
-            *((0.0, 0.0, 0.0) if on_device else numbers), betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, weight_decay,
-            GRAD=torch_type(grad), LOW=torch_type(low or torch.float32), MASTER=low is not None, DECOUPLED=adam_w_mode, ON_DEVICE=on_device,
-            SCALED=grad_scale is not None, SKIPS=found_inf is not None, ALIGNED=table.aligned, CHUNK=multi_tensor.CHUNK, BLOCK=multi_tensor.BLOCK,
-            num_warps=multi_tensor.WARPS)
+        with on_device_of(table.pointers):
+            _adamw[table.grid](
+                table.pointers, table.sizes, table.tensor_of, table.offset_of, numbers if on_device else table.sizes,
+                table.sizes if grad_scale is None else grad_scale, table.sizes if found_inf is None else found_inf, table.sizes.numel(),
+                *((0.0, 0.0, 0.0) if on_device else numbers), betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps, weight_decay,
+                GRAD=torch_type(grad), LOW=torch_type(low or torch.float32), MASTER=low is not None, DECOUPLED=adam_w_mode, ON_DEVICE=on_device,
+                SCALED=grad_scale is not None, SKIPS=found_inf is not None, ALIGNED=table.aligned, CHUNK=multi_tensor.CHUNK,
+                BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS)
 
 
 def launches() -> list[Launch]:

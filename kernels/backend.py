@@ -223,7 +223,12 @@ def choose(op: str, backend: str = "auto", *, device: str | None = None, table: 
 
 
 @lru_cache(maxsize=None)
-def serving(op: str, backend: str, device: str) -> str:
+def serving(op: str, backend: str, device: str, index: int | None = None) -> str:
     """The name of what serves `op` on `device` ("cuda", "cpu"): what the registered ops ask at each call, inside
-    their bodies, where `torch.compile` does not look. Raises as `choose`."""
-    return choose(op, backend, device=device).backend
+    their bodies, where `torch.compile` does not look. `index`: which GPU, for an op whose backends ask what it can do. Raises as `choose`."""
+    if index is None or device != "cuda":
+        return choose(op, backend, device=device).backend
+    import torch
+
+    with torch.cuda.device(index):
+        return choose(op, backend, device=device).backend

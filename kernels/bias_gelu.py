@@ -17,7 +17,7 @@ from kernels import activations, tiles
 from kernels.activations import gelu_kind
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -83,7 +83,8 @@ def _bias_gelu(x: Tensor, bias: Tensor | None, kind: str, backend: str) -> Tenso
     if y.numel():
         rows, width = x.shape
         choice = tiles.activation(width)
-        _forward[(rows * triton.cdiv(width, choice["BLOCK"]),)](x, bias, y, x.stride(0), width, HAS_BIAS=bias is not None, KIND=kind, **choice)
+        with on_device_of(x):
+            _forward[(rows * triton.cdiv(width, choice["BLOCK"]),)](x, bias, y, x.stride(0), width, HAS_BIAS=bias is not None, KIND=kind, **choice)
     return y
 
 
@@ -104,8 +105,9 @@ def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: str, b
     groups = triton.cdiv(rows, choice["GROUP"])
     partial = x.new_empty(groups if bias is not None else 0, width, dtype=torch.float32)
     if dy.numel():
-        _backward[(triton.cdiv(width, choice["BLOCK"]), groups)](dy, x, bias, dx, partial, dy.stride(0), x.stride(0), rows, width,
-                                                                HAS_BIAS=bias is not None, KIND=kind, **choice)
+        with on_device_of(x):
+            _backward[(triton.cdiv(width, choice["BLOCK"]), groups)](dy, x, bias, dx, partial, dy.stride(0), x.stride(0), rows, width,
+                                                                    HAS_BIAS=bias is not None, KIND=kind, **choice)
     return dx, x.new_empty(0) if bias is None else partial.sum(0, dtype=torch.float64).to(bias.dtype)
 
 

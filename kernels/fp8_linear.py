@@ -66,7 +66,7 @@ def product(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, *, out_d
 
 def _product(a: Tensor, a_inverse: Tensor, b: Tensor, b_inverse: Tensor, blocks: bool, out_dtype: torch.dtype, fast: bool, backend: str) -> Tensor:
     m, n = a.shape[0], b.shape[0]
-    if serving("fp8_linear_blockwise" if blocks else "fp8_linear", backend, a.device.type) == "emulation":
+    if serving("fp8_linear_blockwise" if blocks else "fp8_linear", backend, a.device.type, a.device.index) == "emulation":
         if blocks:
             return (dequantise(a, a_inverse) @ dequantise(b, b_inverse).t()).to(out_dtype)
         return (a.float() @ b.float().t()).mul_(a_inverse).mul_(b_inverse).to(out_dtype)

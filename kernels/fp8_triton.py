@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import jit, tiles
 from kernels.fp8_scaling import E4M3, E5M2, LARGEST, LARGEST_SCALE
-from kernels.jit import Launch, tl, triton
+from kernels.jit import Launch, on_device_of, tl, triton
 
 
 @triton.jit
@@ -142,23 +142,25 @@ def triton_quantise(x: Tensor, scale: Tensor | None, dtype: torch.dtype, scaling
              "HARDWARE": x.is_cuda and _hardware(x.device.index)}
     if scaling != "tensor":
         choice = tiles.fp8_block()
-        _cast_blocks[_grid(*x.shape, choice["SIDE"], choice["SIDE"])](
-            x, data.view(torch.uint8), inverse, data_t.view(torch.uint8), inverse_t, x.stride(0), *x.shape, LARGEST[dtype], LARGEST_SCALE,
-            SQUARE=scaling == "128x128", POWER_OF_2=power_of_2, **flags, **choice)
+        with on_device_of(x):
+            _cast_blocks[_grid(*x.shape, choice["SIDE"], choice["SIDE"])](
+                x, data.view(torch.uint8), inverse, data_t.view(torch.uint8), inverse_t, x.stride(0), *x.shape, LARGEST[dtype], LARGEST_SCALE,
+                SQUARE=scaling == "128x128", POWER_OF_2=power_of_2, **flags, **choice)
         return
     given = scale is not None
     choice = tiles.fp8_tile()
     grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
     partial = x.new_empty(grid, dtype=torch.int32)
-    finish = functools.partial(_finish[(1,)], partial, scale if given else figures, figures, partial.numel(), LARGEST[dtype], LARGEST_SCALE,
-                               GIVEN=given, POWER_OF_2=power_of_2, **tiles.fp8_finish())
-    if not given:
-        _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
-        finish()
-    _cast[grid](x, scale if given else figures[1:], data.view(torch.uint8), data_t.view(torch.uint8), partial, x.stride(0), *x.shape,
-                LARGEST[dtype], AMAX=given, **flags, **choice)
-    if given:
-        finish()
+    with on_device_of(x):
+        finish = functools.partial(_finish[(1,)], partial, scale if given else figures, figures, partial.numel(), LARGEST[dtype], LARGEST_SCALE,
+                                   GIVEN=given, POWER_OF_2=power_of_2, **tiles.fp8_finish())
+        if not given:
+            _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
+            finish()
+        _cast[grid](x, scale if given else figures[1:], data.view(torch.uint8), data_t.view(torch.uint8), partial, x.stride(0), *x.shape,
+                    LARGEST[dtype], AMAX=given, **flags, **choice)
+        if given:
+            finish()
 
 
 def triton_amax(x: Tensor) -> Tensor:
@@ -166,9 +168,10 @@ def triton_amax(x: Tensor) -> Tensor:
     choice = tiles.fp8_tile()
     grid = _grid(*x.shape, choice["ROWS"], choice["COLS"])
     partial, figures = x.new_empty(grid, dtype=torch.int32), x.new_empty(3, dtype=torch.float32)
-    _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
-    _finish[(1,)](partial, figures, figures, partial.numel(), LARGEST[E4M3], LARGEST_SCALE, GIVEN=False, POWER_OF_2=False,
-                  **tiles.fp8_finish())
+    with on_device_of(x):
+        _amax_tiles[grid](x, partial, x.stride(0), *x.shape, **choice)
+        _finish[(1,)](partial, figures, figures, partial.numel(), LARGEST[E4M3], LARGEST_SCALE, GIVEN=False, POWER_OF_2=False,
+                      **tiles.fp8_finish())
     return figures[:1].clone()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_group, check_shape, rows_of
-from kernels.jit import Launch, tl, triton
+from kernels.jit import Launch, on_device_of, tl, triton
 from kernels.tiles import scan
 
 MASKS = (torch.bool, torch.int8, torch.uint8, torch.int32, torch.int64)
@@ -173,10 +173,11 @@ def _gae_op(rewards: Tensor, values: Tensor, cu_seqlens: Tensor | None, mask: Te
         if advantages.numel():
             choice = scan(rewards.numel() // rows if packed else seq)
             strides = (0, 0, 0) if packed else (rewards.stride(0), values.stride(0), 0 if mask is None else mask.stride(0))
-            _gae[(rows,)](
-                rewards, values, rewards if mask is None else mask, rewards if cu_seqlens is None else cu_seqlens,
-                rewards if bootstrap is None else bootstrap, advantages, returns, seq, *strides, gamma, gamma * lam,
-                PACKED=packed, MASKED=mask is not None, BOOT=bootstrap is not None, **choice)
+            with on_device_of(rewards):
+                _gae[(rows,)](
+                    rewards, values, rewards if mask is None else mask, rewards if cu_seqlens is None else cu_seqlens,
+                    rewards if bootstrap is None else bootstrap, advantages, returns, seq, *strides, gamma, gamma * lam,
+                    PACKED=packed, MASKED=mask is not None, BOOT=bootstrap is not None, **choice)
         return advantages, returns
     if packed:
         lengths = cu_seqlens.diff()

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels import activations, tiles
 from kernels.backend import serving
 from kernels.checks import check_dtype, rows_of
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 
 
 @triton.jit
@@ -53,7 +53,8 @@ def register(name: str) -> Callable[[Tensor, str, str], Tensor]:
             torch.mul(activations.forward(x[:, :width], kind), x[:, width:], out=y)
         elif y.numel():
             choice = tiles.activation(width)
-            _forward[(rows * triton.cdiv(width, choice["BLOCK"]),)](x, y, x.stride(0), width, KIND=kind, **choice)
+            with on_device_of(x):
+                _forward[(rows * triton.cdiv(width, choice["BLOCK"]),)](x, y, x.stride(0), width, KIND=kind, **choice)
         return y
 
     @forward.register_fake
@@ -70,7 +71,8 @@ def register(name: str) -> Callable[[Tensor, str, str], Tensor]:
             activations.backward(dy * b, a, kind, out=da)
         elif dy.numel():
             choice = tiles.activation(width)
-            _backward[(rows * triton.cdiv(width, choice["BLOCK"]),)](dy, x, dx, dy.stride(0), x.stride(0), width, KIND=kind, **choice)
+            with on_device_of(x):
+                _backward[(rows * triton.cdiv(width, choice["BLOCK"]),)](dy, x, dx, dy.stride(0), x.stride(0), width, KIND=kind, **choice)
         return dx
 
     @backward.register_fake

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import multi_tensor
 from kernels.backend import serving
 from kernels.checks import check_dtype, check_group
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 from kernels.multi_tensor import address, flat, tables, torch_type
 
 NORM_BLOCK = 1024  # elements summed in fp32 before fp64 takes over, in torch
@@ -110,10 +110,11 @@ def _norm(tensors: Sequence[Tensor], norm_type: float, backend: str) -> Tensor:
         for group in _by_dtype(tensors):
             if (table := tables([group])) is not None:
                 partial = torch.empty(table.grid, dtype=torch.float32, device=device)
-                _partial[table.grid](
-                    table.pointers, table.sizes, table.tensor_of, table.offset_of, partial, table.sizes.numel(), DTYPE=torch_type(group[0].dtype),
-                    KIND=0 if math.isinf(norm_type) else int(norm_type), ALIGNED=table.aligned, CHUNK=multi_tensor.CHUNK, BLOCK=multi_tensor.BLOCK,
-                    num_warps=multi_tensor.WARPS)
+                with on_device_of(table.pointers):
+                    _partial[table.grid](
+                        table.pointers, table.sizes, table.tensor_of, table.offset_of, partial, table.sizes.numel(),
+                        DTYPE=torch_type(group[0].dtype), KIND=0 if math.isinf(norm_type) else int(norm_type), ALIGNED=table.aligned,
+                        CHUNK=multi_tensor.CHUNK, BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS)
                 parts.append(partial)
         parts = torch.cat(parts).double() if parts else torch.zeros(1, dtype=torch.float64, device=device)
     return parts.amax() if math.isinf(norm_type) else parts.sum()
@@ -139,9 +140,10 @@ def _scaled(tensors: Sequence[Tensor], factor: Tensor, backend: str) -> None:
         return
     for group in _by_dtype(tensors):
         if (table := tables([group])) is not None:
-            _scale[table.grid](
-                table.pointers, table.sizes, table.tensor_of, table.offset_of, factor, table.sizes.numel(), DTYPE=torch_type(group[0].dtype),
-                ALIGNED=table.aligned, CHUNK=multi_tensor.CHUNK, BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS)
+            with on_device_of(table.pointers):
+                _scale[table.grid](
+                    table.pointers, table.sizes, table.tensor_of, table.offset_of, factor, table.sizes.numel(), DTYPE=torch_type(group[0].dtype),
+                    ALIGNED=table.aligned, CHUNK=multi_tensor.CHUNK, BLOCK=multi_tensor.BLOCK, num_warps=multi_tensor.WARPS)
 
 
 _scale_op = torch.library.custom_op("kernels::scale_", _scaled, mutates_args=("tensors",))

@@ -15,7 +15,10 @@ twice. Triton 3.10 will turn that off where nobody says so, and numbers and spee
 """
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+
+import torch
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -65,6 +68,14 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def interpreted() -> bool:
     """Whether kernels of this process run in Triton's interpreter, on CPU tensors."""
     return MISSING is None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_ANYWHERE = nullcontext()
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager:
+    """Around every launch: Triton launches on the current GPU, whose stream is not the one that x is made on where x lies on another."""
+    return torch.cuda.device_of(x) if x.is_cuda else _ANYWHERE
 
 
 @triton.jit

@@ -11,7 +11,7 @@ Memory traffic: statistics reads the tile once; gradient reads it once and write
 from torch import Tensor
 
 from kernels import tiles
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 
 
 @triton.jit
@@ -77,8 +77,9 @@ def statistics(x: Tensor, target: Tensor, state: Tensor, first: int, temperature
     rows, width = x.shape
     if rows and width:
         choice = tiles.head_rows(width)
-        _statistics[(triton.cdiv(rows, choice["ROWS"]),)](
-            x, target, state, x.stride(0), state.stride(0), rows, width, first, 1 / temperature, **choice)
+        with on_device_of(x):
+            _statistics[(triton.cdiv(rows, choice["ROWS"]),)](
+                x, target, state, x.stride(0), state.stride(0), rows, width, first, 1 / temperature, **choice)
 
 
 def gradient(x: Tensor, target: Tensor, plan: Tensor, out: Tensor, first: int, temperature: float, entropy: bool) -> None:
@@ -86,8 +87,9 @@ def gradient(x: Tensor, target: Tensor, plan: Tensor, out: Tensor, first: int, t
     rows, width = x.shape
     if rows and width:
         choice = tiles.head_rows(width)
-        _gradient[(triton.cdiv(rows, choice["ROWS"]), triton.cdiv(width, choice["BLOCK"]))](
-            x, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), rows, width, first, 1 / temperature, entropy, **choice)
+        with on_device_of(x):
+            _gradient[(triton.cdiv(rows, choice["ROWS"]), triton.cdiv(width, choice["BLOCK"]))](
+                x, target, plan, out, x.stride(0), out.stride(0), plan.stride(0), rows, width, first, 1 / temperature, entropy, **choice)
 
 
 def launches() -> list[Launch]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 
 
 @triton.jit
@@ -272,10 +272,11 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
     if x.numel():
         choice = tiles.norm_forward(width)
         arguments = (x, residual, weight, bias, y, total, mean, rstd, x.stride(0), 0 if residual is None else residual.stride(0), rows, width, eps)
-        if "ROWS" in choice:
-            _forward[(triton.cdiv(rows, choice["ROWS"]),)](*arguments, ONE=zero_centered, **choice)
-        else:
-            _forward_loop[(rows,)](*arguments, ONE=zero_centered, **choice)
+        with on_device_of(x):
+            if "ROWS" in choice:
+                _forward[(triton.cdiv(rows, choice["ROWS"]),)](*arguments, ONE=zero_centered, **choice)
+            else:
+                _forward_loop[(rows,)](*arguments, ONE=zero_centered, **choice)
     return y, total, mean, rstd
 
 
@@ -290,12 +291,14 @@ def backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, mean:
         choice = tiles.norm_backward(width, centered=mean is not None, itemsize=h.element_size())
         programs = min(choice.pop("programs"), triton.cdiv(rows, choice.get("ROWS", 1)))
         shares = [None if g is None else weight.new_empty(programs, width, dtype=torch.float32) for g in (dweight, dbias)]
-        _backward_kernel(choice)[(programs,)](dy, h, weight, mean, rstd, dtotal, dh, dx, *shares, dy.stride(0), h.stride(0),
-                                              0 if dtotal is None else dtotal.stride(0), rows, width, ONE=zero_centered, **choice)
+        with on_device_of(h):
+            _backward_kernel(choice)[(programs,)](dy, h, weight, mean, rstd, dtotal, dh, dx, *shares, dy.stride(0), h.stride(0),
+                                                  0 if dtotal is None else dtotal.stride(0), rows, width, ONE=zero_centered, **choice)
         last = tiles.norm_add_up(width)
         for share, out in zip(shares, (dweight, dbias), strict=True):
             if out is not None:
-                _add_up[(triton.cdiv(width, last["BLOCK"]),)](share, out, programs, width, **last)
+                with on_device_of(h):
+                    _add_up[(triton.cdiv(width, last["BLOCK"]),)](share, out, programs, width, **last)
     return dh, dx, dweight, dbias
 
 

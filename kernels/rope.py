@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import tiles
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape
-from kernels.jit import Launch, narrow, tl, triton
+from kernels.jit import Launch, narrow, on_device_of, tl, triton
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,9 @@ def _rope(xs: list[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, inverse
         choice = tiles.rope(dim, half)
         programs = triton.cdiv(seq * batch * heads, choice["ROWS"]) + triton.cdiv(seq * batch * groups, choice["ROWS"])
         strides = [t.stride(i) if t.shape[i] > 1 else 0 for t in (cos, sin) for i in (0, 1)]
-        _rope_kernel[(programs,)](q, k, ys[0], ys[-1], cos, sin, seq * batch, batch, heads, groups, *q.stride()[:3], *k.stride()[:3], *strides,
-                                  INVERSE=inverse, INTERLEAVED=interleaved, DIM=dim, HALF=half, **choice)
+        with on_device_of(q):
+            _rope_kernel[(programs,)](q, k, ys[0], ys[-1], cos, sin, seq * batch, batch, heads, groups, *q.stride()[:3], *k.stride()[:3], *strides,
+                                      INVERSE=inverse, INTERLEAVED=interleaved, DIM=dim, HALF=half, **choice)
     return ys
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
-from kernels.jit import Launch, dot, narrow, tl, triton
+from kernels.jit import Launch, dot, narrow, on_device_of, tl, triton
 from kernels.tiles import wgrad
 
 PIECE = 1 << 20  # elements of a temporary on the CPU: 4 MB in fp32, what stays in a core's cache
@@ -93,7 +93,8 @@ def _wgrad_op(main_grad: Tensor, dy: Tensor, x: Tensor, backend: str) -> None:
     elif served == "triton":
         (out_width, in_width), choice = main_grad.shape, wgrad(dy.element_size())
         grid = (triton.cdiv(out_width, choice["BM"]) * triton.cdiv(in_width, choice["BN"]),)
-        _accumulate[grid](main_grad, dy, x, dy.shape[0], out_width, in_width, main_grad.stride(0), dy.stride(0), x.stride(0), **choice)
+        with on_device_of(main_grad):
+            _accumulate[grid](main_grad, dy, x, dy.shape[0], out_width, in_width, main_grad.stride(0), dy.stride(0), x.stride(0), **choice)
     elif main_grad.device.type == "cpu":
         _on_cpu(main_grad, dy, x)
     elif main_grad.dtype == dy.dtype:
