@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels import attention_libraries as libraries
 from kernels import attention_torch
 from kernels.attention_choice import serving
+from kernels.autocast import outside_autocast
 from kernels.checks import FLOATS, check_device, check_dtype, check_last_dense, check_shape
 
 
@@ -173,6 +174,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
     return (out, lse) if return_lse else out
 
 
+@outside_autocast
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float) -> Tensor:
     """torch's op, which `torch.compile` and autograd know: [batch, heads, seq, d]."""
     mask, causal = attention_torch.hidden_by(mask, causal, q.shape[2], k.shape[2], q.device)
@@ -180,6 +182,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else ~mask, dropout_p=dropout, is_causal=causal, scale=scale, **grouped)
 
 
+@outside_autocast
 def _packed_with_dropout(q, k, v, cu_q, cu_k, causal, scale, dropout) -> Tensor:
     """A sequence at a time; torch keeps what it dropped."""
     parts, q_ends, k_ends = [], _on_host("cu_seqlens_q", cu_q, q), _on_host("cu_seqlens_k", cu_k, k)

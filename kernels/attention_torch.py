@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
+
 SCORES = 1 << 24  # scores held at once by the path of matrix products: 64 MiB in fp32
 GATHER = 512  # packed sequences of one length are copied together up to this length; beyond, a call costs nothing beside its work
 
@@ -99,6 +101,7 @@ def _scores(q: Tensor, k: Tensor, start: int, mask: Tensor | None, causal: bool,
     return s
 
 
+@outside_autocast
 def by_products(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """`forward` for a square causal matrix or a mask."""
     queries, out, lse = q.shape[2], torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -112,6 +115,7 @@ def by_products(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal:
     return out, lse
 
 
+@outside_autocast
 def by_products_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, mask: Tensor | None,
                          causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """`backward` for a square causal matrix or a mask."""

@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from kernels import linear_cross_entropy_triton as fused
 from kernels import tiles
+from kernels.autocast import outside_autocast
 
 LOWEST = -3.0e38  # a maximum over no words; finite, so that no infinity meets another
 
@@ -180,6 +181,7 @@ def plan(target: Tensor, top: Tensor, log_sum: Tensor, entropy: Tensor | None, d
     return torch.stack((top, log_sum, *factors))
 
 
+@outside_autocast
 def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`finish` for all tokens: hidden [tokens, H], weight [rows, H]. One product, one all-gather."""
     live, first = head.live(len(weight)), head.first(len(weight))
@@ -199,6 +201,7 @@ def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, h
     return finish(combine(state, head), target, head)
 
 
+@outside_autocast
 def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, plan: Tensor, entropy: bool, main_grad: Tensor | None, head: Head,
               needed: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (of this rank's words alone), weight and bias from a `plan`; the tiles are computed again. Three products.
@@ -243,6 +246,7 @@ def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tenso
     return dhidden, dweight, dbias
 
 
+@outside_autocast
 def gradients_at_once(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weights: Tensor, head: Head,
                       needed: tuple[bool, bool, bool], wide_weight: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """loss of each token, and the gradients of sum token_weights loss; three products. The weight's gradient is fp32 with wide_weight.

@@ -8,12 +8,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from kernels.autocast import outside_autocast
 from kernels.tiles import pieces_in_cache
 
 NATIVE = 512
 
 
+@outside_autocast
 def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, zero_centered: bool,
             center: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """As norm_rows.forward."""
@@ -47,6 +50,7 @@ def forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | N
     return y, total, None if mean is None else mean.view(-1), rstd.view(-1)
 
 
+@outside_autocast
 def backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, mean: Tensor | None, rstd: Tensor, bias_dtype: torch.dtype | None,
              zero_centered: bool) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """As norm_rows.backward."""
@@ -107,6 +111,7 @@ def unregistered(run: Callable, setup: Callable, gradient: Callable) -> type[tor
             return output
 
         @staticmethod
+        @once_differentiable  # as the registered op: what it saved are constants to it, so that a second derivative would be wrong
         def backward(ctx, *gradients):
             return gradient(ctx, *gradients)
 

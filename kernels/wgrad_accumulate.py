@@ -14,6 +14,7 @@ Shapes: main_grad [out, in], dy [..., out], x [..., in], rows collapsible.
 import torch
 from torch import Tensor
 
+from kernels.autocast import outside_autocast
 from kernels.backend import serving
 from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
 from kernels.jit import Launch, dot, narrow, on_device_of, tl, triton
@@ -63,6 +64,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in (ask, "_is_amx_fp16_supported" if dtype == torch.float16 else "_is_amx_tile_supported"))
 
 
+@outside_autocast
 def _on_cpu(main_grad: Tensor, dy: Tensor, x: Tensor) -> None:
     rows = max(PIECE // max(x.shape[1], 1), 16)
     if _multiplies(dy.dtype):
