@@ -95,8 +95,8 @@ def apply(name: str, op: Callable[[Tensor, str, str], Tensor], x: Tensor, kind: 
     """The registered op on x [..., 2N] -> [..., N], after the checks of its public function."""
     check_dtype(name, "x", x)
     rows = rows_of(name, "x", x)
-    width, odd = divmod(rows.shape[1], 2)
-    if odd:
+    width = rows.shape[1] // 2  # no divmod: torch.compile has none of a size that it keeps open
+    if rows.shape[1] % 2:
         raise ValueError(f"{name}: the last dimension of x is {rows.shape[1]}; it holds gate and up, so it must be even")
     if activations.plain_torch(name, backend, x):
         a, b = x.chunk(2, dim=-1)  # not two slices: autograd would pad each gradient with zeros and add the two
