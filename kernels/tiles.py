@@ -43,8 +43,10 @@ def activation(width: int) -> dict[str, int]:
 
 def column_sums(rows: int, width: int) -> dict[str, int]:
     """An elementwise backward that also sums over rows: a warp reads 256 columns, 16 bytes a thread in bf16, and 4 warps walk GROUP rows, 8 at a time.
-    The larger GROUP keeps the partial sums at 1 % of the traffic where there are programs enough for all multiprocessors; where not, programs come first."""
-    return {"GROUP": 128 if rows * width >= 2**24 else 32, "ROWS": 8, "BLOCK": 256, "num_warps": 4}
+    The larger GROUP keeps the partial sums at 1 % of the traffic where there are programs enough for all multiprocessors; where not, programs come first.
+    The groups lie on the grid's second axis, which ends at 65,535: more rows than that many groups hold make the groups larger."""
+    group = max(128 if rows * width >= 2**24 else 32, next_power_of_2(-(-rows // 65_535)))
+    return {"GROUP": group, "ROWS": 8, "BLOCK": 256, "num_warps": 4}
 
 
 def pieces_in_cache(x, elements: int = 2**18) -> Iterator[slice]:

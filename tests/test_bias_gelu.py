@@ -3,7 +3,7 @@ import pytest
 import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, each_dtype, judge, same_bits
 
-from kernels import tiles
+from kernels import jit, tiles
 from kernels.backend import MissingBackend
 from kernels.bias_gelu import bias_gelu, bias_gelu_reference
 
@@ -146,6 +146,19 @@ def test_shifting_x_is_shifting_the_bias(backend):
     assert torch.equal(bias_gelu(x, bias, backend=backend), bias_gelu(x + 1, bias - 1, backend=backend))
     y = bias_gelu(x, backend=backend)
     torch.testing.assert_close(y - bias_gelu(-x, backend=backend), x)  # gelu(x) - gelu(-x) = x
+
+
+@pytest.mark.skipif(jit.MISSING is not None, reason=str(jit.MISSING))
+def test_groups_of_rows_fit_the_grid(monkeypatch):
+    """They lie on its second axis, which ends at 65,535 programs: 8.4 million rows in groups of 128, 2.1 million narrow ones in groups of 32."""
+    for rows in (1, 2**11, 2**13, 65_535 * 32, 65_535 * 32 + 1, 65_535 * 128, 65_535 * 128 + 1, 2**31 - 1):
+        for width in (1, 4, 4096):
+            choice = tiles.column_sums(rows, width)
+            assert -(-rows // choice["GROUP"]) <= 65_535 and choice["GROUP"] % choice["ROWS"] == 0
+    assert [tiles.column_sums(rows, 4096)["GROUP"] for rows in (2048, 8192, 65_535 * 128, 65_535 * 128 + 1)] == [32, 128, 128, 256]
+    monkeypatch.setattr(tiles, "column_sums", lambda rows, width: {"GROUP": 256, "ROWS": 8, "BLOCK": 256, "num_warps": 4})
+    tensors, dys = inputs(260, 37, dtype=torch.float32)  # two such groups
+    judge(lambda x, b: bias_gelu(x, b, backend="triton"), bias_gelu_reference, tensors, dys)
 
 
 @each_backend
