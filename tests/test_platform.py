@@ -284,7 +284,8 @@ FAKE = """
         for module in built.modules():  # what megatron-core makes on the CPU and build_model moves: Module.to cannot swap fake tensors
             for name, value in list(module._parameters.items()):
                 if value is not None and value.device.type != "cuda":
-                    module._parameters[name] = torch.nn.Parameter(torch.ops.aten._to_copy.default(value.detach(), device=torch.device("cuda")))
+                    # (and Float16Module casts)
+                    module._parameters[name] = torch.nn.Parameter(torch.ops.aten._to_copy.default(value.detach(), dtype=torch.bfloat16, device=torch.device("cuda")))
         tokens = torch.zeros(2, 16, dtype=torch.int64, device="cuda")
         positions = torch.arange(16, device="cuda")[None].expand(2, -1)
         mask = packed = None
