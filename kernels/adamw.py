@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import adamw_triton
 from kernels.backend import serving
-from kernels.checks import check_dtype
+from kernels.checks import check_dtype, check_integer
 
 MAIN = (torch.float32, torch.float64)
 PIECE = 1 << 22  # elements: gradients that have to be widened for torch's kernel are widened piece by piece
@@ -159,8 +159,10 @@ def adamw_(
     for name, scalar in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
         if isinstance(scalar, Tensor) and (scalar.numel() != 1 or params and scalar.device != params[0].device):
             raise ValueError(f"adamw_: {name} must be a scalar on {params[0].device}, got shape {tuple(scalar.shape)} on {scalar.device}")
-    if not isinstance(step, Tensor) and step < 1:
-        raise ValueError(f"adamw_: step is {step}; the first update is 1")
+    if not isinstance(step, Tensor):
+        check_integer("adamw_", "step", step)
+        if step < 1:
+            raise ValueError(f"adamw_: step is {step}; the first update is 1")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_: betas are {betas}; they must be in [0, 1)")
     if grad_scale is not None:

@@ -1,4 +1,6 @@
 """What every public op checks of its arguments. Each error names the op and the argument, and says what would be right."""
+import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -37,10 +39,16 @@ def rows_of(op: str, name: str, tensor: Tensor) -> Tensor:
     """A view [rows, N] of [..., N]; the leading dimensions must collapse into one stride. ValueError where that would need a copy."""
     check_last_dense(op, name, tensor)
     try:
-        return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(-1 if tensor.shape[-1] else 0, tensor.shape[-1])
+        return tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
     except RuntimeError:
         raise ValueError(f"{op}: the leading dimensions of {name} (shape {tuple(tensor.shape)}, strides {tensor.stride()}) do not collapse into "
                          "rows without a copy; call .contiguous() where the copy is meant") from None
+
+
+def check_integer(op: str, name: str, value: object) -> None:
+    """TypeError unless the setting is a whole number by type; 2.0 is none."""
+    if not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{op}: {name} is {value!r}; it must be an integer")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -221,6 +221,8 @@ def clip_(tensors: Sequence[Tensor] | Tensor, max_norm: float, norm: Tensor, *, 
     Returns:
         The factor, fp32 scalar tensor.
     """
+    if not isinstance(norm, Tensor):
+        raise TypeError(f"clip_: norm is {norm!r}; it must be a tensor, as grad_norm returns it")
     if not max_norm > 0:
         raise ValueError(f"clip_: max_norm is {max_norm}; it must be above 0")
     factor = torch.where(norm.isfinite(), (max_norm / (norm.float() + 1e-6)).clamp(max=1.0), 1.0).float()

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.backend import serving
-from kernels.checks import check_device, check_dtype, check_last_dense, check_shape, rows_of
+from kernels.checks import check_device, check_dtype, check_integer, check_last_dense, check_shape, rows_of
 from kernels.linear_cross_entropy_loops import Head, gradients, gradients_at_once, plan, score
 
 OP = "linear_cross_entropy"
@@ -190,6 +190,8 @@ def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
     """hidden as rows, target as a row, and the settings of the registered ops, up to the chunk."""
     check_dtype(OP, "hidden", hidden)
     rows = rows_of(OP, "hidden", hidden)
+    if not rows.shape[1]:
+        raise ValueError(f"{OP}: hidden has shape {tuple(hidden.shape)}; its last dimension must not be empty")
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight has shape {tuple(weight.shape)}, expected [words, {rows.shape[1]}]")
     check_shape(OP, "weight", weight, (len(weight), rows.shape[1]))
@@ -204,6 +206,10 @@ def _checked(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None
             check_device(OP, name, tensor, hidden.device)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{OP}: group is a {type(group).__name__}; it must be a torch.distributed.ProcessGroup or None")
+    whole = {"vocab_size": vocab_size, "ignore_index": ignore_index, **{f"chunk[{i}]": n for i, n in enumerate(chunk or ())}}
+    for name, value in whole.items():
+        if value is not None:
+            check_integer(OP, name, value)
     ranks = group.size() if group is not None else 1
     if vocab_size is None:
         vocab_size = len(weight) * ranks
