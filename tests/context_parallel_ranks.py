@@ -6,12 +6,11 @@ Writes DIRECTORY/rankN.json: for each case the errors of this rank's part agains
 {"out": [ours, PyTorch's, largest value], "dq": ...}}, and for each refusal its message.
 """
 import json
-import os
-import socket
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+
+from spawn import spawn
 
 SEQUENCES = (8, 0, 24, 16)  # packed, in units of which 2 ranks take a multiple of 4 and 4 ranks a multiple of 8
 HEADS = {"grouped": (8, 4), "one group": (4, 1), "every head": (4, 4)}
@@ -164,19 +163,7 @@ def refusals(rank: int, size: int) -> dict[str, str]:
 
 def run(directory: Path, ranks: int, timeout: float = 300) -> list[dict]:
     """Starts the ranks; the facts of each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [subprocess.Popen([sys.executable, __file__, str(directory)], env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-               for rank in range(ranks)]
-    try:
-        errors = [rank.communicate(timeout=timeout)[1] for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in started), "\n".join(error[-2000:] for error in errors)
+    spawn([__file__, str(directory)], ranks, timeout=timeout)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -7,14 +7,13 @@ the ranks (0, 1) and (2, 3), layouts of one rank on each of the four.
 """
 import hashlib
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from spawn import spawn
 
 from megatron_ext.config.schema import (
     Config,
@@ -211,33 +210,7 @@ def run_ranks(directory: Path, *, script: Path = Path(__file__), arguments: Sequ
 
     Returns the facts of every job: {"losses", "norms", "initial", "final"}. AssertionError where a rank fails or the ranks of a job disagree.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(directory), *arguments], env={**environment, "RANK": str(rank)},
-            stderr=(directory / f"rank{rank}.err").open("w"),
-        )
-        for rank in range(RANKS)
-    ]
-    # A rank that fails leaves the others waiting for it: they are ended with it.
-    first, deadline = None, time.monotonic() + timeout
-    try:
-        while any(rank.poll() is None for rank in ranks) and first is None and time.monotonic() < deadline:
-            first = next((rank for rank in ranks if rank.poll()), None)
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            rank.kill()
-    first = first or next((rank for rank in ranks if rank.wait()), None)
-    if first is not None:
-        said = (directory / f"rank{ranks.index(first)}.err").read_text()[-3000:]
-        raise AssertionError(f"rank {ranks.index(first)} ended with {first.returncode} (-9: no end within {timeout} s)\n{said}")
+    spawn([str(script), str(directory), *arguments], RANKS, timeout=timeout, show=True)
     found: dict[str, dict] = {}
     for rank in range(RANKS):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():

@@ -6,13 +6,12 @@ import faulthandler
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from spawn import spawn
 
 pytestmark = pytest.mark.both
 LAYOUTS = {"tp2": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "pp2vpp2": {"pp": 2, "vpp": 2}, "dp2": {}, "one": {}}
@@ -244,32 +243,7 @@ def main(directory: Path) -> None:
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }  # fmt: skip
-    outputs = [directory / f"output{rank}" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(directory)], env=environment | {"RANK": str(rank)}, stdout=output.open("w"), stderr=subprocess.STDOUT
-        )
-        for rank, output in enumerate(outputs)
-    ]  # fmt: skip
-    try:
-        limit = time.monotonic() + 240
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks) or time.monotonic() > limit:
-                break
-            time.sleep(0.1)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    if any(rank.returncode for rank in ranks):
-        pytest.fail("\n".join(output.read_text()[-4000:] for output in outputs))
+    spawn([__file__, str(directory)], 2, timeout=240)
     return json.loads((directory / "facts1.json").read_text()) | json.loads((directory / "facts0.json").read_text())
 
 

@@ -1,10 +1,5 @@
 """megatron_ext/models/fp8.py: the parallel layers against the op, micro-batches, recomputation, accumulation, checkpoints; two ranks
 against one."""
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import fp8_ranks
 import pytest
@@ -13,6 +8,7 @@ from fp8_ranks import BLOCKS, HIDDEN, RECIPES, draw, stack, step
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from spawn import spawn
 
 from kernels.fp8_linear import fp8_linear
 from kernels.fp8_scaling import Fp8Recipe
@@ -185,19 +181,7 @@ def test_experts_are_refused(groups):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     directory = tmp_path_factory.mktemp("fp8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen([sys.executable, fp8_ranks.__file__, str(directory)], env={**environment, "RANK": str(rank)},
-                                  stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-2000:] for error in errors)
+    spawn([fp8_ranks.__file__, str(directory)], 2, timeout=200)
     return [torch.load(directory / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,19 +1,13 @@
 """kernels/gae.py against fp64, by hand, and split over ranks."""
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, judge, same_bits
+from spawn import spawn
 from torch.testing import assert_close
 
 from kernels.backend import MissingBackend
 from kernels.gae import gae, gae_reference, masked_whiten
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def padding(batch: int, seq: int, side: str) -> torch.Tensor:
@@ -225,16 +219,4 @@ dist.destroy_process_group()
 
 @pytest.mark.both
 def test_splitting_the_batch_over_ranks_changes_nothing():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [out.strip() for out, _ in said] == ["same", "same"], "\n".join(error[-1500:] for _, error in said)
+    assert spawn(["-c", RANK], 2, timeout=120) == ["same", "same"]

@@ -1,13 +1,10 @@
 """The same completions and the same loss in every layout: one spawn of four ranks (generate_ranks.py), the tests compare."""
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from generate_ranks import COUNT, EOD, JOBS, SEQUENCES, SETTINGS
+from spawn import spawn
 
 pytestmark = pytest.mark.both
 HERE = Path(__file__).parent
@@ -18,24 +15,7 @@ OTHERS = [job for job in JOBS if not job.endswith("/one")]
 def runs(tmp_path_factory) -> dict[str, dict]:
     """Facts of every layout; all its ranks have the same."""
     directory = tmp_path_factory.mktemp("generate")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(HERE.parent), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        subprocess.Popen([sys.executable, str(HERE / "generate_ranks.py"), str(directory)], env=environment | {"RANK": str(rank)},
-                         stderr=subprocess.PIPE, text=True)
-        for rank in range(4)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(error[-2000:] for error in errors)
+    spawn([str(HERE / "generate_ranks.py"), str(directory)], 4, timeout=300)
     found: dict[str, dict] = {}
     for rank in range(4):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():

@@ -1,19 +1,14 @@
 """kernels/grad_norm.py: norms of many tensors against fp64, whatever the cut; scaling and clipping in place; over two ranks."""
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from kernel_truth import DEVICE, SIZES, draw, each_backend, each_dtype, judge
+from spawn import spawn
 
 from kernels.backend import MissingBackend
 from kernels.grad_norm import clip_, grad_norm, grad_norm_reference, scale_
 
-ROOT = Path(__file__).resolve().parent.parent
 each_norm = pytest.mark.parametrize("norm_type", [1, 2, math.inf])
 
 
@@ -160,16 +155,4 @@ dist.destroy_process_group()
 
 @pytest.mark.both
 def test_the_ranks_agree_on_the_norm():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", RANK], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        said = [rank.communicate(timeout=120) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [out.strip() for out, _ in said] == ["same", "same"], "\n".join(error[-1500:] for _, error in said)
+    assert spawn(["-c", RANK], 2, timeout=120) == ["same", "same"]

@@ -1,13 +1,10 @@
 """A head whose vocabulary is split over two ranks (one spawn of linear_cross_entropy_ranks.py) against the whole head on one."""
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from linear_cross_entropy_ranks import CALLS, results
+from spawn import spawn
 
 from kernels import jit
 
@@ -18,19 +15,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                                "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(HERE / "linear_cross_entropy_ranks.py"), str(directory)]
-    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-2000:] for error in errors)
+    spawn([str(HERE / "linear_cross_entropy_ranks.py"), str(directory)], 2, timeout=300, TRITON_INTERPRET="1")
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from spawn import spawn
 
 from megatron_ext.platform import cuda_on_cpu, megatron
 
@@ -97,30 +98,8 @@ def test_only_the_seam_knows_of_cuda_and_its_libraries():
 
 def ranks(source: str, count: int = 3) -> list[str]:
     """Runs `source` in `count` ranks (gloo, connected); what each printed. A rank that hangs is an error."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     prelude = "import torch.distributed as dist\ndist.init_process_group('gloo')\nrank = dist.get_rank()\n"
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", prelude + textwrap.dedent(source)], env={**environment, "RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        said = [process.communicate(timeout=300) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(error[-1500:] for _, error in said)
-    return [out.strip() for out, _ in said]
+    return spawn(["-c", prelude + textwrap.dedent(source)], count, timeout=300)
 
 
 def test_groups_are_made_by_their_members_alone():

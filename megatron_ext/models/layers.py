@@ -7,24 +7,20 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from kernels.fp8_scaling import Fp8Recipe
 from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_ext.config.sizes import ffn_size, head_dim, query_groups
-from megatron_ext.models.attention import CoreAttention
 from megatron_ext.models.fp8 import fp8_linears, is_edge
 from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
 from megatron_ext.models.norm import Norm
+from megatron_ext.models.spec import layer_spec
 from megatron_ext.models.te import fp8_settings, te_layer
 from megatron_ext.models.te import missing as transformer_engine_missing
 
@@ -147,12 +143,12 @@ def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodule
 
 def plain_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """megatron-core's layer with torch's operations: what the others are compared with."""
-    return _layer(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear)
+    return layer_spec(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear)
 
 
 def fused_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """The layer on `kernels/`."""
-    return _layer(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear)
+    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear)
 
 
 def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:
@@ -160,24 +156,4 @@ def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     precision = config.fp8_precision
     recipe = Fp8Recipe(kind=precision.fp8, format=precision.fp8_format, margin=precision.fp8_margin, history=precision.fp8_history)
     edge = is_edge(layer, config.num_layers, precision.fp8_edge_layers)
-    return _layer(FusedLayer, FusedSelfAttention, FusedNorm, *fp8_linears(recipe, high_precision=edge, backend=config.kernels.fp8_linear))
-
-
-def _layer(layer, attention, norm, column, row) -> ModuleSpec:
-    return ModuleSpec(
-        module=layer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=attention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=CoreAttention, linear_proj=row, q_layernorm=IdentityOp, k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
+    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, *fp8_linears(recipe, high_precision=edge, backend=config.kernels.fp8_linear))

@@ -5,20 +5,15 @@ checkpoints go both ways. Written against Transformer Engine's and megatron-core
 """
 from importlib.util import find_spec
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from kernels.backend import default_device
 from megatron_ext.config.schema import PrecisionConfig
 from megatron_ext.errors import UserError
-from megatron_ext.models.attention import CoreAttention
 from megatron_ext.models.fused import FusedLayer, FusedSelfAttention
+from megatron_ext.models.spec import layer_spec
 
 INSTALL = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 # megatron-core calls our `current` tensorwise.
@@ -66,22 +61,4 @@ def te_layer(config, layer: int) -> ModuleSpec:
         raise UserError("kernels.layers", "te", f"{reason}; install it with: {INSTALL}, or leave it to kernels.layers=auto")
     from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
 
-    return ModuleSpec(
-        module=TransformerEngineLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp,
-            self_attention=ModuleSpec(
-                module=FusedSelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=TELayerNormColumnParallelLinear, core_attention=CoreAttention, linear_proj=TERowParallelLinear,
-                    q_layernorm=IdentityOp, k_layernorm=IdentityOp,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)),
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=NORM_NAMES,
-        ),
-    )
+    return layer_spec(TransformerEngineLayer, FusedSelfAttention, IdentityOp, TELayerNormColumnParallelLinear, TERowParallelLinear, NORM_NAMES)
