@@ -144,6 +144,14 @@ class StopConfig:
     plateau_patience: int | None = None  # validations without improvement
     plateau_delta: float = 0.0  # improvement that counts, nats
     wall_time: float | None = None  # seconds
+    reward_accuracy: float | None = None  # reward: share of held-out pairs in the right order at or above which the stage is done
+    calibration_error: float | None = None  # reward: reward_accuracy counts only while the expected calibration error is at most this
+    kl_budget: float | None = None  # ppo: KL to the reference, nats a response, above which the stage ends
+    reward_per_kl: float | None = None  # ppo: reward gained per nat of KL over the last `window` iterations below which it ends
+    length_drift: float | None = None  # ppo: response length over that of the first iterations (or under 1 / this), such as 2.0
+    entropy_floor: float | None = None  # ppo: nats a token
+    reward_disagreement: float | None = None  # ppo: standard deviation between the reward models of an ensemble, over that at the start
+    window: int = 10  # ppo: iterations that the four above look at
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,115 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """Instructions (sft), preferences (reward, dpo) and prompts (ppo, grpo, rloo)."""
+
+    path: str | None = None  # a file or directory of .jsonl, .json, .csv (each also .gz); null = tasks from the standard library
+    validation: str | None = None  # held-out records; null = a share of `path`
+    validation_share: float = 0.1  # of `path`, by a hash of the prompt
+    format: str = "auto"  # auto | prompt_response | messages | alpaca | sharegpt | preference | ranking | prompts
+    prompt_key: str = "prompt"  # columns of prompt_response, preference, ranking and prompts
+    response_key: str = "response"
+    system: str | None = None  # a system message put before every conversation that has none
+    template: str | None = None  # a Jinja chat template, or a tokenizer_config.json that holds one; null = ours
+    max_length: int | None = None  # tokens of an example; null = data.sequence_length
+    overlong: str = "skip"  # what becomes of longer examples: skip | truncate (a prompt from the left, a response from the right)
+    packing: bool = True  # several examples in a sequence, which do not see each other
+    max_bad_records: int = 100  # broken records skipped before the stage refuses
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the linear layers (Hu et al. 2021, arXiv 2106.09685); the base weights do not change."""
+
+    rank: int = 0  # 0 = off
+    alpha: float = 16.0  # the product of the two matrices is scaled by alpha / rank
+    targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """The reward stage."""
+
+    margin: float = 0.0  # the better one's reward has to lead by; a record's own `margin` goes before
+    demonstrations_to_zero: bool = True  # afterwards a bias, so that demonstrations score 0 on average
+
+
+@dataclass(frozen=True)
+class RewardsConfig:
+    """What a response is worth to ppo, grpo and rloo: reward models and functions, weighted and added."""
+
+    models: tuple[str, ...] = ()  # checkpoints of the reward stage; several are an ensemble (their mean)
+    model_weight: float = 1.0
+    functions: tuple[str, ...] = ()  # of rlhf/rewards: length, format, exact_match, code, or module:function of your own
+    weights: tuple[float, ...] = ()  # of `functions`; empty = 1 each
+    timeout: float = 10.0  # seconds that a function may take for one response
+    clip: float | None = None  # rewards outside [-clip, clip] are clipped
+    missing_eos: float | None = None  # reward of a response that does not end by itself; null = no difference
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """What is generated for each iteration of ppo, grpo and rloo; sampling is `generate`'s."""
+
+    prompts: int = 32  # of an iteration, over all ranks
+    samples: int = 1  # responses to each prompt
+    max_prompt: int | None = None  # tokens; longer prompts are skipped and counted; null = what leaves room for generate.max_tokens
+    batch_tokens: int = 8192  # tokens of a micro-batch of scoring and training
+    logprob_bound: float | None = None  # largest |train - generate| logprob; null = by precision (docs/rlhf.md); above it the run stops
+
+
+@dataclass(frozen=True)
+class PpoConfig:
+    """Schulman et al. 2017 (arXiv 1707.06347) as used by InstructGPT (arXiv 2203.02155); grpo and rloo read what applies."""
+
+    advantage: str | None = None  # gae | grpo | rloo | reinforce; null = the stage's
+    policy_loss: str | None = None  # clip | reinforce | gspo | cispo; null = the stage's
+    epochs: int = 1  # passes over the rollouts of an iteration
+    minibatches: int = 1  # optimizer steps a pass
+    clip: float = 0.2
+    clip_high: float | None = None  # the upper one where it differs
+    value_clip: float | None = 0.2  # null = no clipping of the value loss
+    value_coef: float = 1.0  # of the value loss, which trains the critic alone
+    entropy_coef: float = 0.0
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten: bool = True  # advantages to mean 0 and variance 1, over the global batch
+    kl: str = "k1"  # estimator of the per-token KL: k1 | k2 | k3
+    kl_in: str = "reward"  # reward | loss
+    kl_coef: float = 0.02
+    kl_target: float | None = None  # nats a response: the coefficient adapts towards it; null = fixed
+    kl_horizon: float = 10000.0  # episodes, of the adaptive controller
+    ptx_coef: float = 0.0  # of the pretraining loss, added to the policy's gradient (InstructGPT: 27.8); 0 = off
+    ptx_samples: int | None = None  # sequences of `data` an optimizer step; null = as many as episodes
+    ema: float | None = None  # decay of the averaged policy that is kept beside (InstructGPT: 0.992); null = off
+    offload: bool = False  # models that are not in use wait in host memory
+    beta: float = 0.1  # dpo: how strongly the policy is held to the reference
+    label_smoothing: float = 0.0  # dpo: share of preferences taken to be wrong
+    evaluate_prompts: int = 64  # held-out prompts answered and scored at each validation
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value function of ppo: a model of its own, with its optimizer."""
+
+    load: str | None = None  # a checkpoint; null = the first of rewards.models
+    lr: float = 9e-6
+    min_lr: float = 9e-7
+    warmup_steps: int = 0
+    pretrain: int = 0  # iterations in which only the critic learns
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """The layout of a model beside the policy, on the same ranks. null = as the policy's."""
+
+    tp: int | None = None
+    pp: int | None = None
+    sp: bool | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -216,5 +333,16 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    ranking: RankingConfig = field(default_factory=RankingConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    ppo: PpoConfig = field(default_factory=PpoConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference_layout: PlacementConfig = field(default_factory=PlacementConfig)
+    reward_layout: PlacementConfig = field(default_factory=PlacementConfig)
+    critic_layout: PlacementConfig = field(default_factory=PlacementConfig)
+    rollout_layout: PlacementConfig = field(default_factory=PlacementConfig)
     input: str | None = None  # prepare: text to read
     output: str | None = None  # prepare, convert: directory to write
