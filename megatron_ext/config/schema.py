@@ -157,6 +157,8 @@ class StopConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     load: str | None = None  # a checkpoint or run directory | auto (this run's newest, else from the start)
+    start: str | None = None  # a checkpoint or run directory of an earlier stage: its weights are where this one starts
+    best: bool = False  # also keep the checkpoint with the best validation; a later stage starts from it
     every: int = 0  # steps; 0 = only at the end
     keep: int = 3  # newest complete checkpoints kept; 0 = all
     background: bool = True  # write while training goes on
