@@ -1,5 +1,6 @@
 """Samples to the micro-batches of one data-parallel rank."""
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ class Batch:
             the next document cannot be known (megatron-core's `eod_mask_loss`). That a document ends is still learned.
         position_ids: int64 [b, s], from 0; with `reset_positions` from 0 in each document (one that began in an earlier sample: from 0 too).
         documents: int32 [b, s], the number of each token's document in its sample, when attention is reset; else None.
+        fields: what an objective reads beside these, by name.
     """
 
     tokens: torch.Tensor
@@ -26,20 +28,26 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     documents: torch.Tensor | None
+    fields: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device` (copies run beside the computation where memory is pinned)."""
         if device.type == "cpu":
             return self
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in vars(self).values()))
+
+        def there(part):
+            return part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
+
+        parts = {name: there(part) for name, part in vars(self).items() if name != "fields"}
+        return Batch(**parts, fields={name: there(part) for name, part in self.fields.items()})
 
     def context_part(self, rank: int, size: int) -> "Batch":
         """What context-parallel rank `rank` of `size` holds of every sequence: the chunks `rank` and `2 size - 1 - rank` of 2 size, so that
         all ranks have as much causal attention to do. `documents` stay whole: what a token may see is decided over the whole sequence."""
         if size == 1:
             return self
-        parts = [zigzag_split(part, 1, rank, size) for part in (self.tokens, self.labels, self.loss_mask, self.position_ids)]
-        return Batch(*parts, self.documents)
+        split = {name: zigzag_split(getattr(self, name), 1, rank, size) for name in ("tokens", "labels", "loss_mask", "position_ids")}
+        return replace(self, **split)
 
 
 def micro_batches(samples: Samples, first: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[Batch]:

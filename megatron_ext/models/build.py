@@ -30,7 +30,7 @@ def _mark_partitions(chunk: torch.nn.Module) -> None:
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, groups: ProcessGroupCollection, *,
                 vocab_size: int, seed: int, device: torch.device, kernels: KernelsConfig = DEFAULTS,
-                accumulate: bool = False) -> list[torch.nn.Module]:
+                accumulate: bool = False, head: str = "vocabulary") -> list[torch.nn.Module]:
     """The model chunks of this rank, initialised, on their device and in their dtype; not yet wrapped for data parallelism.
 
     Args:
@@ -38,6 +38,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
         vocab_size: words that exist.
         kernels: of what layers are made.
         accumulate: see `layers.transformer_config`.
+        head: vocabulary | scalar.
     Returns:
         One chunk, or `parallel.vpp` chunks with interleaving: chunk v of pipeline rank r is stage v * pp + r.
     """
@@ -52,6 +53,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
             first=pp_rank == 0 and index == 0,
             last=pp_rank == parallel.pp - 1 and index == chunks - 1,
             chunk=index if parallel.vpp else None,
+            head=head,
         )
         _mark_partitions(chunk)
         initialise(chunk, model, vocab_size=vocab_size, seed=seed)

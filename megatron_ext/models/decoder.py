@@ -11,32 +11,18 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from kernels.linear_cross_entropy import TokenScores, linear_cross_entropy, linear_cross_entropy_sum
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.models.fused import rotary_tables
+from megatron_ext.models.heads import Head, ValueHead
 from megatron_ext.models.layers import LayerConfig, block_spec
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
-
-
-class Head(ColumnParallelLinear):
-    """The projection onto the vocabulary, split over the tensor-parallel ranks."""
-
-    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, *,
-                score: Callable[[Tensor], tuple] | None = None) -> tuple:
-        """Logits and no bias, as megatron-core's; with `score` what it makes of the weight, without logits. It is called in here because hooks hang
-        on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
-        if score is not None:
-            return score(self.weight if weight is None else weight)
-        return super().forward(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
+from megatron_ext.models.truncated import Kept, truncated_scores
 
 
 class Decoder(LanguageModule):
@@ -49,15 +35,17 @@ class Decoder(LanguageModule):
         vocab_size: words that exist; padded_vocab_size: rows of the table.
         first, last: whether this stage embeds, and whether it holds the head.
         chunk: the virtual stage, with interleaving.
+        head: vocabulary | scalar (a number a token: reward models and value functions).
     """
 
     def __init__(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, *,
-                 vocab_size: int, padded_vocab_size: int, first: bool, last: bool, chunk: int | None = None):
+                 vocab_size: int, padded_vocab_size: int, first: bool, last: bool, chunk: int | None = None, head: str = "vocabulary"):
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder  # megatron-core's schedules ask for it
         self.vocab_size = vocab_size
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
-        self.share_embeddings_and_output_weights = model.tied_embeddings
+        self.scalar = head == "scalar"
+        self.share_embeddings_and_output_weights = model.tied_embeddings and not self.scalar
         learned = model.position_embedding == "learned"
         if first:
             self.embedding = LanguageModelEmbedding(
@@ -73,12 +61,14 @@ class Decoder(LanguageModule):
         self.decoder = TransformerBlock(
             config, block_spec(config, stage), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
         )
-        if last:
+        if last and self.scalar:
+            self.value_head = ValueHead(config, groups.tp)
+        elif last:
             self.output_layer = Head(
                 config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method, bias=False,
                 skip_weight_param_allocation=first and model.tied_embeddings, tp_group=groups.tp,
             )
-        if first or last:
+        if (first or last) and not self.scalar:
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, tensor) -> None:
@@ -105,7 +95,7 @@ class Decoder(LanguageModule):
 
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
-                select: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
@@ -115,6 +105,7 @@ class Decoder(LanguageModule):
             packed: where the documents lie in the batch: no attention across them (`attention.pack`); needs no mask.
             rows_differ: the rows of `positions` are not all the same.
             select: [batch] int64; logits at this position of each row only.
+            score: what the last stage gives instead, of itself and the last norm's output (see `loss`, `token_scores`, `values`).
         Returns:
             [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
             each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
@@ -124,26 +115,75 @@ class Decoder(LanguageModule):
         hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if score is not None:
+            return score(self, hidden)
+        if self.scalar:
+            return self.values(hidden)
         if labels is not None:
-            return self.loss(hidden, weight, labels, torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask)
+            return self.loss(hidden, labels, torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask)
         if select is not None:
             hidden = hidden.gather(0, select.view(1, -1, 1).expand(1, -1, hidden.shape[2]))
-        logits, _ = self.output_layer(hidden, weight=weight)
+        logits, _ = self.output_layer(hidden, weight=self._shared_weight())
         return logits.transpose(0, 1)
 
-    def loss(self, hidden: Tensor, weight: Tensor | None, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _shared_weight(self) -> Tensor | None:
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """What a scalar head says of each token, fp32 [batch, seq]. hidden: the last norm's output."""
+        return self.value_head(hidden)
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """All of the sequence. Each rank's gradient of it is that of its part of the vocabulary: these two add them up on the way back."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+
+    def _main_grad(self, weight: Tensor) -> Tensor | None:
+        main_grad = getattr(weight, "main_grad", None) if self.config.gradient_accumulation_fusion and weight.requires_grad else None
+        if main_grad is not None and main_grad.dtype != torch.float32:
+            return None  # through autograd and the hooks of the gradient buffers, as any other
+        return main_grad
+
+    def token_scores(self, hidden: Tensor, labels: Tensor, *, select: Tensor | None = None, temperature: float = 1.0,
+                     kept: Kept | None = None) -> TokenScores:
+        """Loss, logprob and entropy of tokens, each differentiable, without holding logits.
+
+        Args:
+            hidden: the last norm's output, [seq (/ TP with sequence parallel), batch, hidden].
+            labels: [batch, seq] int64.
+            select: int64 [n], which of the batch x seq tokens (row after row) are scored; None = all.
+            temperature: that they were sampled with.
+            kept: the words that top-k and top-p left, for sampling that cuts; then logits of the selected tokens are held.
+        Returns:
+            fp32 [n] each, the same on every tensor-parallel rank.
+        """
+        hidden = self._whole(hidden).transpose(0, 1).flatten(0, 1)
+        labels = labels.flatten()
+        if select is not None:
+            hidden, labels = hidden.index_select(0, select), labels.index_select(0, select)
+        group = self.tp_group if self.tp_group.size() > 1 else None
+
+        def score(weight: Tensor) -> TokenScores:
+            if kept is not None:
+                return truncated_scores(hidden, weight, labels, kept, temperature=temperature, vocab_size=self.vocab_size, group=group)
+            return linear_cross_entropy(
+                hidden, weight, labels, temperature=temperature, vocab_size=self.vocab_size, group=group, reduce_hidden_grad=False,
+                main_grad=self._main_grad(weight),
+                backend="torch" if self.config.layers == "plain" else self.config.kernels.linear_cross_entropy,
+            )
+
+        return self.output_layer(hidden, weight=self._shared_weight(), score=score)
+
+    def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The head and the cross-entropy. hidden [seq (/ TP with sequence parallel), batch, hidden], labels and loss_mask [batch, seq] ->
         (sum of loss_mask x loss, each token's loss [batch, seq] without gradient). The `plain` layers hold the logits, the others never do."""
+        shared = self._shared_weight()
         if self.config.layers == "plain":
-            logits, _ = self.output_layer(hidden, weight=weight)
+            logits, _ = self.output_layer(hidden, weight=shared)
             losses = vocab_parallel_cross_entropy(logits, labels.t(), vocab_size=self.vocab_size, group=self.tp_group).t()
             return (losses * loss_mask).sum(), losses.detach()
-        # Each rank's gradient of `hidden` is that of its part of the vocabulary: these two add them up on the way back.
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        hidden = self._whole(hidden)
         options = {
             "vocab_size": self.vocab_size, "group": self.tp_group if self.tp_group.size() > 1 else None, "reduce_hidden_grad": False,
             "backend": self.config.kernels.linear_cross_entropy,
@@ -159,7 +199,7 @@ class Decoder(LanguageModule):
             total, losses = linear_cross_entropy_sum(hidden, weight, labels.t(), loss_mask.t(), main_grad=main_grad, **options)
             return total, losses.t()
 
-        return self.output_layer(hidden, weight, score=score)
+        return self.output_layer(hidden, shared, score=score)
 
     def tie_embeddings_and_output_weights_state_dict(self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key,
                                                      metadata=None, **_) -> None:

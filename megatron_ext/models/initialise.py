@@ -5,7 +5,7 @@ seeded by its global name and its layer, and each rank copies in its part. megat
 what it is called globally, which layer it is, how large the whole is, and where this part lies.
 
 Embeddings, and all matrices: normal with standard deviation `init_std`; those that write into the residual stream (attention's output,
-the second of the MLP): init_std / sqrt(2 L), as GPT-2 (Radford et al. 2019). Gains 1, biases 0. Rows that only pad the vocabulary are 0.
+the second of the MLP): init_std / sqrt(2 L), as GPT-2 (Radford et al. 2019). Value heads: see there. Gains 1, biases 0. Rows that only pad the vocabulary are 0.
 """
 import hashlib
 import math
@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.models.heads import ValueHead
 
 RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
@@ -57,7 +58,7 @@ def initialise(chunk: torch.nn.Module, model: ModelConfig, *, vocab_size: int, s
         else:
             if tensor.key.endswith(VOCABULARY):
                 shape[0] = vocab_size
-            std = model.init_std / (math.sqrt(2 * model.num_layers) if tensor.key.endswith(RESIDUAL) else 1.0)
+            std = ValueHead.std(model.hidden_size) if tensor.key.endswith("value_head.weight") else model.init_std / (math.sqrt(2 * model.num_layers) if tensor.key.endswith(RESIDUAL) else 1.0)
             whole = torch.empty(shape, device="cpu").normal_(0.0, std, generator=_generator(seed, f"{tensor.key}/{layer}"))
             own = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape[-len(shape):]))]
             target = part.view(part.shape[-len(shape):])

@@ -7,7 +7,7 @@ micro-batches and data ranks; and a step whose loss or gradient is not finite ch
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,10 @@ from megatron_ext.parallel.layout import Layout
 from megatron_ext.parallel.seeds import seed_ranks
 from megatron_ext.platform import Platform
 from megatron_ext.platform.megatron import default_group
+from megatron_ext.train.objective import LanguageModelling, Objective
 
 LOWEST_SCALE = 1.0  # of fp16's losses
+LANGUAGE_MODELLING = LanguageModelling()
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class StepResult:
     """What a step did. The same on every rank of the layout.
 
     Attributes:
-        loss: mean over the tokens that count, nats.
-        tokens: tokens that count in the global batch.
+        loss: mean over what the objective counts (tokens; pairs, ...).
+        tokens: how many count in the global batch.
         grad_norm: global norm before clipping; None where fp16's scaler found an overflow.
         applied: False when loss or gradient was not finite and the weights stayed as they were.
         searching: not applied because fp16's loss scale is still too high: it comes down by itself, nothing is wrong.
+        sums: the objective's numbers, over the global batch.
     """
 
     loss: float
@@ -52,6 +55,7 @@ class StepResult:
     grad_norm: float | None
     applied: bool
     searching: bool = False
+    sums: dict[str, float] = field(default_factory=dict)
 
 
 class Engine:
@@ -62,9 +66,10 @@ class Engine:
         layout: how `layout.ranks` are arranged; several engines of different layouts may live on the same ranks.
         vocab_size: words that exist.
         train: False leaves out gradients and optimizer.
+        head: vocabulary | scalar (see models/heads.py).
     """
 
-    def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True):
+    def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True, head: str = "vocabulary"):
         self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
         check_backends(config.kernels, config.precision, platform.device.type)
         self.groups = build_groups(layout, config.launch.timeout)
@@ -73,6 +78,7 @@ class Engine:
         self.chunks = build_model(
             config.model, config.parallel, config.precision, self.groups,
             vocab_size=vocab_size, seed=config.train.seed, device=platform.device, kernels=config.kernels, accumulate=train,
+            head=head,
         )
         self.optimizer = None
         self._dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
@@ -113,28 +119,38 @@ class Engine:
 
     # ---------------------------------------------------------------- forward and backward
 
-    def _forward_step(self, batches, model):
-        batch = next(batches)
-        mask = packed = None
-        if batch.documents is not None:
-            mask, packed = (document_mask(batch.documents), None) if self.core_config.layers == "plain" else (None, pack(batch.documents))
-        part = batch.context_part(self.groups.cp.rank(), self.groups.cp.size())
-        out = model(part.tokens, part.position_ids, mask, labels=part.labels, loss_mask=part.loss_mask, packed=packed,
-                    rows_differ=self.config.data.reset_positions)
+    def _forward_step(self, objective: Objective, collecting: bool):
+        def forward_step(batches, model):
+            batch = next(batches)
+            mask = packed = None
+            if batch.documents is not None:
+                mask, packed = (document_mask(batch.documents), None) if self.core_config.layers == "plain" else (None, pack(batch.documents))
+            part = batch.context_part(self.groups.cp.rank(), self.groups.cp.size())
+            out = model(
+                part.tokens, part.position_ids, mask, packed=packed, rows_differ=self.config.data.reset_positions or batch.documents is not None,
+                score=lambda decoder, hidden: objective.score(decoder, hidden, part),
+            )
 
-        def loss(output):
-            # Losses share storage with what the schedule scales afterwards: what is kept is a copy.
-            total, count = output[0], part.loss_mask.sum().to(torch.int)
-            return total, count, {"sums": torch.stack((total.detach().double(), count.double()))}
+            def loss(output):
+                if collecting:
+                    nothing = torch.zeros((), device=self.platform.device)
+                    return nothing, torch.ones((), dtype=torch.int, device=self.platform.device), {"scores": output}
+                total, count, numbers = objective.loss(output, part)
+                count = torch.as_tensor(count, dtype=torch.int, device=total.device)
+                # Losses share storage with what the schedule scales afterwards: what is kept is a copy.
+                kept = [total.detach(), count, *(numbers[name].detach() for name in objective.names)]
+                return total, count, {"numbers": torch.stack([number.double() for number in kept])}
 
-        return out, loss
+            return out, loss
 
-    def _run(self, batches: Sequence[Batch], *, forward_only: bool) -> tuple[float, int]:
-        """Forward (and backward) over this data rank's micro-batches; the global sum of losses and number of tokens."""
+        return forward_step
+
+    def _schedule_run(self, batches: Sequence[Batch], objective: Objective, *, forward_only: bool, collecting: bool = False) -> list[dict]:
+        """Forward (and backward) over this data rank's micro-batches; what each gave, on the last stage."""
         batches = [batch.to(self.platform.device) for batch in batches]
         iterators = [iter(batches) for _ in self.chunks]
-        losses = self._schedule(
-            forward_step_func=self._forward_step,
+        return self._schedule(
+            forward_step_func=self._forward_step(objective, collecting),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
@@ -144,47 +160,58 @@ class Engine:
             pg_collection=self.groups,
             p2p_communicator=self._communicator,
         )
-        totals = torch.zeros(2, dtype=torch.float64, device=self.platform.device)
-        if self.groups.tp.rank() == 0:  # of the last stage: elsewhere the list is empty
-            for entry in losses:
-                totals += entry["sums"]
-        dist.all_reduce(totals, group=self.groups.intra_dist_opt)  # every rank of the layout: all have to decide alike
-        loss, tokens = totals.tolist()
-        return loss, int(tokens)
 
-    def step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+    def _run(self, batches: Sequence[Batch], objective: Objective, *, forward_only: bool) -> tuple[float, int, dict[str, float]]:
+        """The global sum of losses, the global count, and the objective's numbers over the global batch."""
+        entries = self._schedule_run(batches, objective, forward_only=forward_only)
+        largest = [name.endswith("_max") for name in objective.names]
+        sums = torch.zeros(2 + len(largest), dtype=torch.float64, device=self.platform.device)
+        tops = torch.full_like(sums, float("-inf"))
+        if self.groups.tp.rank() == 0:  # of the last stage: elsewhere the list is empty
+            for entry in entries:
+                sums += entry["numbers"]
+                tops = torch.maximum(tops, entry["numbers"])
+        dist.all_reduce(sums, group=self.groups.intra_dist_opt)  # every rank of the layout: all have to decide alike
+        if any(largest):
+            dist.all_reduce(tops, dist.ReduceOp.MAX, group=self.groups.intra_dist_opt)
+        loss, count, *sums = sums.tolist()
+        tops = tops.tolist()[2:]
+        return loss, int(count), {name: top if is_top else total for name, total, top, is_top in zip(objective.names, sums, tops, largest)}
+
+    def step(self, batches: Sequence[Batch], *, lr: float, step: int, objective: Objective = LANGUAGE_MODELLING) -> StepResult:
         """One optimizer step.
 
         Args:
             batches: this data rank's micro-batches.
             lr: learning rate of this step.
             step: number of the step from 0; dropout depends on it.
+            objective: what is minimised.
         """
-        result = self._step(batches, lr=lr, step=step)
+        result = self._step(batches, objective, lr=lr, step=step)
         update_scales(self.chunks, self.groups, applied=result.applied)
         return result
 
-    def _step(self, batches: Sequence[Batch], *, lr: float, step: int) -> StepResult:
+    def _step(self, batches: Sequence[Batch], objective: Objective, *, lr: float, step: int) -> StepResult:
         if self._dropout:
             seed_ranks(self.groups, seed=self.config.train.seed, step=step)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        total, tokens = self._run(batches, forward_only=False)
+        total, tokens, sums = self._run(batches, objective, forward_only=False)
         loss = total / max(tokens, 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
         scale = float(self.optimizer.get_loss_scale())
         if self.optimizer.prepare_grads():
-            return StepResult(loss, tokens, None, False, searching=math.isfinite(loss) and scale > LOWEST_SCALE)
+            return StepResult(loss, tokens, None, False, searching=math.isfinite(loss) and scale > LOWEST_SCALE, sums=sums)
         norm = float(self.optimizer.get_grad_norm())
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            return StepResult(loss, tokens, norm, False)
+            return StepResult(loss, tokens, norm, False, sums=sums)
         for part in self.optimizer.chained_optimizers:
             parameters = part.get_parameters()
             if parameters and self.config.optim.clip > 0:
                 clip_grad_by_total_norm_fp32(parameters, self.config.optim.clip, norm)
-        return StepResult(loss, tokens, norm, bool(self.optimizer.step_with_ready_grads()))
+        return StepResult(loss, tokens, norm, bool(self.optimizer.step_with_ready_grads()), sums=sums)
 
     @contextmanager
     def complete_weights(self):
@@ -198,17 +225,32 @@ class Engine:
             for chunk in hooked:
                 chunk.enable_forward_pre_hook()
 
-    @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Sum of losses (nats) and number of tokens over all data ranks, without dropout. `batches`: this data rank's."""
-        with self.complete_weights():
+    @contextmanager
+    def _quiet(self):
+        """Inside, no gradients and no dropout, on the newest weights."""
+        with torch.no_grad(), self.complete_weights():
             for chunk in self.chunks:
                 chunk.eval()
             try:
-                return self._run(batches, forward_only=True)
+                yield
             finally:
                 for chunk in self.chunks:
                     chunk.train()
+
+    def evaluate(self, batches: Sequence[Batch], objective: Objective = LANGUAGE_MODELLING) -> tuple[float, int]:
+        """Sum of losses (nats) and number of tokens over all data ranks, without dropout. `batches`: this data rank's."""
+        return self.measure(batches, objective)[:2]
+
+    def measure(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int, dict[str, float]]:
+        """As `evaluate`, with the objective's numbers."""
+        with self._quiet():
+            return self._run(batches, objective, forward_only=True)
+
+    def collect(self, batches: Sequence[Batch], objective: Objective) -> list:
+        """What `objective.score` gives for each of this data rank's micro-batches, without gradients and dropout: a list on the ranks of
+        the last pipeline stage (the same on its tensor-parallel ranks), elsewhere empty."""
+        with self._quiet():
+            return [entry["scores"] for entry in self._schedule_run(batches, objective, forward_only=True, collecting=True)]
 
     # ---------------------------------------------------------------- state
 

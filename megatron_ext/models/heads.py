@@ -1,0 +1,55 @@
+"""What stands on the last stage of a decoder: the projection onto the vocabulary, or onto one number a token (reward models, value functions)."""
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+HEADS = ("vocabulary", "scalar")
+
+
+class Head(ColumnParallelLinear):
+    """The projection onto the vocabulary, split over the tensor-parallel ranks."""
+
+    def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, *,
+                score: Callable[[Tensor], tuple] | None = None) -> tuple:
+        """Logits and no bias, as megatron-core's; with `score` what it makes of the weight, without logits. It is called in here because hooks hang
+        on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
+        if score is not None:
+            return score(self.weight if weight is None else weight)
+        return super().forward(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
+
+
+class ValueHead(MegatronModule):
+    """hidden -> one number a token, in fp32. The same on every tensor-parallel rank.
+
+    It starts from N(0, 1 / (hidden + 1)), as the reward models of Stiennon et al. 2020 (arXiv 2009.01325, appendix B).
+    """
+
+    def __init__(self, config, tp_group):
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+        # Over part of the sequence each rank's gradient is a part: megatron-core adds those that say so.
+        self.weight.sequence_parallel = self.bias.sequence_parallel = config.sequence_parallel
+
+    @staticmethod
+    def std(hidden_size: int) -> float:
+        return 1 / math.sqrt(hidden_size + 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [seq (/ TP with sequence parallel), batch, hidden] -> values [batch, seq] fp32."""
+        values = F.linear(hidden.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        if self.config.sequence_parallel:
+            values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.tp_group)
+        return values.t()
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
+        )

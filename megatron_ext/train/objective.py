@@ -1,0 +1,40 @@
+"""What a step minimises: the part of training that differs between pretraining, reward models and PPO.
+
+Everything is a sum: over tokens, sequences or pairs. The engine divides the gradients by the count of the whole global batch, so that
+nothing depends on how the batch is cut into micro-batches and data ranks; a mean of means would.
+"""
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ext.data.batches import Batch
+from megatron_ext.models.decoder import Decoder
+
+
+class Objective(Protocol):
+    """One per kind of training; holds settings, no state of the model.
+
+    Attributes:
+        names: of the numbers that `loss` reports beside the loss. Those that end in `_max` are largest values, the others sums.
+    """
+
+    names: tuple[str, ...]
+
+    def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> object:
+        """Tensors (one, or a tuple) from the last norm's output. Called inside the model, on the last pipeline stage."""
+
+    def loss(self, scores: object, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
+        """(sum of losses, scalar fp32; how many the sum counts, a whole number; numbers by name)."""
+
+
+class LanguageModelling:
+    """Cross-entropy of the next token, where `batch.loss_mask` counts it."""
+
+    names = ()
+
+    def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return model.loss(hidden, batch.labels, batch.loss_mask)
+
+    def loss(self, scores, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return scores[0], batch.loss_mask.sum().to(torch.int), {}
