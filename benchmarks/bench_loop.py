@@ -77,14 +77,14 @@ def main() -> None:
 
     platform.quiet()
     from megatron_ext.config.compose import compose
-    from megatron_ext.train import loop
+    from megatron_ext.train import pretrain
     from megatron_ext.train.engine import Engine
 
     with tempfile.TemporaryDirectory() as directory:
         config = compose([*DEFAULTS, f"train.steps={options.steps}", f"run.dir={directory}/run", *words])
         measured = Interleaved(Engine.step, options.block)
         Engine.step = lambda self, batches, **settings: measured(self, batches, **settings)
-        loop.train(config)
+        pretrain.train(config)
     tokens = config.train.global_batch_size * config.data.sequence_length
     trained, bare = statistics.median(measured.loop[1:]), statistics.median(measured.bare)
     print(json.dumps({

@@ -24,7 +24,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.geometry import steps_of
 from megatron_ext.data.build import build_datasets
 from megatron_ext.data.prepared import Prepared
-from megatron_ext.train import loop
+from megatron_ext.train import pretrain
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stop import StopCriteria
 
@@ -67,14 +67,14 @@ def events(run: Path, kind: str) -> list[dict]:
 def watch(monkeypatch, before=None, after=None) -> None:
     """Calls before(engine, step) and after(engine, step, result) around every step."""
 
-    class Watched(loop.Engine):
-        def step(self, batches, *, lr, step):
+    class Watched(pretrain.Engine):
+        def step(self, batches, *, lr, step, **options):
             before and before(self, step)
-            result = super().step(batches, lr=lr, step=step)
+            result = super().step(batches, lr=lr, step=step, **options)
             after and after(self, step, result)
             return result
 
-    monkeypatch.setattr(loop, "Engine", Watched)
+    monkeypatch.setattr(pretrain, "Engine", Watched)
 
 
 # ---- steps that are skipped ----------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ The names below are the public ones. Those that need torch are imported when fir
 """
 from importlib import import_module
 
-from megatron_ext.checkpoint.manifest import checkpoint_hash, find, read_record, verify
+from megatron_ext.checkpoint.manifest import best_of, checkpoint_hash, find, name_best, read_record, verify
 
-__all__ = ["Checkpoints", "checkpoint_hash", "find", "load", "read_record", "verify"]
+__all__ = ["Checkpoints", "best_of", "checkpoint_hash", "find", "load", "name_best", "read_record", "verify"]
 _LAZY = {"Checkpoints": "save", "load": "read"}
 
 

@@ -21,6 +21,7 @@ from megatron_ext.errors import UserError
 FORMAT = "megatron_ext.checkpoint"
 VERSION = 1
 MANIFEST, COMMON = "manifest.json", "common.json"
+BEST = "best.json"  # in a checkpoints directory: which one the validations chose
 KEY = "checkpoint.load"
 ALIGNMENT = 64  # bytes: widest vector load, and any dtype can be viewed at an aligned offset
 BLOCK = 8 << 20  # bytes read, hashed and written at a time
@@ -80,9 +81,10 @@ def final_name(temporary: Path) -> Path:
     return temporary.parent / match[1]
 
 
-def find(load: str | None, run_checkpoints: Path) -> Path | None:
+def find(load: str | None, run_checkpoints: Path, *, key: str = KEY, best: bool = False) -> Path | None:
     """The checkpoint that `checkpoint.load` means: None -> None; "auto" -> this run's newest, if any; else a checkpoint directory,
-    a checkpoints directory or a run directory (their newest). Raises UserError where a named directory holds none."""
+    a checkpoints directory or a run directory (their newest, or with `best` the one that its validations chose, where they did).
+    Raises UserError where a named directory holds none; `key` is what it calls it."""
     if load is None:
         return None
     if load == "auto":
@@ -90,15 +92,36 @@ def find(load: str | None, run_checkpoints: Path) -> Path | None:
         return found[-1] if found else None
     path = Path(load)
     if not path.is_dir():
-        raise UserError(KEY, load, "no such directory; give a checkpoint (…/checkpoints/step_00000100), a run directory, or auto")
+        raise UserError(key, load, "no such directory; give a checkpoint (…/checkpoints/step_00000100), a run directory, or auto")
     if (path / MANIFEST).is_file():
         return path
     if _TEMPORARY.fullmatch(path.name) or _STEP.fullmatch(path.name):
-        raise UserError(KEY, load, f"has no {MANIFEST}: the save did not finish{alternative(path)}")
+        raise UserError(key, load, f"has no {MANIFEST}: the save did not finish{alternative(path)}")
     for directory in (path, path / "checkpoints"):
         if found := steps(directory):
-            return found[-1]
-    raise UserError(KEY, load, "holds no complete checkpoint; give a checkpoint (…/checkpoints/step_00000100), a run directory, or auto")
+            return best and best_of(directory) or found[-1]
+    raise UserError(key, load, "holds no complete checkpoint; give a checkpoint (…/checkpoints/step_00000100), a run directory, or auto")
+
+
+def name_best(directory: Path, step: int, why: dict) -> None:
+    """Writes which checkpoint of a directory is the best; a crash leaves the old word or the new one."""
+    draft = Path(directory) / f"{BEST}.tmp"
+    with open(draft, "wb") as file:
+        file.write(canonical({"checkpoint": step_name(step), **why}))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, Path(directory) / BEST)
+    sync_directory(Path(directory))
+
+
+def best_of(directory: Path) -> Path | None:
+    """The checkpoint that `name_best` named, where it is complete."""
+    try:
+        name = json.loads((Path(directory) / BEST).read_bytes())["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = isinstance(name, str) and _STEP.fullmatch(name)
+    return Path(directory) / name if known and (Path(directory) / name / MANIFEST).is_file() else None
 
 
 def alternative(path: Path) -> str:

@@ -63,6 +63,7 @@ class Checkpoints:
         self._pending: Pending | None = None
         self._failed: Pending | None = None
         self._protected: set[Path] = set()
+        self._chosen: Path | None = None
         self._pieces: list[plan.Piece] | None = None
         self._mine: list[int] = []
         self._attempt = 0
@@ -130,6 +131,16 @@ class Checkpoints:
     def protect(self, path: Path) -> None:
         """Never removes this checkpoint (one that is being read, or that a later stage starts from)."""
         self._protected.add(Path(path).absolute())
+
+    def protect_step(self, step: int) -> bool:
+        """Never removes the checkpoint of this step, in place of the one named before; False where there is none (its save failed)."""
+        path = self.directory / m.step_name(step)
+        if not (path / m.MANIFEST).is_file():
+            return False
+        self._protected.discard(self._chosen)
+        self._chosen = path
+        self._protected.add(path)
+        return True
 
     @property
     def pending(self) -> int | None:

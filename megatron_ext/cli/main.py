@@ -41,6 +41,10 @@ def run(argv: Sequence[str]) -> int:
 
         options = replace(options, overrides=recipe.with_defaults(options.overrides))
     config = compose(options.overrides)
+    if options.verb in ("train", "check") and config.checkpoint.start is not None:
+        from megatron_ext.train.start import adopt
+
+        config = adopt(config, options.overrides)
     if options.verb in ("train", "generate", "evaluate"):
         layout = config.parallel
         asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)

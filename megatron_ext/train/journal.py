@@ -12,7 +12,7 @@ from megatron_ext.observe.metrics import Metrics
 from megatron_ext.observe.progress import Progress
 from megatron_ext.observe.track import Tracker
 from megatron_ext.platform import Platform
-from megatron_ext.train.engine import StepResult
+from megatron_ext.train.stage import StepReport
 
 
 class Journal:
@@ -21,9 +21,10 @@ class Journal:
     Args:
         writes: True on rank 0.
         steps: length of the run; done: steps done before this life.
+        flops: whether a token of a step costs a forward and a backward pass of the model, so that MFU can be told.
     """
 
-    def __init__(self, config: Config, platform: Platform, *, writes: bool, steps: int, done: int, ranks: int, vocab_size: int):
+    def __init__(self, config: Config, platform: Platform, *, writes: bool, steps: int, done: int, ranks: int, vocab_size: int, flops: bool = True):
         self.writes, self._config, self._ranks = writes, config, ranks
         self.events: Events | None = None
         if not writes:
@@ -35,9 +36,9 @@ class Journal:
         run_id = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
         self._tracker = Tracker(config.log, run_dir=directory, config=config, run_id=run_id)
         self._gpu = GpuMonitor(platform.device.index or 0) if platform.is_cuda and config.log.gpu_every else None
-        flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab_size)
-        self._flops, self._hardware_flops = flops.training, flops.hardware(config.parallel.recompute)
-        self._peak = peak_flops(torch.cuda.get_device_name(), config.precision.dtype) if platform.is_cuda else None
+        counted = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab_size)
+        self._flops, self._hardware_flops = counted.training, counted.hardware(config.parallel.recompute)
+        self._peak = peak_flops(torch.cuda.get_device_name(), config.precision.dtype) if platform.is_cuda and flops else None
 
     def event(self, kind: str, **fields) -> None:
         if self.writes:
@@ -48,7 +49,7 @@ class Journal:
         if self.writes:
             self._progress.note(text)
 
-    def step(self, step: int, result: StepResult, *, lr: float, seconds: float, tokens_done: int, validation: dict) -> None:
+    def step(self, step: int, report: StepReport, *, seconds: float, tokens_done: int, validation: dict) -> None:
         """Records step number `step` (1 is the first).
 
         Args:
@@ -57,13 +58,13 @@ class Journal:
         """
         if not self.writes:
             return
-        batch = self._config.train.global_batch_size * self._config.data.sequence_length
+        speed = report.tokens / seconds
         fields = {
-            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": tokens_done, "tokens_per_second": batch / seconds,
-            "seconds": seconds, "applied": result.applied, **validation,
+            "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.lr, "tokens": tokens_done, "tokens_per_second": speed,
+            "seconds": seconds, "applied": report.applied, **report.numbers, **validation,
         }
         for name, flops in (("mfu", self._flops), ("hfu", self._hardware_flops)):
-            share = utilisation(flops, tokens_per_second=batch / seconds, devices=self._ranks, peak=self._peak)
+            share = utilisation(flops, tokens_per_second=speed, devices=self._ranks, peak=self._peak)
             if share is not None:
                 fields[name] = share
         if self._gpu is not None and step % self._config.log.gpu_every == 0:
@@ -71,7 +72,7 @@ class Journal:
         self._metrics.write(step, **fields)
         self._tracker.log(step, **fields)
         self._progress.update(
-            step, loss=result.loss, tokens_per_second=batch / seconds, lr=lr, grad_norm=result.grad_norm,
+            step, loss=report.loss, tokens_per_second=speed, lr=report.lr, grad_norm=report.grad_norm,
             validation_loss=validation.get("validation_loss"), mfu=fields.get("mfu"),
         )
 

@@ -77,7 +77,7 @@ def source(config: Config, words: Sequence[str]) -> Source:
     Raises:
         UserError: no checkpoint, a damaged record, another model than the one that was typed, a layout that the model does not fit.
     """
-    path = checkpoint.find(config.checkpoint.load, Path(config.run.dir) / "checkpoints")
+    path = checkpoint.find(config.checkpoint.load, Path(config.run.dir) / "checkpoints", best=True)
     if path is None:
         raise UserError(KEY, config.checkpoint.load, f"{config.run.dir}/checkpoints holds no complete checkpoint; name one, or run.dir")
     record = checkpoint.read_record(path)
@@ -110,7 +110,7 @@ def restored_engine(found: Source, device: "Platform") -> "Engine":
         UserError: ranks that do not divide; a damaged file.
     """
     from megatron_ext.train.engine import Engine
-    from megatron_ext.train.loop import layout_of
+    from megatron_ext.train.stage import layout_of
 
     engine = Engine(found.config, layout_of(found.config), device, vocab_size=found.vocab_size, train=False)
     state = engine.sharded_state(loading=True, weights_only=True, sharding=found.record["sharding"])

@@ -94,3 +94,41 @@ class StopCriteria:
         self.best_loss, self.best_step = state["best_loss"], state["best_step"]
         self.stale, self.bad_steps = int(state["stale"]), int(state["bad_steps"])
         self._earlier, self._start = float(state["elapsed"]), self._clock()
+
+
+class Best:
+    """Which validation was the best so far.
+
+    Args:
+        metric: of the validation's numbers. largest: the best is the largest.
+        within: (another number, its limit): a validation beyond it is never the best, such as a KL budget.
+    """
+
+    def __init__(self, metric: str, *, largest: bool = False, within: tuple[str, float] | None = None):
+        self.metric, self.largest, self.within = metric, largest, within
+        self.step: int | None = None
+        self.value: float | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> "Best":
+        """By the validation loss; stages that judge otherwise make their own."""
+        return cls("validation_loss")
+
+    def better(self, step: int, metrics: dict) -> bool:
+        """Takes note of a validation; True when it is the best so far. One that is not finite never is."""
+        value = metrics.get(self.metric)
+        if value is None or not math.isfinite(value):
+            return False
+        if self.within is not None and metrics.get(self.within[0], 0.0) > self.within[1]:
+            return False
+        if self.value is not None and (value <= self.value if self.largest else value >= self.value):
+            return False
+        self.step, self.value = step, value
+        return True
+
+    def state_dict(self) -> dict:
+        """JSON-able."""
+        return {"metric": self.metric, "step": self.step, "value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.value = state["step"], state["value"]

@@ -8,7 +8,7 @@ from megatron_ext.config.schema import Config
 from megatron_ext.parallel import launch
 
 # stage -> "module:function"; the function takes the configuration, in every rank. The front door is the one place that may name rooms above.
-STAGES = {"pretrain": "megatron_ext.train.loop:train"}
+STAGES = {"pretrain": "megatron_ext.train.pretrain:train"}
 
 
 def train(config: Config, options: Options) -> int:

@@ -1,0 +1,113 @@
+"""pretrain and adapt: the next token of plain text, from random weights or from a checkpoint's.
+
+    data -> micro-batches -> engine.step
+"""
+import math
+from pathlib import Path
+
+from megatron_ext import checkpoint
+from megatron_ext.config.geometry import steps_of
+from megatron_ext.config.schema import Config
+from megatron_ext.data.batches import micro_batches
+from megatron_ext.data.build import build_datasets, dataset_tokenizer, ensure_prepared
+from megatron_ext.data.samples import Samples
+from megatron_ext.errors import UserError
+from megatron_ext.evaluate.split import evaluate_split
+from megatron_ext.platform import Platform
+from megatron_ext.train import record as records
+from megatron_ext.train.engine import Engine
+from megatron_ext.train.loop import Outcome, run
+from megatron_ext.train.schedule import lr_at
+from megatron_ext.train.stage import Position, StepReport, layout_of
+from megatron_ext.train.stop import Best, Stop
+
+
+def train(config: Config) -> Outcome:
+    """Runs the stage on this rank. Collective over all ranks of the job. Raises UserError, RunFailed."""
+    return run(config, Pretraining, lambda config: ensure_prepared(config.data))
+
+
+class Pretraining:
+    """The stage: one engine, and samples of fixed length. `sft` is a subclass with samples of its own."""
+
+    training_flops = True
+
+    def __init__(self, config: Config, platform: Platform):
+        self.config, self.platform, self.layout = config, platform, layout_of(config)
+        self.data = self.datasets()
+        self.validates = "validation" in self.data
+        self.vocab_size = checked_vocabulary(config, self.data["train"])
+        self.steps = steps_of(config)
+        self.best = Best.of(config) if config.checkpoint.best else None
+        self.engine: Engine
+
+    def datasets(self) -> dict[str, Samples]:
+        """train, and validation where it is looked at. Sets `tokenizer` and `identity`."""
+        config = self.config
+        validates = config.validation.every or config.validation.at_end
+        data = build_datasets(config.data, ("train", "validation") if validates else ("train",))
+        self.tokenizer, self.identity = dataset_tokenizer(config.data)[0], records.data_identity(config.data)
+        return data
+
+    def build(self) -> None:
+        self.engine = Engine(self.config, self.layout, self.platform, vocab_size=self.vocab_size)
+
+    def step(self, position: Position) -> StepReport:
+        train, groups = self.config.train, self.engine.groups
+        batches = micro_batches(
+            self.data["train"], position.samples, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size,
+            dp_rank=groups.dp.rank(), dp_size=groups.dp.size(),
+        )
+        lr = lr_at(position.steps, self.config.optim, self.steps)
+        result = self.engine.step(batches, lr=lr, step=position.steps)
+        return StepReport(result.loss, result.grad_norm, lr, samples=train.global_batch_size, applied=result.applied, searching=result.searching,
+                          tokens=train.global_batch_size * self.config.data.sequence_length)
+
+    def validate(self, position: Position) -> dict[str, float]:
+        samples = self.data["validation"]
+        result = evaluate_split(self.engine, samples, count=min(self.config.validation.samples, samples.samples_per_epoch),
+                                micro_batch=self.config.train.micro_batch_size)
+        found = {"validation_loss": result.loss}
+        if samples.bytes_per_token:
+            found["validation_bits_per_byte"] = result.loss / math.log(2) / samples.bytes_per_token
+        return found
+
+    def verdict(self, metrics: dict[str, float]) -> Stop | None:
+        return None
+
+    def complete(self):
+        return self.engine.complete_weights()
+
+    def state(self, *, loading: bool, sharding: str | None = None) -> dict:
+        return self.engine.sharded_state(loading=loading, sharding=sharding)
+
+    def load(self, state: dict, record: dict) -> None:
+        self.engine.load_state(state)
+
+    def start(self, source: Path) -> None:
+        load_weights(self.engine, source)
+
+    def record(self) -> dict:
+        return {}
+
+    def begins(self, position: Position, journal) -> None:
+        pass
+
+    def ends(self, position: Position, stop: Stop, journal) -> None:
+        pass
+
+
+def load_weights(engine: Engine, source: Path) -> None:
+    """A checkpoint's weights into an engine of any layout; an optimizer starts anew. Collective. Raises UserError for another model."""
+    stored = checkpoint.read_record(source)
+    expect = {"model": records.architecture(engine.config.model, engine.vocab_size), "layout": records.layout(engine.config)}
+    state = engine.sharded_state(loading=True, weights_only=True, sharding=stored["sharding"])
+    engine.load_state(checkpoint.load(source, state, expect=expect))
+
+
+def checked_vocabulary(config: Config, samples: Samples) -> int:
+    """Words of the model: its own number, or the tokenizer's. Raises UserError when the tokenizer knows more."""
+    wanted = config.model.vocab_size
+    if wanted is not None and wanted < samples.vocab_size:
+        raise UserError("model.vocab_size", wanted, f"the tokenizer has {samples.vocab_size} words; give at least as many, or null")
+    return wanted or samples.vocab_size
