@@ -1,5 +1,6 @@
 """What a run tells while it goes: metrics.jsonl, events.jsonl, the progress line, wandb, GPU figures. Rank 0 writes, the others are silent."""
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from megatron_ext.config.schema import Config
 from megatron_ext.observe.events import Events
 from megatron_ext.observe.flops import peak_flops, token_flops, utilisation
 from megatron_ext.observe.gpu import GpuMonitor
+from megatron_ext.observe.lines import LineFile
 from megatron_ext.observe.metrics import Metrics
 from megatron_ext.observe.progress import Progress
 from megatron_ext.observe.track import Tracker
@@ -75,6 +77,14 @@ class Journal:
             step, loss=report.loss, tokens_per_second=speed, lr=report.lr, grad_norm=report.grad_norm,
             validation_loss=validation.get("validation_loss"), mfu=fields.get("mfu"),
         )
+
+    def samples(self, samples: Iterable[dict]) -> None:
+        """Appends to samples.jsonl: what the model answered, for people to read."""
+        if self.writes:
+            lines = LineFile(Path(self._config.run.dir) / "samples.jsonl")
+            for sample in samples:
+                lines.append(sample)
+            lines.close()
 
     def close(self, *, exit_code: int = 0) -> None:
         if self.writes:

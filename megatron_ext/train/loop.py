@@ -147,12 +147,13 @@ class _Loop:
 
     def _save(self, background: bool) -> None:
         config, position = self.config, self.position
+        own = self.stage.record()
         with self.stage.complete():
             self.saver.save(position.steps, self.stage.state(loading=False), {
                 "samples": position.samples, "tokens": position.tokens, "vocab_size": self.stage.vocab_size,
                 "model": records.architecture(config.model, self.stage.vocab_size), "layout": records.layout(config), "config": asdict(config),
                 "stage": config.stage.name, "stop": self.criteria.state_dict(), "parent": position.parent, "parent_path": position.parent_path,
-                "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None, **self.stage.record(),
+                "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None, **own,
             }, background=background)
         self.saved = position.steps
 

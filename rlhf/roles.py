@@ -1,0 +1,108 @@
+"""The models of RLHF on the same ranks: policy, reference, reward models, critic, each with its own size and layout.
+
+InstructGPT trained a 175B policy with a 6B reward model and value function: a role's sizes come from its checkpoint, its layout from
+`reference_layout`, `reward_layout`, `critic_layout`; all span all ranks. Every role is an `Engine`: there is no other one.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ext import checkpoint
+from megatron_ext.config.schema import Config, LoraConfig, PlacementConfig
+from megatron_ext.config.validate import check_layout
+from megatron_ext.errors import UserError
+from megatron_ext.platform import Platform
+from megatron_ext.train.engine import Engine
+from megatron_ext.train.offload import Offload
+from megatron_ext.train.pretrain import load_weights
+from megatron_ext.train.stage import layout_of
+from megatron_ext.train.start import stored_config
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A checkpoint that a role came from: what a resume must find again."""
+
+    path: str
+    hash: str
+
+    @classmethod
+    def of(cls, path: Path) -> "Identity":
+        return cls(str(Path(path).absolute()), checkpoint.checkpoint_hash(path))
+
+    def check(self, key: str, stored: dict | None) -> None:
+        """Raises UserError where the run began with another one."""
+        if stored is not None and stored["hash"] != self.hash:
+            raise UserError(key, self.path, f"is not what this run began with ({stored['path']}, hash {stored['hash'][:12]}...): its hash is "
+                                            f"{self.hash[:12]}...; KL and rewards would be measured against another model")
+
+
+class Role:
+    """One model. Attributes: engine, offload.
+
+    Args:
+        placement: its layout, where that is not the policy's.
+        source: the checkpoint that its sizes are of; None = the policy's own sizes.
+        optim: (lr, min_lr) for a role that trains beside the policy.
+    """
+
+    def __init__(self, config: Config, platform: Platform, *, key: str, vocab_size: int, placement: PlacementConfig | None = None,
+                 source: Path | None = None, train: bool = False, head: str = "vocabulary", optim: tuple[float, float] | None = None,
+                 lora: bool = False):
+        layout = layout_of(config, placement)
+        model = config.model
+        if source is not None:
+            stored = stored_config(source, key)
+            model = replace(stored.model, hidden_dropout=0.0, attention_dropout=0.0)  # it is asked, or learns from what it said
+        parallel = replace(config.parallel, tp=layout.tp, pp=layout.pp, vpp=layout.vpp, sp=layout.sp)
+        own = replace(config, model=model, parallel=parallel, lora=config.lora if lora else LoraConfig())
+        if optim is not None:
+            own = replace(own, optim=replace(config.optim, lr=optim[0], min_lr=optim[1]))
+        check_layout(own)
+        self.engine = Engine(own, layout, platform, vocab_size=vocab_size, train=train, head=head)
+        self.offload = Offload(self.engine)
+        self._moves = config.ppo.offload
+
+    def load(self, source: Path) -> None:
+        """Takes a checkpoint's weights, and a reward model's bias with them. Collective."""
+        load_weights(self.engine, source)
+        bias = checkpoint.read_record(source).get("reward_bias", 0.0)
+        for model in self.engine.models:
+            if bias and model.scalar and model.post_process:
+                model.value_head.bias.data.add_(bias)
+        if bias and self.engine.optimizer is not None:
+            self.engine.optimizer.reload_model_params()
+        self.rest()
+
+    @contextmanager
+    def awake(self) -> Iterator[Engine]:
+        """Inside, the model is on the device. With `ppo.offload` it waits in host memory outside."""
+        if self._moves:
+            self.offload.to_device()
+        try:
+            yield self.engine
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        if self._moves:
+            self.offload.to_host()
+
+
+def same_tokenizer(key: str, path: Path, sha256: str) -> None:
+    """Raises UserError where a model was trained on other tokens."""
+    theirs = checkpoint.read_record(path)["data"].get("tokenizer")
+    if theirs != sha256:
+        raise UserError(key, path, f"was trained with another tokenizer (sha256 {str(theirs)[:12]}..., the policy's is {sha256[:12]}...): its "
+                                   "numbers would be of other words")
+
+
+def scalar_checkpoint(key: str, load: str, run_dir: str) -> Path:
+    """The checkpoint of a reward model. Raises UserError: none there, or a model without a scalar head."""
+    path = checkpoint.find(load, Path(run_dir) / "checkpoints", key=key, best=True)
+    if path is None:
+        raise UserError(key, load, "name a checkpoint or run directory of the reward stage")
+    if checkpoint.read_record(path).get("head") != "scalar":
+        raise UserError(key, path, "is a language model, not one of the reward stage: it gives no rewards")
+    return path

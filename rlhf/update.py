@@ -1,0 +1,118 @@
+"""From scored rollouts to gradients: which episodes make a minibatch, and the passes of policy and critic over them.
+
+The first pass cuts minibatches and micro-batches exactly as the scoring of old logprobs did, so that the ratio of its first step is 1 to
+the bit. Counts are of the whole minibatch over all ranks.
+"""
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.config.schema import Config
+from megatron_ext.data.order import permutation
+from megatron_ext.data.samples import Samples
+from megatron_ext.models.truncated import Kept
+from megatron_ext.train.engine import Engine, StepResult
+from megatron_ext.train.objective import Objective
+from rlhf.experience import Assembler, Plan, Sequence_, plan
+from rlhf.policy_losses import token_weights
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """An optimizer step's episodes, and how they are cut for one engine. number: tells its micro-batches from others'."""
+
+    number: int
+    episodes: tuple[int, ...]
+    plan: Plan
+
+
+def passes(count: int, config: Config, *, iteration: int, reshuffle: bool = True) -> list[list[tuple[int, ...]]]:
+    """Episodes of each minibatch of each pass: [epochs][minibatches]. With `reshuffle` a new cut each pass, else a new order of the same."""
+    settings, found = config.ppo, []
+    size = count // settings.minibatches
+    for epoch in range(settings.epochs):
+        order = permutation(count, config.train.seed, iteration * settings.epochs + (epoch if reshuffle else 0), "episodes")
+        parts = [tuple(sorted(order[start : start + size].tolist())) for start in range(0, size * settings.minibatches, size)]
+        if epoch and not reshuffle:
+            parts = [parts[int(i)] for i in permutation(len(parts), config.train.seed, iteration * settings.epochs + epoch, "minibatches")]
+        found.append(parts)
+    return found
+
+
+class Trainer:
+    """Cuts minibatches for one engine, and runs objectives over them.
+
+    Args:
+        offsets: [episodes + 1], of the response tokens.
+        extra: sequences that are no episodes (of the PTX mix); their numbers follow the episodes'.
+    """
+
+    def __init__(self, engine: Engine, config: Config, sequences: Sequence[Sequence_], offsets: Sequence[int], extra: Sequence[Sequence_] = ()):
+        self.engine, self.config, self.offsets = engine, config, offsets
+        self._sequences = [*sequences, *extra]
+        self._lengths = [len(sequence.tokens) for sequence in self._sequences]
+        self._assembler = Assembler(engine, self._sequences)
+        self._episodes = len(sequences)
+        self._extra = self._plan(range(len(sequences), len(self._sequences))) if extra else None
+        if self._extra is not None:  # scoring pads as training will, so that both see the same numbers
+            self._assembler.least = max(map(self._assembler.length, self._extra.micro_batches))
+
+    def cut(self, number: int, episodes: Sequence[int]) -> Minibatch:
+        return Minibatch(number, tuple(episodes), self._plan(episodes))
+
+    def _plan(self, chosen: Sequence[int]) -> Plan:
+        dp = self.engine.groups.dp
+        return plan(self._lengths, chosen, budget=self.config.rollout.batch_tokens, dp_rank=dp.rank(), dp_size=dp.size())
+
+    def collect(self, minibatch: Minibatch, objective: Objective) -> list:
+        """`engine.collect` over the minibatch's micro-batches; each knows its `number`."""
+        numbered = [{"number": (minibatch.number, micro)} for micro in range(len(minibatch.plan.micro_batches))]
+        return self.engine.collect(self._assembler.batches(minibatch.plan, numbered), objective)
+
+    def step(self, minibatch: Minibatch, objective: Objective, tokens: Mapping[str, Tensor], *, lr: float, step: int, over: str = "tokens",
+             ptx: float = 0.0) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            tokens: fp32 [response tokens of all episodes] each, by the field's name.
+            over: tokens | sequences, see `policy_losses.token_weights`.
+            ptx: coefficient of the extra sequences' loss.
+        """
+        fields = []
+        for micro, part in enumerate(minibatch.plan.micro_batches):
+            cu = np.cumsum([0, *(self.offsets[number + 1] - self.offsets[number] for number in part)])
+            weights, count = token_weights(torch.tensor(cu, dtype=torch.int32), over)
+            places = torch.cat([torch.arange(self.offsets[number], self.offsets[number + 1]) for number in part]) if part else torch.zeros(0, dtype=torch.int64)
+            fields.append({name: flat[places] for name, flat in tokens.items()} | {"weights": weights, "count": count, "number": (minibatch.number, micro)})
+        planned = minibatch.plan
+        if ptx:
+            whole = self._count(minibatch.episodes, over)
+            labels = sum(self._sequences[number].response for number in range(self._episodes, len(self._sequences)))
+            fields += [{"ptx": ptx * whole / labels}] * len(self._extra.micro_batches)
+            planned = Plan(planned.micro_batches + self._extra.micro_batches)
+        return self.engine.step(self._assembler.batches(planned, fields), lr=lr, step=step, objective=objective)
+
+    def _count(self, episodes: Sequence[int], over: str) -> int:
+        """What the objective counts over all ranks."""
+        lengths = [self.offsets[number + 1] - self.offsets[number] for number in episodes]
+        return sum(lengths) if over == "tokens" else sum(length > 0 for length in lengths)
+
+
+def ptx_sequences(samples: Samples, *, first: int, count: int) -> list[Sequence_]:
+    """Samples of plain text as sequences whose every token is predicted."""
+    return [Sequence_(samples[number].tokens, 1) for number in range(first, first + count)]
+
+
+class Remembered(dict):
+    """The words that each micro-batch's tokens were drawn from, by its number, made when first asked for."""
+
+    def __init__(self, top_k: int, top_p: float):
+        super().__init__()
+        self._cut = (top_k, top_p)
+
+    def __missing__(self, number: tuple[int, int]) -> Kept:
+        self[number] = Kept(*self._cut)
+        return self[number]
