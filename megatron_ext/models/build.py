@@ -5,11 +5,12 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import Float16Module
 
-from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_ext.config.schema import KernelsConfig, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.initialise import initialise
 from megatron_ext.models.layers import DEFAULTS, transformer_config
+from megatron_ext.models.lora import apply_lora
 
 
 def _mark_partitions(chunk: torch.nn.Module) -> None:
@@ -30,7 +31,7 @@ def _mark_partitions(chunk: torch.nn.Module) -> None:
 
 def build_model(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, groups: ProcessGroupCollection, *,
                 vocab_size: int, seed: int, device: torch.device, kernels: KernelsConfig = DEFAULTS,
-                accumulate: bool = False, head: str = "vocabulary") -> list[torch.nn.Module]:
+                accumulate: bool = False, head: str = "vocabulary", lora: LoraConfig | None = None) -> list[torch.nn.Module]:
     """The model chunks of this rank, initialised, on their device and in their dtype; not yet wrapped for data parallelism.
 
     Args:
@@ -39,6 +40,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
         kernels: of what layers are made.
         accumulate: see `layers.transformer_config`.
         head: vocabulary | scalar.
+        lora: with a rank, the model is frozen and has adapters.
     Returns:
         One chunk, or `parallel.vpp` chunks with interleaving: chunk v of pipeline rank r is stage v * pp + r.
     """
@@ -56,6 +58,8 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
             head=head,
         )
         _mark_partitions(chunk)
+        if lora is not None and lora.rank:
+            apply_lora(chunk, lora)
         initialise(chunk, model, vocab_size=vocab_size, seed=seed)
         chunk.to(device)
         built.append(chunk if precision.dtype == "fp32" else Float16Module(config, chunk))

@@ -5,7 +5,8 @@ seeded by its global name and its layer, and each rank copies in its part. megat
 what it is called globally, which layer it is, how large the whole is, and where this part lies.
 
 Embeddings, and all matrices: normal with standard deviation `init_std`; those that write into the residual stream (attention's output,
-the second of the MLP): init_std / sqrt(2 L), as GPT-2 (Radford et al. 2019). Value heads: see there. Gains 1, biases 0. Rows that only pad the vocabulary are 0.
+the second of the MLP): init_std / sqrt(2 L), as GPT-2 (Radford et al. 2019). Value heads and adapters: see heads.py
+and lora.py. Gains 1, biases 0. Rows that only pad the vocabulary are 0.
 """
 import hashlib
 import math
@@ -20,6 +21,7 @@ from megatron_ext.models.heads import ValueHead
 
 RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+ZERO = ("bias", "lora_b")
 
 
 def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
@@ -33,6 +35,14 @@ def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _std(key: str, shape: list[int], model: ModelConfig) -> float:
+    if key.endswith("value_head.weight"):
+        return ValueHead.std(model.hidden_size)
+    if key.endswith("lora_a"):
+        return 1 / math.sqrt(3 * shape[-1])
+    return model.init_std / (math.sqrt(2 * model.num_layers) if key.endswith(RESIDUAL) else 1.0)
 
 
 @torch.no_grad()
@@ -53,13 +63,12 @@ def initialise(chunk: torch.nn.Module, model: ModelConfig, *, vocab_size: int, s
             continue
         if "norm" in tensor.key and tensor.key.endswith("weight"):
             part.fill_(1.0)
-        elif tensor.key.endswith("bias"):
+        elif tensor.key.endswith(ZERO):
             part.zero_()
         else:
             if tensor.key.endswith(VOCABULARY):
                 shape[0] = vocab_size
-            std = ValueHead.std(model.hidden_size) if tensor.key.endswith("value_head.weight") else model.init_std / (math.sqrt(2 * model.num_layers) if tensor.key.endswith(RESIDUAL) else 1.0)
-            whole = torch.empty(shape, device="cpu").normal_(0.0, std, generator=_generator(seed, f"{tensor.key}/{layer}"))
+            whole = torch.empty(shape, device="cpu").normal_(0.0, _std(tensor.key, shape, model), generator=_generator(seed, f"{tensor.key}/{layer}"))
             own = whole[tuple(slice(o, o + n) for o, n in zip(offset, part.shape[-len(shape):]))]
             target = part.view(part.shape[-len(shape):])
             target.zero_()

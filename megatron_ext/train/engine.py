@@ -78,7 +78,7 @@ class Engine:
         self.chunks = build_model(
             config.model, config.parallel, config.precision, self.groups,
             vocab_size=vocab_size, seed=config.train.seed, device=platform.device, kernels=config.kernels, accumulate=train,
-            head=head,
+            head=head, lora=config.lora,
         )
         self.optimizer = None
         self._dropout = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
