@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from megatron_ext.config import build
 from megatron_ext.config.schema import Config
+from megatron_ext.config.stages import LAYOUTS
 from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -28,6 +29,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "launch.device": ("auto", "cpu", "cuda"),
     "log.wandb": ("auto", "disabled", "offline", "online"),
     "evaluate.split": ("train", "validation", "test"),
+    "chat.format": ("auto", "prompt_response", "messages", "alpaca", "sharegpt", "preference", "ranking", "prompts"),
+    "chat.overlong": ("skip", "truncate"),
+    # Of the registries of rlhf/; tests/test_config_rlhf.py compares.
+    "ppo.advantage": ("gae", "grpo", "rloo", "reinforce"),
+    "ppo.policy_loss": ("clip", "reinforce", "gspo", "cispo"),
+    "ppo.kl": ("k1", "k2", "k3"),
+    "ppo.kl_in": ("reward", "loss"),
 }
 
 # Interval notation, as in a textbook: [0,1) holds 0 and not 1.
@@ -37,22 +45,34 @@ RANGES: dict[str, str] = {
         "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "parallel.tp", "parallel.pp",
         "parallel.cp", "parallel.recompute_layers", "precision.loss_scale_window", "precision.fp8_history", "data.sequence_length", "train.steps", "train.tokens",
         "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
-        "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size",
+        "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "chat.max_length", "rollout.prompts",
+        "rollout.samples", "rollout.max_prompt", "rollout.batch_tokens", "ppo.epochs", "ppo.minibatches", "ppo.ptx_samples", "ppo.evaluate_prompts",
+        *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
         "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
+        "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
+        "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl",
     ), "[0,inf)"),
     **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
     **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "stop.wall_time", "launch.timeout",
-                     "precision.initial_loss_scale"), "(0,inf)"),
+                     "precision.initial_loss_scale", "lora.alpha", "rewards.timeout", "rewards.clip", "rollout.logprob_bound", "ppo.clip_high",
+                     "ppo.value_clip", "ppo.value_coef", "ppo.kl_target", "ppo.kl_horizon", "ppo.beta", "critic.lr", "stop.kl_budget",
+                     "stop.entropy_floor"), "(0,inf)"),
+    **dict.fromkeys(("rewards.model_weight", "rewards.missing_eos"), "(-inf,inf)"),
     "model.init_std": "[0,inf)",
     "model.rope_scaling_factor": "[1,inf)",
-    **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2"), "[0,1)"),
+    **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2", "chat.validation_share"), "[0,1)"),
+    **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error"), "(0,1)"),
+    **dict.fromkeys(("ppo.gamma", "ppo.lam"), "[0,1]"),
+    "ppo.label_smoothing": "[0,0.5)",
+    "stop.reward_accuracy": "(0.5,1]",  # a coin is right half the time
+    **dict.fromkeys(("stop.length_drift", "stop.reward_disagreement"), "(1,inf)"),
     "model.rotary_percent": "(0,1]",
     "generate.top_p": "(0,1]",
-    "parallel.vpp": "[2,inf)",
+    **dict.fromkeys(("parallel.vpp", "stop.window"), "[2,inf)"),
     "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
     "launch.master_port": "[0,65536)",
 }
@@ -70,19 +90,22 @@ def check_values(config: Config) -> Iterator[UserError]:
     """One error for each value that is no choice, out of range, or not finite."""
     for key, choices in CHOICES.items():
         value = value_of(config, key)
-        if value not in choices:
+        if value not in choices and not (value is None and _or_null(key)):
             close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]}? " if close else ""
-            yield UserError(key, value, f"{hint}must be one of {', '.join(choices)}")
+            yield UserError(key, value, f"{hint}must be one of {', '.join(choices)}{_or_null(key)}")
     for key, interval in RANGES.items():
         value = value_of(config, key)
         if value is not None and not _inside(value, interval):
-            also = " or null" if "null" in build.describe(build.key_types()[key]) else ""
-            yield UserError(key, value, f"must be {_words(interval)}{also}")
+            yield UserError(key, value, f"must be {_words(interval)}{_or_null(key)}")
     for key, hint in build.key_types().items():
         value = value_of(config, key)
         if hint in (float, float | None) and value is not None and not math.isfinite(value) and key not in RANGES:
             yield UserError(key, value, "must be a finite number")
+
+
+def _or_null(key: str) -> str:
+    return " or null" if "null" in build.describe(build.key_types()[key]) else ""
 
 
 def _ends(interval: str) -> tuple[float, float]:
@@ -99,6 +122,8 @@ def _inside(value: float, interval: str) -> bool:
 
 def _words(interval: str) -> str:
     low, high = _ends(interval)
+    if math.isinf(low):
+        return "a finite number"
     lower = f"at least {low:g}" if interval[0] == "[" else f"greater than {low:g}"
     if math.isinf(high):
         return lower
