@@ -78,7 +78,7 @@ def test_check_as_json():
     (["check", "--json=yes"], "error: --json=yes: takes no value"),
     (["check", "train.stepz=3"], "error: train.stepz=3: unknown key; did you mean train.steps"),
     (["check", "model=tny"], "error: model=tny: unknown; did you mean model=tiny?"),
-    (["train", "stage=sft"], "error: stage=sft: unknown; conf/stage has pretrain"),
+    (["train", "stage=stf"], "error: stage=stf: unknown; did you mean stage=sft?"),
     (["train", "parallel.tp=3", "launch.ranks=3"], "error: parallel.tp=3: must divide model.num_attention_heads=4"),
     (["train", "launch.ranks=3", "parallel=tp2"], "error: launch.ranks=3: must be a multiple"),
     (["train", "optim.lr=-1"], "error: optim.lr=-1.0: must be greater than 0"),

@@ -61,7 +61,7 @@ def test_presets_come_before_keys_in_any_order():
     ("steps=3", ["unknown key", "train.steps"]),
     ("parralel.tp=2", ["parallel.tp"]),
     ("model=tny", ["model=tny", "did you mean model=tiny", "gpt2_124m"]),
-    ("stage=sft", ["conf/stage has pretrain"]),
+    ("stage=stf", ["did you mean stage=sft", "pretrain"]),
     ("train=3", ["group of keys"]),
     ("train.steps=abc", ["train.steps=abc", "a whole number"]),
     ("train.steps=1.5", ["train.steps=1.5", "a whole number"]),

@@ -69,7 +69,7 @@ FOUR = ["launch.ranks=4"]
     (["run.dir= "], ["run.dir", "empty"]),
     (["run.dir=/etc/passwd/x"], ["run.dir=/etc/passwd/x", "is a file"]),
     (["checkpoint.load=/no/such"], ["checkpoint.load=/no/such", "is not there"]),
-    (["stage.name=sft"], ["stage.name=sft", "pretrain"]),
+    (["stage.name=stf"], ["stage.name=stf", "pretrain"]),
     (["model.norm=rms"], ["model.norm=rms", "did you mean rmsnorm", "layernorm"]),
     (["parallel.recompute=slective"], ["did you mean selective"]),
     (["precision.dtype=bfloat16"], ["fp32, bf16, fp16"]),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import Config
+from megatron_ext.config.stages import PACKED
 from megatron_ext.errors import UserError
 
 FP8_RECIPES = ("delayed", "current", "blockwise", "mxfp8")
@@ -47,7 +48,8 @@ def fp8_fits(config: Config) -> Iterator[UserError]:
         if share % step:
             yield UserError("precision.fp8", precision.fp8, f"multiplies matrices in pieces of {step}; the {name} width of a rank is {share}")
     tokens = config.data.sequence_length * config.train.micro_batch_size // parallel.cp
-    if kind in ("te", "auto") and tokens % step:  # auto is te where Transformer Engine is installed, which is not known here
+    packed = config.stage.name in PACKED  # config/rlhf.py refuses te and auto there
+    if kind in ("te", "auto") and tokens % step and not packed:  # auto is te where Transformer Engine is installed, which is not known here
         yield UserError("train.micro_batch_size", config.train.micro_batch_size, f"gives {tokens} tokens a micro-batch and rank; precision.fp8="
                                                                                 f"{precision.fp8} in Transformer Engine needs a multiple of {step}; kernels.layers=fp8 pads")
 

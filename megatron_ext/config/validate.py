@@ -3,18 +3,19 @@
 One rule, one function: it yields a `UserError` for each mistake it sees. `validate` collects them all, so that a person mends a
 configuration in one go. Rules that look at one value alone are tables in `ranges.py`.
 """
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_ext.config import geometry, sizes
+from megatron_ext.config import geometry
+from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.overrides import options_of
 from megatron_ext.config.precision import attention_serves, fp8_fits
 from megatron_ext.config.ranges import check_values
+from megatron_ext.config.rlhf import RLHF
 from megatron_ext.config.schema import Config
+from megatron_ext.config.stages import PACKED
+from megatron_ext.config.stopping import STOPPING
 from megatron_ext.errors import UserError
-
-Rule = Callable[[Config], Iterator[UserError]]
 
 
 class ConfigErrors(UserError):
@@ -65,111 +66,6 @@ def check_layout(config: Config) -> None:
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
 
 
-def divisors(number: int) -> str:
-    """The divisors of `number` for a message: "1, 2, 4, 8"."""
-    found = [i for i in range(1, number + 1) if number % i == 0]
-    return ", ".join(map(str, found if len(found) <= 12 else [*found[:8], "...", found[-1]]))
-
-
-# ---- the model ------------------------------------------------------------------------------------------------------------------
-
-def heads_divide_hidden(config: Config) -> Iterator[UserError]:
-    model = config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        yield UserError("model.num_attention_heads", model.num_attention_heads,
-                        f"must divide model.hidden_size={model.hidden_size}, or model.head_dim must say how wide a head is")
-
-
-def groups_divide_heads(config: Config) -> Iterator[UserError]:
-    model = config.model
-    if model.num_attention_heads % sizes.query_groups(model):
-        yield UserError("model.num_query_groups", model.num_query_groups,
-                        f"must divide model.num_attention_heads={model.num_attention_heads}: {divisors(model.num_attention_heads)}")
-
-
-def rotary_is_even(config: Config) -> Iterator[UserError]:
-    model = config.model
-    if model.position_embedding != "rope":
-        if model.rope_scaling_factor is not None:
-            yield UserError("model.rope_scaling_factor", model.rope_scaling_factor,
-                            f"scales rotary positions, but model.position_embedding={model.position_embedding}; set it to null")
-        return
-    width = sizes.head_dim(model) * model.rotary_percent
-    if width != int(width) or int(width) % 2 or width < 2:
-        yield UserError("model.rotary_percent", model.rotary_percent,
-                        f"of a head of {sizes.head_dim(model)} is {width:g} dimensions; rotations need an even whole number")
-
-
-# ---- the model in a layout -------------------------------------------------------------------------------------------------------
-
-def ranks_fit(config: Config) -> Iterator[UserError]:
-    parallel, ranks = config.parallel, config.launch.ranks
-    model_ranks = parallel.tp * parallel.pp * parallel.cp
-    if ranks % model_ranks:
-        more = (ranks // model_ranks + 1) * model_ranks
-        fewer = f"{more - model_ranks} or " if ranks > model_ranks else ""
-        yield UserError("launch.ranks", ranks, f"must be a multiple of parallel.tp x pp x cp = {parallel.tp} x {parallel.pp} x {parallel.cp}"
-                                               f" = {model_ranks}: {fewer}{more}")
-
-
-def context_parallel_fits(config: Config) -> Iterator[UserError]:
-    model, parallel, length = config.model, config.parallel, config.data.sequence_length
-    if parallel.cp == 1:
-        return
-    if length % (2 * parallel.cp):
-        yield UserError("data.sequence_length", length, f"must be a multiple of 2 x parallel.cp = {2 * parallel.cp}: each rank holds an early and a "
-                                                        "late chunk of every sequence")
-    if model.attention_dropout > 0:
-        yield UserError("model.attention_dropout", model.attention_dropout, "must be 0 with parallel.cp greater than 1: ranks would drop different "
-                                                                            "weights of the same row; model.hidden_dropout works")
-    if config.kernels.layers == "plain" and config.data.reset_attention:
-        yield UserError("kernels.layers", "plain", "keeps documents apart with a mask over whole sequences, which ranks with parallel.cp greater than 1 do "
-                                                   "not hold; fused layers (auto) take documents")
-    if parallel.cp_method == "ulysses" and not config.data.reset_attention:
-        heads, groups = model.num_attention_heads // parallel.tp, sizes.query_groups(model) // parallel.tp
-        if heads % parallel.cp or (groups % parallel.cp and parallel.cp % groups):
-            yield UserError("parallel.cp_method", "ulysses", f"shares the {heads} heads and {groups} key/value heads of a tensor-parallel rank out over "
-                                                             f"parallel.cp={parallel.cp} ranks, which must divide them; ring has no such limit")
-
-
-def tp_divides(config: Config) -> Iterator[UserError]:
-    model, tp = config.model, config.parallel.tp
-    sized = {"model.num_attention_heads": model.num_attention_heads, "feed-forward": sizes.ffn_size(model), "hidden": model.hidden_size}
-    wrong = [f"{name}={size}" for name, size in sized.items() if size % tp]
-    if wrong:
-        yield UserError("parallel.tp", tp, f"must divide {', '.join(wrong)}; what divides all: {divisors(math.gcd(*sized.values()))}")
-    groups = sizes.query_groups(model)
-    if not wrong and groups % tp:  # megatron-core 0.16 asks a global for the ranks that share a key/value head, and layouts are values here
-        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}: key/value heads are not shared between ranks")
-
-
-def sequence_parallel_fits(config: Config) -> Iterator[UserError]:
-    parallel, length = config.parallel, config.data.sequence_length
-    if parallel.sp and parallel.tp == 1:
-        yield UserError("parallel.sp", "true", "splits norms over the tensor-parallel ranks: needs parallel.tp greater than 1")
-    elif parallel.sp and length % (parallel.tp * parallel.cp):
-        split = f"parallel.tp x cp = {parallel.tp} x {parallel.cp}" if parallel.cp > 1 else f"parallel.tp={parallel.tp}"
-        yield UserError("data.sequence_length", length, f"must be a multiple of {split} with parallel.sp=true")
-
-
-def stages_divide_layers(config: Config) -> Iterator[UserError]:
-    parallel, layers = config.parallel, config.model.num_layers
-    if parallel.vpp is not None and parallel.pp == 1:
-        yield UserError("parallel.vpp", parallel.vpp, "interleaves pipeline stages: needs parallel.pp greater than 1, or null")
-    elif parallel.vpp is not None and layers % (parallel.pp * parallel.vpp):
-        yield UserError("model.num_layers", layers, f"must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
-                                                    f"{parallel.pp * parallel.vpp}")
-    elif layers % parallel.pp:
-        yield UserError("parallel.pp", parallel.pp, f"must divide model.num_layers={layers}: {divisors(layers)}")
-
-
-def recompute_fits(config: Config) -> Iterator[UserError]:
-    parallel = config.parallel
-    chunk = config.model.num_layers // (parallel.pp * (parallel.vpp or 1))
-    if parallel.recompute == "full" and parallel.recompute_layers > max(chunk, 1):
-        yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
-
-
 # ---- training --------------------------------------------------------------------------------------------------------------------
 
 def stage_is_known(config: Config) -> Iterator[UserError]:
@@ -180,8 +76,8 @@ def stage_is_known(config: Config) -> Iterator[UserError]:
 def batch_divides(config: Config) -> Iterator[UserError]:
     parallel, train, ranks = config.parallel, config.train, config.launch.ranks
     model_ranks = parallel.tp * parallel.pp * parallel.cp
-    if ranks % model_ranks:
-        return  # ranks_fit has said so
+    if ranks % model_ranks or config.stage.name in PACKED:
+        return  # ranks_fit has said so; packed micro-batches need not divide
     data_ranks = ranks // model_ranks
     slots = train.micro_batch_size * data_ranks
     if train.global_batch_size % slots:
@@ -194,6 +90,15 @@ def batch_divides(config: Config) -> Iterator[UserError]:
         yield UserError("train.global_batch_size", train.global_batch_size,
                         f"gives {train.global_batch_size // slots} micro-batches a rank; interleaved pipelines need a multiple of "
                         f"parallel.pp={parallel.pp}, so a multiple of {slots * parallel.pp} samples")
+
+
+def sequence_parallel_fits(config: Config) -> Iterator[UserError]:
+    parallel, length = config.parallel, config.data.sequence_length
+    if parallel.sp and parallel.tp == 1:
+        yield UserError("parallel.sp", "true", "splits norms over the tensor-parallel ranks: needs parallel.tp greater than 1")
+    elif parallel.sp and config.stage.name not in PACKED and length % (parallel.tp * parallel.cp):
+        split = f"parallel.tp x cp = {parallel.tp} x {parallel.cp}" if parallel.cp > 1 else f"parallel.tp={parallel.tp}"
+        yield UserError("data.sequence_length", length, f"must be a multiple of {split} with parallel.sp=true")
 
 
 def sequence_fits_positions(config: Config) -> Iterator[UserError]:
@@ -262,9 +167,11 @@ def run_dir_is_no_file(config: Config) -> Iterator[UserError]:
 
 
 def load_exists(config: Config) -> Iterator[UserError]:
-    load = config.checkpoint.load
+    load, start = config.checkpoint.load, config.checkpoint.start
     if load not in (None, "auto") and not Path(load).is_dir():
         yield UserError("checkpoint.load", load, "is not there; name a checkpoint or run directory, or auto")
+    if start is not None and not Path(start).is_dir():
+        yield UserError("checkpoint.start", start, "is not there; name a checkpoint or run directory of an earlier stage")
 
 
 # ---- generate, evaluate ----------------------------------------------------------------------------------------------------------
@@ -275,9 +182,8 @@ def load_is_given(config: Config) -> Iterator[UserError]:
 
 
 COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_file, load_exists, tokenizer_exists)
-MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even)
-LAYOUT: tuple[Rule, ...] = (ranks_fit, tp_divides, context_parallel_fits, stages_divide_layers, recompute_fits)
 TRAIN: tuple[Rule, ...] = (
     stage_is_known, fp8_fits, attention_serves, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
+    *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
