@@ -9,7 +9,6 @@
 """
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +23,11 @@ from megatron_ext.parallel.reshard import Reshard
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
 from megatron_ext.train.stage import layout_of
+from megatron_ext.train.start import same_tokenizer, scalar_checkpoint
+from megatron_ext.train.weights import as_average, averaged
 from rlhf.judge import Judge
 from rlhf.rewards import Functions
-from rlhf.roles import Identity, Role, same_tokenizer, scalar_checkpoint
+from rlhf.roles import Identity, Role
 
 
 class Cast:
@@ -113,7 +114,7 @@ class Cast:
         """(chunk, name, piece) of every weight of the policy on this rank."""
         for chunk, pieces in self.policy.engine.sharded_state(loading=False, weights_only=True).items():
             for name, piece in pieces.items():
-                if isinstance(piece, ShardedTensor | ShardedTensorFactory) and piece.data.is_floating_point():
+                if averaged(piece):
                     yield chunk, name, piece
 
     def _begin_average(self) -> None:
@@ -122,12 +123,10 @@ class Cast:
 
     def _average_state(self) -> dict:
         """The averages, as the policy's weights are in its own state, in fp32."""
-        state: dict[str, dict] = {}
+        weights: dict[str, dict] = {}
         for chunk, name, piece in self._weights():
-            kept = {"data": self._average[chunk, name]} | ({"dtype": torch.float32} if isinstance(piece, ShardedTensor) else {})
-            state.setdefault(chunk, {})[name] = replace(piece, **kept)
-        add_prefix_for_sharding(state, "ema.")
-        return state
+            weights.setdefault(chunk, {})[name] = (piece, self._average[chunk, name])
+        return as_average(weights)
 
     # ------------------------------------------------------------ state
 
@@ -168,7 +167,7 @@ class Cast:
         self._rest()
 
     def start(self, source: Path) -> None:
-        self.policy.load(source)
+        self.policy.load(source, average=self.config.checkpoint.average)
         self._take_reference(source)
         if self.critic is not None:
             self.critic.load(self._critic_path)
@@ -178,7 +177,7 @@ class Cast:
     def _take_reference(self, path: Path) -> None:
         self._reference_path = path
         if self._reference is not None:
-            self._reference.load(path)
+            self._reference.load(path, average=self.config.checkpoint.average)
 
     def _rest(self) -> None:
         for role in (self.policy, self.critic, self._reference, self._rollout):
@@ -187,4 +186,4 @@ class Cast:
 
     def identities(self) -> dict:
         """What the record says of the roles: JSON."""
-        return {"reference": vars(Identity.of(self._reference_path)), "rewards": [vars(Identity.of(path)) for path in self._reward_paths]}
+        return {"reference": vars(Identity.of(self._reference_path)), "average": self.config.checkpoint.average, "rewards": [vars(Identity.of(path)) for path in self._reward_paths]}

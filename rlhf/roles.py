@@ -15,9 +15,9 @@ from megatron_ext.errors import UserError
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
 from megatron_ext.train.offload import Offload
-from megatron_ext.train.pretrain import load_weights
 from megatron_ext.train.stage import layout_of
 from megatron_ext.train.start import stored_config
+from megatron_ext.train.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class Role:
         self.offload = Offload(self.engine)
         self._moves = config.ppo.offload
 
-    def load(self, source: Path) -> None:
+    def load(self, source: Path, *, average: bool = False) -> None:
         """Takes a checkpoint's weights, and a reward model's bias with them. Collective."""
-        load_weights(self.engine, source)
+        load_weights(self.engine, source, average=average)
         bias = checkpoint.read_record(source).get("reward_bias", 0.0)
         for model in self.engine.models:
             if bias and model.scalar and model.post_process:
@@ -88,21 +88,3 @@ class Role:
     def rest(self) -> None:
         if self._moves:
             self.offload.to_host()
-
-
-def same_tokenizer(key: str, path: Path, sha256: str) -> None:
-    """Raises UserError where a model was trained on other tokens."""
-    theirs = checkpoint.read_record(path)["data"].get("tokenizer")
-    if theirs != sha256:
-        raise UserError(key, path, f"was trained with another tokenizer (sha256 {str(theirs)[:12]}..., the policy's is {sha256[:12]}...): its "
-                                   "numbers would be of other words")
-
-
-def scalar_checkpoint(key: str, load: str, run_dir: str) -> Path:
-    """The checkpoint of a reward model. Raises UserError: none there, or a model without a scalar head."""
-    path = checkpoint.find(load, Path(run_dir) / "checkpoints", key=key, best=True)
-    if path is None:
-        raise UserError(key, load, "name a checkpoint or run directory of the reward stage")
-    if checkpoint.read_record(path).get("head") != "scalar":
-        raise UserError(key, path, "is a language model, not one of the reward stage: it gives no rewards")
-    return path

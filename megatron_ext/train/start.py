@@ -1,4 +1,4 @@
-"""What a stage takes over from the one it starts from: the model's sizes, precision, sequence length and tokenizer. No torch.
+"""What a stage takes over from the one it starts from (the model's sizes, precision, sequence length and tokenizer), and which models it asks. No torch.
 
 Keys that were typed (and those of a stage's file) have the last word; a model that the weights do not fit is refused when they are loaded.
 """
@@ -49,3 +49,21 @@ def adopt(config: Config, words: Sequence[str]) -> Config:
                    tokenizer=str(tokenizer) if tokenizer else stored.data.tokenizer)
     model = replace(stored.model, vocab_size=stored.model.vocab_size or int(checkpoint.read_record(path)["vocab_size"]))
     return compose(words, base=replace(config, model=model, precision=stored.precision, data=data, lora=config.lora))
+
+
+def same_tokenizer(key: str, path: Path, sha256: str) -> None:
+    """Raises UserError where a model was trained on other tokens."""
+    theirs = checkpoint.read_record(path)["data"].get("tokenizer")
+    if theirs != sha256:
+        raise UserError(key, path, f"was trained with another tokenizer (sha256 {str(theirs)[:12]}..., the policy's is {sha256[:12]}...): its "
+                                   "numbers would be of other words")
+
+
+def scalar_checkpoint(key: str, load: str, run_dir: str) -> Path:
+    """The checkpoint of a reward model. Raises UserError: none there, or a model without a scalar head."""
+    path = checkpoint.find(load, Path(run_dir) / "checkpoints", key=key, best=True)
+    if path is None:
+        raise UserError(key, load, "name a checkpoint or run directory of the reward stage")
+    if checkpoint.read_record(path).get("head") != "scalar":
+        raise UserError(key, path, "is a language model, not one of the reward stage: it gives no rewards")
+    return path
