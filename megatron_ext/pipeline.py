@@ -1,21 +1,28 @@
-"""The main job: corpus -> tokenizer and tokens -> pretraining -> evaluation -> completions -> report.md, each a command of its own.
+"""The main job: corpus -> tokenizer and tokens -> pretrain -> adapt -> sft -> reward -> ppo -> report.md, each a command of its own.
 
 This process stays small and holds no torch: it starts `train`, `evaluate` and `generate` as a person would, and reads what they print.
-An interrupted job goes on where it was: data that is prepared stays, training resumes from its newest checkpoint.
+Each stage has its folder in `run.dir` and starts from the one before. An interrupted job goes on where it was: `chain.json` says which stages are
+done, and the one that was under way resumes from its newest checkpoint.
 """
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.checkpoint.manifest import CHAIN
+from megatron_ext.cli import recipe
+from megatron_ext.config.compose import compose
+from megatron_ext.config.ranges import check_values
 from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
 from megatron_ext.parallel.job import PARENT
+
+ASIDE = ("reward",)  # stages that the next one does not start from
 
 
 class StepFailed(Exception):
@@ -27,32 +34,100 @@ class StepFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What the report is written from. `seconds`: of each stage in this call, 0 where it was done before."""
+
+    config: Config
+    words: tuple[str, ...]
+    stages: tuple[str, ...]
+    prepared: object
+    baseline: dict
+    evaluation: dict
+    completions: list[dict]
+    seconds: dict[str, float]
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.config.run.dir) / stage
+
+
+@dataclass(frozen=True)
 class Job:
-    """The job's configuration, and the words it is made of (the sub-commands are given the same)."""
+    """The job's configuration (of its first stage), and the words that were typed.
+
+    report: writes report.md of the whole chain and returns its path.
+    """
 
     config: Config
     words: tuple[str, ...]
     prompts: tuple[str, ...]
+    report: Callable[[Finished], Path]
 
     def run(self) -> Path:
         """Runs every step; returns the path of the report. Raises StepFailed, UserError."""
+        self.check()
         start = time.monotonic()
-        run_dir = Path(self.config.run.dir)
         prepared = self._prepare()
         print(prepared.describe())
         baseline = self._baseline(prepared)
-        words = self._words(prepared.directory)
-        _say(f"training; everything of this run goes to {run_dir}")
-        command("train", *words, *self._resume())
-        trained = self._words(prepared.directory, drop=("checkpoint.load",))
-        _say("evaluating")
-        evaluation = json.loads(command("evaluate", "--json", *trained, f"checkpoint.load={run_dir}", capture=True))
-        _say("completing prompts")
+        seconds = {}
+        for stage in self.config.run.stages:
+            began = time.monotonic()
+            self._stage(stage, prepared)
+            seconds[stage] = time.monotonic() - began
+        first = self.config.run.stages[0]
+        _say(f"evaluating {first}")
+        read = [*self._words(first, prepared.directory, drop=("checkpoint.load", "checkpoint.start")), f"checkpoint.load={self._folder(first)}"]
+        evaluation = json.loads(command("evaluate", "--json", *read, capture=True))
         options = [word for prompt in self.prompts for word in ("--prompt", prompt)]
-        generated = json.loads(command("generate", "--json", *options, *trained, f"checkpoint.load={run_dir}", capture=True))
-        report = self._report(prepared, baseline, evaluation, generated, time.monotonic() - start)
-        _say(f"{report} tells all; done after {(time.monotonic() - start) / 60:.1f} minutes")
-        return report
+        generated = json.loads(command("generate", "--json", *options, *read, capture=True))
+        path = self.report(Finished(self.config, self.words, self.config.run.stages, prepared, baseline, evaluation, generated["completions"],
+                                    seconds | {"all": time.monotonic() - start}))
+        _say(f"{path} tells all; done after {(time.monotonic() - start) / 60:.1f} minutes")
+        return path
+
+    def check(self) -> None:
+        """Every stage's words are read before the first is started: a mistake in the last one is told now. Raises UserError."""
+        known = tuple(recipe.read()["stages"])
+        stages = self.config.run.stages
+        for stage in stages:
+            if stage not in known:
+                raise UserError("run.stages", stage, f"is no stage of the job; it has {', '.join(known)}")
+            for error in check_values(compose((f"stage={stage}", *recipe.with_defaults(self.words, stage)))):
+                raise UserError(error.key, error.value, f"{error.reason} (stage {stage})")
+        if not stages or list(stages) != sorted(set(stages), key=known.index):
+            raise UserError("run.stages", ",".join(stages) or "[]", f"must be some of {', '.join(known)}, each once and in this order")
+        if "ppo" in stages and "reward" not in stages:
+            raise UserError("run.stages", ",".join(stages), "ppo needs the reward model of the stage reward")
+
+    def _folder(self, stage: str) -> Path:
+        return Path(self.config.run.dir) / stage
+
+    def _parent(self, stage: str) -> str | None:
+        """The stage that this one starts from."""
+        before = [name for name in self.config.run.stages[: self.config.run.stages.index(stage)] if name not in ASIDE]
+        return before[-1] if before else None
+
+    def _stage(self, stage: str, prepared) -> None:
+        words = self._words(stage, prepared.directory)
+        if stage == "adapt" and not any(_key(word) in ("data.path", "data.paths") for word in self.words):
+            words = [word for word in words if _key(word) != "data.path"] + [f"data.paths=[{self._domain(prepared)},{prepared.directory}]"]
+        if parent := self._parent(stage):
+            words.append(f"checkpoint.start={self._folder(parent)}")
+        if stage == "ppo" and not any(_key(word) == "rewards.models" for word in words):
+            words.append(f"rewards.models=[{self._folder('reward')}]")
+        if not any(_key(word) == "checkpoint.load" for word in words):
+            words.append("checkpoint.load=auto")
+        chain = Path(self.config.run.dir) / CHAIN
+        done = json.loads(chain.read_text(encoding="utf-8")) if chain.exists() else {}
+        if done.get(stage) == words and (self._folder(stage) / "checkpoints").is_dir():
+            _say(f"{stage}: done before")
+            return
+        _say(f"{stage}; everything of it goes to {self._folder(stage)}")
+        command("train", f"stage={stage}", *words)
+        draft = chain.with_suffix(".tmp")
+        later = self.config.run.stages[self.config.run.stages.index(stage) :]
+        draft.write_text(json.dumps({name: said for name, said in done.items() if name not in later} | {stage: words}, indent=1), encoding="utf-8")
+        os.replace(draft, chain)
 
     def _prepare(self):
         from megatron_ext.data.prepare import prepare
@@ -66,6 +141,17 @@ class Job:
         _say(f"preparing {self.config.input or 'the embedded corpus'} in {output}")
         return prepare(data, self.config.input, output)
 
+    def _domain(self, prepared) -> Path:
+        """The domain's text, in the tokens of the general one."""
+        from dataclasses import replace
+
+        from megatron_ext.data.prepare import prepare
+
+        data = replace(self.config.data, corpus="stdlib-docs", tokenizer=str(prepared.tokenizer_path))
+        output = Path(data.cache) / f"{data.corpus}-{prepared.vocab_size}"
+        _say(f"preparing the domain's text in {output}")
+        return prepare(data, None, output).directory
+
     def _baseline(self, prepared) -> dict[str, object]:
         from megatron_ext.data.ngram import trigram_baseline
 
@@ -73,39 +159,15 @@ class Job:
         _say(f"the model has to beat an interpolated trigram: {found['bits_per_byte']:.4f} bits per byte on the validation split")
         return found
 
-    def _words(self, data: Path, drop: Sequence[str] = ()) -> list[str]:
-        """The job's own words for a sub-command, with the prepared data in place of what it was made from."""
-        replaced = ("data.path", "input", "output", *drop)
-        kept = [word for word in self.words if word.lstrip("+").partition("=")[0] not in replaced]
-        return [*kept, f"data.path={data}"]
+    def _words(self, stage: str, data: Path, drop: Sequence[str] = ()) -> list[str]:
+        """The words of a stage's commands, with the prepared data in place of what it was made from."""
+        replaced = ("data.path", "input", "output", "run.dir", "run.stages", *drop)
+        kept = [word for word in recipe.with_defaults(self.words, stage) if _key(word) not in replaced]
+        return [*kept, f"data.path={data}", f"run.dir={self._folder(stage)}"]
 
-    def _resume(self) -> list[str]:
-        named = any(word.lstrip("+").startswith("checkpoint.load=") for word in self.words)
-        return [] if named else ["checkpoint.load=auto"]
 
-    def _report(self, prepared, baseline: dict, evaluation: dict, generated: dict, seconds: float) -> Path:
-        from megatron_ext.doctor import version_of
-        from megatron_ext.observe.report import write_report
-
-        plain = {name: value for name, value in evaluation.items() if isinstance(value, int | float | str)}
-        versions = {name: version_of(name) for name in ("torch", "megatron-core", "tokenizers")}
-        return write_report(
-            Path(self.config.run.dir),
-            title=f"{self.config.model.name}, {self.config.stage.name}",
-            sections={
-                "Evaluation": plain,
-                "Corpus": {
-                    "name": prepared.fields["corpus"]["name"], "sha256": prepared.corpus_sha256, "vocabulary": prepared.vocab_size,
-                    **{f"{name} tokens": split.tokens for name, split in prepared.splits.items()},
-                },
-                "Baseline": {name: value for name, value in baseline.items() if isinstance(value, int | float | str)},
-                "Machine": {"python": platform.python_version(), **versions, "cores": os.cpu_count(), "minutes in all": seconds / 60,
-                            "command": "python -m megatron_ext run " + " ".join(self.words)},
-            },
-            samples=[{"prompt": one["prompt"], "completion": one["completion"]} for one in generated["completions"]],
-            bytes_per_token=prepared.splits["validation"].bytes_per_token,
-            baseline_bits_per_byte=float(baseline["bits_per_byte"]),
-        )
+def _key(word: str) -> str:
+    return word.lstrip("+").partition("=")[0]
 
 
 def command(*words: str, capture: bool = False) -> str:

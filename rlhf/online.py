@@ -267,7 +267,8 @@ class Online:
         self.cast.start(source)
 
     def record(self) -> dict:
-        return {"kl": self.controller.state_dict(), "criteria": self.criteria.state_dict(), "roles": self.cast.identities()}
+        return {"kl": self.controller.state_dict(), "criteria": self.criteria.state_dict(), "roles": self.cast.identities(),
+                "average": self.config.ppo.ema is not None}
 
     def begins(self, position: Position, journal) -> None:
         self.journal = journal

@@ -14,10 +14,10 @@ from megatron_ext.config.schema import Config
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
 from megatron_ext.train.loop import Outcome, run
-from megatron_ext.train.pretrain import load_weights
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport, layout_of
 from megatron_ext.train.stop import Best, Stop
+from megatron_ext.train.weights import load_weights
 from rlhf import preferences
 from rlhf.objectives import RankingObjective, Rewards
 from rlhf.prompts import Rankings, prepare
@@ -105,7 +105,7 @@ class RewardModelling:
         self.criteria.load_state_dict(record["criteria"])
 
     def start(self, source: Path) -> None:
-        load_weights(self.engine, source)
+        load_weights(self.engine, source, average=self.config.checkpoint.average)
 
     def begins(self, position: Position, journal) -> None:
         self.journal = journal

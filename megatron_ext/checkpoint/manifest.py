@@ -21,6 +21,7 @@ from megatron_ext.errors import UserError
 FORMAT = "megatron_ext.checkpoint"
 VERSION = 1
 MANIFEST, COMMON = "manifest.json", "common.json"
+CHAIN = "chain.json"  # in the directory of a main job: its stages that are done, in order
 BEST = "best.json"  # in a checkpoints directory: which one the validations chose
 KEY = "checkpoint.load"
 ALIGNMENT = 64  # bytes: widest vector load, and any dtype can be viewed at an aligned offset
@@ -97,10 +98,19 @@ def find(load: str | None, run_checkpoints: Path, *, key: str = KEY, best: bool 
         return path
     if _TEMPORARY.fullmatch(path.name) or _STEP.fullmatch(path.name):
         raise UserError(key, load, f"has no {MANIFEST}: the save did not finish{alternative(path)}")
-    for directory in (path, path / "checkpoints"):
+    for directory in (path, path / "checkpoints", *_of_chain(path)):
         if found := steps(directory):
             return best and best_of(directory) or found[-1]
     raise UserError(key, load, "holds no complete checkpoint; give a checkpoint (…/checkpoints/step_00000100), a run directory, or auto")
+
+
+def _of_chain(path: Path) -> list[Path]:
+    """The checkpoints of a main job's stages (pipeline.py), the last one first; not the reward model's, which says nothing."""
+    try:
+        stages = list(json.loads((path / CHAIN).read_bytes()))
+    except (OSError, ValueError):
+        return []
+    return [path / stage / "checkpoints" for stage in reversed(stages) if re.fullmatch("[a-z_]+", stage) and stage != "reward"]
 
 
 def name_best(directory: Path, step: int, why: dict) -> None:

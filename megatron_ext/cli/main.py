@@ -2,7 +2,6 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_ext.cli import options as command_line
 from megatron_ext.parallel import launch
@@ -36,11 +35,12 @@ def run(argv: Sequence[str]) -> int:
     from megatron_ext.config.compose import compose
     from megatron_ext.config.validate import validate
 
+    words = options.overrides
     if options.verb == "run":
         from megatron_ext.cli import recipe
 
-        options = replace(options, overrides=recipe.with_defaults(options.overrides))
-    config = compose(options.overrides)
+        words = recipe.with_defaults(words)
+    config = compose(words)
     if options.verb in ("train", "check") and config.checkpoint.start is not None:
         from megatron_ext.train.start import adopt
 

@@ -158,6 +158,7 @@ class StopConfig:
 class CheckpointConfig:
     load: str | None = None  # a checkpoint or run directory | auto (this run's newest, else from the start)
     start: str | None = None  # a checkpoint or run directory of an earlier stage: its weights are where this one starts
+    average: bool = False  # load, start: the averaged weights of ppo (ppo.ema) instead of the newest ones
     best: bool = False  # also keep the checkpoint with the best validation; a later stage starts from it
     every: int = 0  # steps; 0 = only at the end
     keep: int = 3  # newest complete checkpoints kept; 0 = all
@@ -187,6 +188,7 @@ class LogConfig:
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = "outputs/run"
+    stages: tuple[str, ...] = ("pretrain", "adapt", "sft", "reward", "ppo")  # of the main job (`run`), in this order
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria) -> tupl
         raise UserError("checkpoint.load", source, f"is of stage {stored['stage']}, this one is {config.stage.name}; a stage starts from an earlier one "
                                                    "with checkpoint.start")
     records.check_data(stored["data"], stage.identity, source)
-    expect = {"model": records.architecture(config.model, stage.vocab_size), "layout": records.layout(config)}
+    expect = {"model": records.architecture(config.model, stage.vocab_size), "layout": records.layout(config), "lora": asdict(config.lora)}
     state = stage.state(loading=True, sharding=stored["sharding"])
     stage.load(checkpoint.load(source, state, expect=expect), stored)
     criteria.load_state_dict(stored["stop"])

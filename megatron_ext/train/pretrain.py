@@ -5,7 +5,6 @@
 import math
 from pathlib import Path
 
-from megatron_ext import checkpoint
 from megatron_ext.config.geometry import steps_of
 from megatron_ext.config.schema import Config
 from megatron_ext.data.batches import micro_batches
@@ -20,6 +19,7 @@ from megatron_ext.train.loop import Outcome, run
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport, layout_of
 from megatron_ext.train.stop import Best, Stop
+from megatron_ext.train.weights import load_weights
 
 
 def train(config: Config) -> Outcome:
@@ -85,7 +85,7 @@ class Pretraining:
         self.engine.load_state(state)
 
     def start(self, source: Path) -> None:
-        load_weights(self.engine, source)
+        load_weights(self.engine, source, average=self.config.checkpoint.average)
 
     def record(self) -> dict:
         return {}
@@ -95,14 +95,6 @@ class Pretraining:
 
     def ends(self, position: Position, stop: Stop, journal) -> None:
         pass
-
-
-def load_weights(engine: Engine, source: Path) -> None:
-    """A checkpoint's weights into an engine of any layout; an optimizer starts anew. Collective. Raises UserError for another model."""
-    stored = checkpoint.read_record(source)
-    expect = {"model": records.architecture(engine.config.model, engine.vocab_size), "layout": records.layout(engine.config)}
-    state = engine.sharded_state(loading=True, weights_only=True, sharding=stored["sharding"])
-    engine.load_state(checkpoint.load(source, state, expect=expect))
 
 
 def checked_vocabulary(config: Config, samples: Samples) -> int:

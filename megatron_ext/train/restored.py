@@ -1,6 +1,6 @@
 """An engine from a checkpoint alone, at any layout: for generation and evaluation.
 
-The model, its precision and its data are what the checkpoint's record says; the layout, and how many ranks there are, is the present
+The model, its adapters, its precision and its data are what the checkpoint's record says; the layout, and how many ranks there are, is the present
 command's. Keys that were typed on the command line win where they may (`precision=fp32`, `data.path=DIR`); another model is refused.
 No torch until `restored_engine`.
 """
@@ -92,7 +92,7 @@ def source(config: Config, words: Sequence[str]) -> Source:
     data = stored.data
     if any(word.lstrip("+").startswith(("data.path=", "data.paths=")) for word in words):
         data = replace(data, path=None, paths=(), weights=())  # they name the data together
-    merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data))
+    merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data, lora=stored.lora))
     theirs = records.architecture(merged.model, vocab_size)
     typed = {word.lstrip("+").partition("=")[0] for word in words}
     for key in sorted(theirs, key=lambda key: f"model.{key}" not in typed):  # derived sizes differ too: name what was typed
@@ -111,9 +111,9 @@ def restored_engine(found: Source, device: "Platform") -> "Engine":
     """
     from megatron_ext.train.engine import Engine
     from megatron_ext.train.stage import layout_of
+    from megatron_ext.train.weights import load_weights
 
     engine = Engine(found.config, layout_of(found.config), device, vocab_size=found.vocab_size, train=False)
-    state = engine.sharded_state(loading=True, weights_only=True, sharding=found.record["sharding"])
-    engine.load_state(checkpoint.load(found.path, state))
+    load_weights(engine, found.path, average=found.config.checkpoint.average)
     return engine
 
