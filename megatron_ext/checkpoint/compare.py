@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.checkpoint.encode import encode
+from megatron_ext.checkpoint.encode import differences, encode
 from megatron_ext.checkpoint.manifest import find, verify
-from megatron_ext.checkpoint.read import Stored, differences
+from megatron_ext.checkpoint.read import Stored
 from megatron_ext.errors import UserError
 
 

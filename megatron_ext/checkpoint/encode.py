@@ -106,3 +106,13 @@ _DECODERS = {
     "bytes": _bytes,
     "stream": lambda text: io.BytesIO(_bytes(text)),
 }
+
+
+def differences(ours: object, theirs: object, name: str = "") -> list[str]:
+    """`key: a / b` for each leaf in which two JSON values differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = sorted(ours.keys() | theirs.keys())
+        return [line for key in keys for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
+    if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and list(ours) == list(theirs):
+        return []
+    return [] if ours == theirs else [f"{name or 'value'}: {ours} / {theirs}"]

@@ -15,14 +15,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 
+from megatron_ext.checkpoint import adapters
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.agree import Ranks
-from megatron_ext.checkpoint.encode import decode, dtype_of
+from megatron_ext.checkpoint.encode import decode, differences, dtype_of
 from megatron_ext.checkpoint.opaque import inspect
 from megatron_ext.errors import UserError
 
 EXTRA_STATE = "_extra_state"
-HISTORY = "fp8_history"  # of delayed scaling: a run that begins with FP8 from a checkpoint without it starts an empty one
+HISTORY = "fp8_history"  # of delayed scaling
+NEW = (HISTORY, *adapters.ADAPTERS)  # what a run may begin with from a checkpoint that has none: it stays as the run made it
 
 
 @dataclass
@@ -108,13 +110,17 @@ class Stored:
             raise m.damaged(self.path, "the index", "has chunks that overlap or leave gaps")
         return found
 
-    def whole(self, key: str) -> torch.Tensor:
-        """A whole global tensor on the CPU."""
+    def region(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """A part of a global tensor on the CPU."""
         stored = self.tensors[key]
-        result = torch.empty(stored.shape, dtype=stored.dtype)
-        for number, there, here in self.pieces(stored, (0,) * len(stored.shape), stored.shape):
+        result = torch.empty(shape, dtype=stored.dtype)
+        for number, there, here in self.pieces(stored, offset, shape):
             result[there] = self.chunk(stored, number)[here]
         return result
+
+    def whole(self, key: str) -> torch.Tensor:
+        shape = self.tensors[key].shape
+        return self.region(key, (0,) * len(shape), shape)
 
     def _content(self, name: str) -> bytes:
         try:
@@ -131,14 +137,16 @@ class Stored:
             raise m.damaged(self.path, name, f"holds what no checkpoint holds: {error}") from None
 
 
-def load(path: Path, sharded_state: dict, *, group=None, expect: dict | None = None) -> dict:
+def load(path: Path, sharded_state: dict, *, group=None, expect: dict | None = None, merge_adapters: bool = False) -> dict:
     """Verifies a checkpoint and loads what `sharded_state` asks for. Collective over `group`; all ranks succeed or all raise.
 
     Args:
         path: a checkpoint directory (see `find`).
         sharded_state: as for saving, built with `is_loading=True` and the `sharding` of `read_record(path)`. Tensors are filled in
             place, on their device, converted to their dtype. What it does not ask for is not read: a model's part alone loads the weights.
-        expect: what the present run's record says under the same keys (`model`, `layout`), to be compared before anything is read.
+        expect: what the present run's record says under the same keys (`model`, `layout`; `lora` of its `config`), to be compared before
+            anything is read.
+        merge_adapters: adapters that the checkpoint holds become part of the weights; adapters that are asked for stay what they are.
 
     Returns: the state dict with plain tensors and values, for `load_state_dict`.
 
@@ -150,28 +158,32 @@ def load(path: Path, sharded_state: dict, *, group=None, expect: dict | None = N
         _agreed(ranks, lambda: _verify_share(path, ranks))
         stored = _agreed(ranks, lambda: Stored(path))
         with stored:
-            return _load(stored, sharded_state, ranks, expect or {})
+            return _load(stored, sharded_state, ranks, expect or {}, merge_adapters)
     finally:
         ranks.close()
 
 
-def _load(stored: Stored, sharded_state: dict, ranks: Ranks, expect: dict) -> dict:
+def _load(stored: Stored, sharded_state: dict, ranks: Ranks, expect: dict, merging: bool) -> dict:
     sharded, local, factories = load_preprocess(sharded_state)
     sharded, _ = extract_sharded_base(sharded)
-    values = list(nested_values(sharded))
+    values = [value for value in nested_values(sharded) if not (merging and value.key.endswith(adapters.ADAPTERS))]
     tensors = [value for value in values if isinstance(value, ShardedTensor)]
 
-    def prepare() -> tuple[dict, dict, list]:
+    def prepare() -> tuple[dict, dict, list, list]:
         _compare_record(stored, expect, tensors)
         _compare_keys(stored, values)
+        if not merging:
+            adapters.check_adapters(stored, (tensor.key for tensor in tensors), expect.get("lora"))
         there = stored.objects()
         wanted = {value.unique_key for value in values if isinstance(value, ShardedObject)}
-        return stored.common(), {key: stored.object(key) for key in wanted & there}, [_reads(stored, tensor) for tensor in tensors]
+        products = [adapters.product(stored, tensor, *_region(tensor)) if merging else None for tensor in tensors]
+        return stored.common(), {key: stored.object(key) for key in wanted & there}, [_reads(stored, tensor) for tensor in tensors], products
 
-    common, objects, reads = _agreed(ranks, prepare)
+    common, objects, reads, products = _agreed(ranks, prepare)
     with torch.no_grad():
-        for tensor, pieces in zip(tensors, reads):
+        for tensor, pieces, product in zip(tensors, reads, products):
             _fill(stored, tensor, pieces)
+            adapters.merge(tensor, product)
 
     def plain(value: ShardedTensor | ShardedObject) -> object:
         return value.data.detach() if isinstance(value, ShardedTensor) else objects.get(value.unique_key, value.data)
@@ -223,16 +235,6 @@ def _bound(record: dict) -> str:
     )
 
 
-def differences(ours: object, theirs: object, name: str = "") -> list[str]:
-    """`key: a / b` for each leaf in which two JSON values differ."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        keys = sorted(ours.keys() | theirs.keys())
-        return [line for key in keys for line in differences(ours.get(key), theirs.get(key), f"{name}.{key}".lstrip("."))]
-    if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and list(ours) == list(theirs):
-        return []
-    return [] if ours == theirs else [f"{name or 'value'}: {ours} / {theirs}"]
-
-
 def _compare_keys(stored: Stored, values: list) -> None:
     """Refuses a state that asks for what the checkpoint does not hold, or holds in another shape."""
     wrong = []
@@ -243,7 +245,7 @@ def _compare_keys(stored: Stored, values: list) -> None:
             continue
         there = stored.tensors.get(value.key)
         if there is None:
-            if not value.key.endswith(HISTORY):
+            if "optimizer.state." in value.key or not value.key.endswith(NEW):
                 wrong.append(f"{value.key} is not in it")
         elif len(there.shape) != len(value.global_shape) or (there.shape != tuple(value.global_shape) and not value.allow_shape_mismatch):
             wrong.append(f"{value.key} has shape {list(there.shape)}, this run's {list(value.global_shape)}")
@@ -255,6 +257,8 @@ def _compare_keys(stored: Stored, values: list) -> None:
             hint = f". Its optimizer state is in the format {stored.record.get('sharding')}"
         if all(HISTORY in line for line in wrong):
             hint = ". Set precision.fp8_history to the length that it was written with"
+        if all(any(name in line for name in adapters.ADAPTERS) for line in wrong):
+            hint = ". Set lora.rank and lora.targets to what it was written with, or start anew from its weights with checkpoint.start"
         raise UserError(m.KEY, stored.path, what + hint)
 
 

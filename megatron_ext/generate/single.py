@@ -22,6 +22,7 @@ from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
+from megatron_ext.models.lora import Adapted, active
 from megatron_ext.models.norm import Norm
 
 KINDS = {
@@ -51,7 +52,8 @@ def knows(model: Decoder) -> bool:
             part = layer
             for name in path.split(".") if path else ():
                 part = getattr(part, name, None)
-            if type(part) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+            kind = part.kind if isinstance(part, Adapted) else type(part)
+            if kind not in (kinds if isinstance(kinds, tuple) else (kinds,)):
                 return False
     return True
 
@@ -94,7 +96,7 @@ class SingleToken:
 
     def _attention(self, attention: SelfAttention, x: Tensor, rotation, mask: Tensor | None, kept: LayerCache) -> Tensor:
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
-        heads = self._linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias).view(len(x), groups, -1, width)
+        heads = self._product(x, attention.linear_qkv).view(len(x), groups, -1, width)
         turned, values = heads[:, :, :-1], heads[:, :, -1:]  # the queries of a group, its key; its value
         if rotation is not None:
             turned = self._rotate(turned, *rotation)
@@ -103,7 +105,7 @@ class SingleToken:
         return self._row_parallel(attention.linear_proj, out.reshape(len(x), -1))
 
     def _mlp(self, mlp: MLP, x: Tensor) -> Tensor:
-        x = self._linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        x = self._product(x, mlp.linear_fc1)
         if self.config.gated_linear_unit:
             gate, up = x.chunk(2, dim=-1)
             x = self.config.activation_func(gate).mul_(up)
@@ -111,10 +113,15 @@ class SingleToken:
             x = self.config.activation_func(x)
         return self._row_parallel(mlp.linear_fc2, x)
 
+    def _product(self, x: Tensor, linear: ColumnParallelLinear | RowParallelLinear, *, bias: bool = True) -> Tensor:
+        """This rank's part: of the rows, or of the sum over the ranks. Adapters too are such parts."""
+        out = self._linear(x, linear.weight, linear.bias if bias else None)
+        return linear.raised(out, linear.low(x)) if active(linear) else out
+
     def _row_parallel(self, linear: RowParallelLinear, x: Tensor) -> Tensor:
         if not self.parallel:
-            return self._linear(x, linear.weight, linear.bias)
-        out = self._linear(x, linear.weight)
+            return self._product(x, linear)
+        out = self._product(x, linear, bias=False)
         dist.all_reduce(out, group=self.group)
         return out if linear.bias is None else out + linear.bias
 

@@ -47,6 +47,7 @@ class Adapted:
     """What both kinds share. `split`: the dimension over which W, and one of the two adapters, is split."""
 
     split: int
+    kind: type  # of the layer that is adapted
     lora_scale: float
     lora_halves: bool  # the rows of B are gate and up-projection
     lora_active: bool
@@ -64,12 +65,12 @@ class Adapted:
         self.lora_scale, self.lora_halves, self.lora_active = lora.alpha / lora.rank, halves, True
 
     def low(self, x: Tensor) -> Tensor:
-        """alpha / r A x, [..., r], of this rank's part of x."""
-        return F.linear(x, self.lora_a) * self.lora_scale
+        """A x, [..., r], of this rank's part of x."""
+        return F.linear(x, self.lora_a)
 
     def raised(self, y: Tensor, low: Tensor) -> Tensor:
-        """y + B low, in one pass over y."""
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_b.t()).view(y.shape)
+        """y + alpha / r B low, in one pass over y."""
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_b.t(), alpha=self.lora_scale).view(y.shape)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -138,7 +139,7 @@ def apply_lora(chunk: torch.nn.Module, lora: LoraConfig) -> None:
                 raise UserError("lora.rank", lora.rank, f"adapts megatron-core's linear layers, not {kind.__name__}: kernels.layers=te has no adapters yet; "
                                                         "fused, fp8 and plain have")
             if kind not in classes:
-                classes[kind] = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {"__module__": __name__, "__doc__": mixin.__doc__})
+                classes[kind] = type(f"{mixin.__name__}{kind.__name__}", (mixin, kind), {"__module__": __name__, "__doc__": mixin.__doc__, "kind": kind})
             linear.__class__ = classes[kind]
             linear.adapt(lora, halves=target == "linear_fc1" and chunk.config.gated_linear_unit)
     if chunk.pre_process and chunk.config.recompute_granularity == "full":
