@@ -27,15 +27,17 @@ def load_weights(engine: Engine, source: Path, *, average: bool = False) -> None
         raise UserError("checkpoint.average", "true", f"{source} holds no average: it comes from a ppo run with ppo.ema set")
     expect = {"model": records.architecture(engine.config.model, engine.vocab_size), "layout": records.layout(engine.config)}
     state = engine.sharded_state(loading=True, weights_only=True, sharding=stored["sharding"])
+    # What the checkpoint cannot hold stays as it is: a head of its own of a language model that becomes a reward model, a history without an average.
+    begins = stored.get("head") != "scalar"
+    stays = {chunk: {name for name, piece in pieces.items() if begins and name.startswith("value_head.") or average and not averaged(piece)}
+             for chunk, pieces in state.items()}
+    wanted = {chunk: {name: piece for name, piece in pieces.items() if name not in stays[chunk]} for chunk, pieces in state.items()}
     if average:
-        kept = {chunk: {name: piece for name, piece in pieces.items() if not averaged(piece)} for chunk, pieces in state.items()}
-        state = as_average({chunk: {name: (piece, torch.empty_like(piece.data, dtype=torch.float32)) for name, piece in pieces.items()
-                                    if averaged(piece)} for chunk, pieces in state.items()})
-        found = checkpoint.load(source, state, expect=expect)
-        here = {chunk: {name: model.state_dict()[name] for name in kept[chunk]} for chunk, model in zip(kept, engine.models)}
-        engine.load_state({chunk: here[chunk] | found[chunk] for chunk in found})
-    else:
-        engine.load_state(checkpoint.load(source, state, expect=expect))
+        wanted = as_average({chunk: {name: (piece, torch.empty_like(piece.data, dtype=torch.float32)) for name, piece in pieces.items()}
+                             for chunk, pieces in wanted.items()})
+    found = checkpoint.load(source, wanted, expect=expect)
+    here = {chunk: {name: model.state_dict()[name] for name in stays[chunk] if name in model.state_dict()} for chunk, model in zip(stays, engine.models)}
+    engine.load_state({chunk: found[chunk] | here[chunk] for chunk in found})
 
 
 def averaged(piece: object) -> bool:
