@@ -1,0 +1,68 @@
+"""ppo killed by SIGKILL in each phase of an iteration goes on as if nothing had happened: every number and every tensor to the last bit."""
+import signal
+from pathlib import Path
+
+import pytest
+from rlhf_small import make_chain, ppo_words, run
+from small import newest, records
+
+from megatron_ext.checkpoint import read_record
+from megatron_ext.checkpoint.compare import compare
+
+STATE = ("ppo.kl_target=0.05", "ppo.kl_horizon=20", "ppo.ema=0.9", "checkpoint.every=1", "checkpoint.keep=0", "checkpoint.background=false")
+TIMES = ("seconds", "share", "tokens_per_second")  # what no two runs have in common
+
+
+@pytest.fixture(scope="module")
+def chain(small_data, tmp_path_factory):
+    return make_chain(tmp_path_factory.mktemp("chain"), small_data)
+
+
+@pytest.fixture(scope="module")
+def whole(chain, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    run("ppo", directory, *ppo_words(chain, *STATE))
+    return directory
+
+
+def numbers(directory: Path) -> list[dict]:
+    return [{name: value for name, value in one.items() if not name.startswith(TIMES)} for one in records(directory)]
+
+
+@pytest.mark.parametrize("moment", ["rollout:2", "scoring:3", "policy:2", "critic:1"])
+def test_a_kill_in_any_phase_changes_nothing(chain, whole, tmp_path, moment):
+    directory, words = tmp_path / "run", ppo_words(chain, *STATE, "checkpoint.load=auto")
+    killed = run("ppo", directory, *words, code=-signal.SIGKILL, script=(str(Path(__file__).with_name("rlhf_killed.py")), moment))
+    assert killed.returncode == -signal.SIGKILL and len(records(directory)) == int(moment[-1]) - 1
+    run("ppo", directory, *words)
+    assert numbers(directory) == numbers(whole)
+    assert compare(newest(directory), newest(whole)) == []
+    mine, theirs = read_record(newest(directory)), read_record(newest(whole))
+    for name in ("kl", "roles", "criteria", "samples", "tokens", "parent"):
+        assert mine[name] == theirs[name], name
+    assert mine["kl"]["value"] != 0.02  # the controller has moved, so that losing it would show
+
+
+def test_iterations_draw_new_responses(whole):
+    """A fixed seed at each rollout would give an iteration with the same prompts the same responses; here rewards and lengths differ."""
+    assert len({one["reward"] for one in records(whole)}) == 3
+
+
+def test_first_iteration_is_at_the_reference(whole):
+    first = records(whole)[0]
+    assert abs(first["kl_k1"]) < 1e-6 and abs(first["kl_k3"]) < 1e-9 and first["first_ratio_max"] == 1.0 and first["first_clip_fraction"] == 0.0
+    assert records(whole)[-1]["kl_k3"] > 1e-4
+
+
+def test_another_reference_is_refused(chain, whole, tmp_path):
+    """The reference is that of the start: a resume that finds another model there says so instead of measuring KL against it."""
+    import shutil
+
+    copied = tmp_path / "pretrain"
+    shutil.copytree(chain["pretrain"], copied)
+    words = ppo_words(dict(chain, pretrain=copied), *STATE, "checkpoint.load=auto")
+    directory = tmp_path / "run"
+    run("ppo", directory, *words, "train.steps=1")
+    shutil.rmtree(copied / "checkpoints")
+    done = run("ppo", directory, *words, "train.steps=2", code=2)
+    assert "checkpoint.start" in done.stderr
