@@ -72,8 +72,6 @@ def product(stored: "Stored", tensor: ShardedTensor, offset: Sequence[int], shap
 
 
 @torch.no_grad()
-def merge(tensor: ShardedTensor, factors: tuple[Tensor, Tensor] | None) -> None:
-    """W += B A, rounded once to the weight's dtype, of what `product` gave for it."""
-    if factors is not None:
-        b, a = factors
-        tensor.data.copy_(tensor.data.float() + (b @ a).to(tensor.data.device).view(tensor.data.shape))
+def merge(tensor: ShardedTensor, weight: Tensor, b: Tensor, a: Tensor) -> None:
+    """Sets a tensor to weight + b a, summed in fp32 from what the checkpoint holds and rounded once to the tensor's dtype."""
+    tensor.data.copy_((weight.float() + b @ a).view(tensor.data.shape))

@@ -183,7 +183,8 @@ def _load(stored: Stored, sharded_state: dict, ranks: Ranks, expect: dict, mergi
     with torch.no_grad():
         for tensor, pieces, product in zip(tensors, reads, products):
             _fill(stored, tensor, pieces)
-            adapters.merge(tensor, product)
+            if product is not None:
+                adapters.merge(tensor, stored.region(tensor.key, *_region(tensor)), *product)
 
     def plain(value: ShardedTensor | ShardedObject) -> object:
         return value.data.detach() if isinstance(value, ShardedTensor) else objects.get(value.unique_key, value.data)

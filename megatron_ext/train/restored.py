@@ -114,6 +114,6 @@ def restored_engine(found: Source, device: "Platform") -> "Engine":
     from megatron_ext.train.weights import load_weights
 
     engine = Engine(found.config, layout_of(found.config), device, vocab_size=found.vocab_size, train=False)
-    load_weights(engine, found.path, average=found.config.checkpoint.average)
+    load_weights(engine, found.path, average=found.config.checkpoint.average, merge_adapters=False)
     return engine
 
