@@ -7,11 +7,14 @@ from megatron_ext.cli.options import FLAGS, TAKES, VALUES, VERBS
 from megatron_ext.config import schema
 from megatron_ext.config.overrides import GROUPS, options_of
 
+# Groups of keys that the stages after pretraining read.
+RLHF = ("chat", "lora", "ranking", "rewards", "rollout", "generate", "ppo", "critic", "reference_layout", "reward_layout", "critic_layout",
+        "rollout_layout")
 # The groups of keys that a verb reads.
 READS = {
     "run": ("launch", "run"),
-    "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run"),
-    "check": ("model", "parallel", "precision", "data", "optim", "train", "launch"),
+    "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run", *RLHF),
+    "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", *RLHF),
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
@@ -20,7 +23,7 @@ READS = {
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
-    "check": "check model=llama3_8b parallel.tp=8 launch.ranks=64 data.sequence_length=8192",
+    "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",

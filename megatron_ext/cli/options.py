@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 VERBS = {
     "run": "the main job: corpus, tokenizer, pretraining, evaluation, completions and report.md, on the embedded data",
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
-    "check": "validates a config without torch; prints the rank grid and the batch geometry",
+    "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import Config
+from megatron_ext.config.stages import ONLINE, RANKED
 
 SHOWN = 8  # entries of one axis printed before the middle is left out
 
@@ -70,6 +71,36 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Iteration:
+    """A step of ppo, grpo and rloo: what is generated, and how often the optimizer steps on it."""
+
+    prompts: int
+    samples: int  # responses to a prompt
+    episodes: int
+    minibatches: int
+    minibatch: int  # episodes of an optimizer step
+    epochs: int
+    optimizer_steps: int
+    prompt_tokens: int  # at most
+    response_tokens: int  # at most
+    tokens: int  # of all episodes, at most
+    batch_tokens: int  # of a micro-batch, at most; a longer episode has one of its own
+    iterations: int
+    run_episodes: int
+    run_optimizer_steps: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Iteration":
+        rollout, ppo, steps = config.rollout, config.ppo, config.train.steps
+        episodes, response = rollout.prompts * rollout.samples, config.generate.max_tokens
+        room = config.model.max_sequence_length - response
+        prompt = room if rollout.max_prompt is None else min(room, rollout.max_prompt)
+        updates = ppo.epochs * ppo.minibatches
+        return cls(rollout.prompts, rollout.samples, episodes, ppo.minibatches, episodes // ppo.minibatches, ppo.epochs, updates, prompt, response,
+                   episodes * (prompt + response), rollout.batch_tokens, steps, steps * episodes, steps * updates)
+
+
 def steps_of(config: Config) -> int:
     """Steps of the run: `train.steps`, or as many as `train.tokens` needs (the last one may go over)."""
     if config.train.tokens is None:
@@ -110,7 +141,7 @@ def report(config: Config, vocab: int | None = None) -> dict[str, object]:
     grid, vocab = Grid.of(config), vocab or sizes.vocab_size(config)
     padded = sizes.padded_vocabulary(vocab, config.model.vocab_multiple, config.parallel.tp)
     chunks = config.parallel.pp * (config.parallel.vpp or 1)
-    return {
+    found = {
         "stage": config.stage.name,
         "model": config.model.name,
         "parameters": sizes.parameters(config.model, vocab),
@@ -120,13 +151,24 @@ def report(config: Config, vocab: int | None = None) -> dict[str, object]:
         "layers_per_chunk": config.model.num_layers // chunks,
         "ranks": grid.ranks,
         "grid": asdict(grid),
-        "batch": asdict(Batch.of(config)),
     }
+    if config.stage.name in ONLINE:
+        return found | {"iteration": asdict(Iteration.of(config))}
+    if config.stage.name in RANKED:
+        train = config.train
+        return found | {"batch": {"unit": unit(config), "global_batch": train.global_batch_size, "batch_tokens": config.rollout.batch_tokens,
+                                  "steps": train.steps, "samples": train.steps * train.global_batch_size}}
+    return found | {"batch": asdict(Batch.of(config))}
+
+
+def unit(config: Config) -> str:
+    """What `train.global_batch_size` counts."""
+    return {"reward": "prompts", "dpo": "pairs", "sft": "sequences"}.get(config.stage.name, "samples")
 
 
 def text(config: Config, vocab: int | None = None) -> str:
     """What `check` prints for people."""
-    found, batch, model, parallel = report(config, vocab), Batch.of(config), config.model, config.parallel
+    found, model, parallel = report(config, vocab), config.model, config.parallel
     groups = sizes.query_groups(model)
     heads = f"{model.num_attention_heads} heads" + (f" ({groups} key/value)" if groups != model.num_attention_heads else "")
     vocabulary = f"{found['vocab_size']:,} words" + (" (of the tokenizer to be trained)" if not (model.vocab_size or vocab) else "")
@@ -136,8 +178,9 @@ def text(config: Config, vocab: int | None = None) -> str:
     extras = [word for word, on in (("sequence parallel", parallel.sp), (f"{parallel.vpp} chunks a stage", parallel.vpp),
                                     (f"sequences split over {parallel.cp} ranks ({parallel.cp_method})", parallel.cp > 1),
                                     (f"recompute {parallel.recompute}", parallel.recompute != "none"),
+                                    (f"adapters of rank {config.lora.rank}", config.lora.rank),
                                     ("distributed optimizer", parallel.distributed_optimizer and found["grid"]["dp"] > 1)) if on]
-    lines = [
+    return "\n".join([
         f"stage       {config.stage.name}",
         (f"model       {model.name}: {found['parameters']:,} parameters, {model.num_layers} layers, hidden {model.hidden_size}, {heads}, "
         f"feed-forward {sizes.ffn_size(model)}"),
@@ -145,11 +188,36 @@ def text(config: Config, vocab: int | None = None) -> str:
         *grid_lines(Grid.of(config)),
         f"layout      {found['layers_per_stage']} layers a stage" + "".join(f", {word}" for word in extras) + f", {config.precision.dtype}"
         + (f" with FP8 products ({config.precision.fp8} scaling)" if config.precision.fp8 else ""),
-        (f"batch       {batch.global_batch} samples = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
+        *_batch_lines(config),
+    ])
+
+
+def _batch_lines(config: Config) -> list[str]:
+    if config.stage.name in ONLINE:
+        return _iteration_lines(Iteration.of(config))
+    if config.stage.name in RANKED:
+        train, name = config.train, unit(config)
+        each = "all responses to a prompt together" if name == "prompts" else "every decided pair of a ranking"
+        return [f"batch       {train.global_batch_size} {name} ({each}), in micro-batches of up to {config.rollout.batch_tokens:,} tokens",
+                f"run         {train.steps:,} steps = {train.steps * train.global_batch_size:,} {name}"]
+    batch, name = Batch.of(config), unit(config)
+    lines = [
+        (f"batch       {batch.global_batch} {name} = micro-batch {batch.micro_batch} x {batch.accumulation} accumulated x "
         f"{batch.data_ranks} data ranks"),
         (f"tokens      {batch.tokens_per_step:,} a step ({batch.global_batch} x {batch.sequence_length}); {batch.steps:,} steps = "
-        f"{batch.tokens:,} tokens, {batch.samples:,} samples"),
+        f"{batch.tokens:,} tokens, {batch.samples:,} {name}"),
     ]
     if config.train.tokens is not None:
         lines.append(f"budget      train.tokens={config.train.tokens:,} gives {batch.steps:,} steps (train.steps is not used)")
-    return "\n".join(lines)
+    return lines
+
+
+def _iteration_lines(one: Iteration) -> list[str]:
+    return [
+        f"iteration   {one.episodes:,} episodes = {one.prompts:,} prompts x {one.samples} responses",
+        (f"update      {one.optimizer_steps} optimizer steps = {one.epochs} passes x {one.minibatches} minibatches of {one.minibatch:,} episodes, in "
+        f"micro-batches of up to {one.batch_tokens:,} tokens"),
+        (f"tokens      at most {one.tokens:,} an iteration: prompts of up to {one.prompt_tokens:,} and responses of up to "
+        f"{one.response_tokens:,} tokens"),
+        f"run         {one.iterations:,} iterations = {one.run_episodes:,} episodes, {one.run_optimizer_steps:,} optimizer steps",
+    ]
