@@ -27,7 +27,7 @@ from megatron_ext.train.start import same_tokenizer, scalar_checkpoint
 from megatron_ext.train.weights import as_average, averaged
 from rlhf.judge import Judge
 from rlhf.rewards import Functions
-from rlhf.roles import Identity, Role
+from rlhf.roles import Identity, Ledger, Role
 
 
 class Cast:
@@ -49,24 +49,25 @@ class Cast:
             same_tokenizer("rewards.models", path, tokenizer)
         self._reference_path: Path | None = None
         self.critic: Role | None = None
+        self.ledger = Ledger()
         self._average: dict[str, torch.Tensor] = {}
         self._functions = Functions(rewards) if rewards.functions and dist.get_rank() == 0 else None
 
     def build(self) -> None:
-        config, common = self.config, {"vocab_size": self._vocab_size}
-        self.policy = Role(config, self._platform, key="checkpoint.start", train=True, lora=True, **common)
+        config, common = self.config, {"vocab_size": self._vocab_size, "ledger": self.ledger}
+        self.policy = Role(config, self._platform, name="policy", key="checkpoint.start", train=True, lora=True, **common)
         self._adapters = config.lora.rank > 0
-        self._reference = None if self._adapters else Role(config, self._platform, key="checkpoint.start", placement=config.reference_layout, **common)
+        self._reference = None if self._adapters else Role(config, self._platform, name="reference", key="checkpoint.start", placement=config.reference_layout, **common)
         self._rollout = None
         if layout_of(config, config.rollout_layout) != self.layout:
-            self._rollout = Role(config, self._platform, key="rollout_layout", placement=config.rollout_layout, lora=True, **common)
+            self._rollout = Role(config, self._platform, name="rollout", key="rollout_layout", placement=config.rollout_layout, lora=True, **common)
             self._move = Reshard(self.policy.engine, self._rollout.engine)
         if self._wants_critic:
-            self.critic = Role(config, self._platform, key="critic.load", placement=config.critic_layout, source=self._critic_path, train=True,
+            self.critic = Role(config, self._platform, name="critic", key="critic.load", placement=config.critic_layout, source=self._critic_path, train=True,
                                head="scalar", optim=(config.critic.lr, config.critic.min_lr), **common)
         models = []
-        for path in self._reward_paths:
-            role = Role(config, self._platform, key="rewards.models", placement=config.reward_layout, source=path, head="scalar", **common)
+        for number, path in enumerate(self._reward_paths):
+            role = Role(config, self._platform, name=f"reward{number or ''}", key="rewards.models", placement=config.reward_layout, source=path, head="scalar", **common)
             role.load(path)
             models.append(role)
         self.judge = Judge(config, models, self._functions)

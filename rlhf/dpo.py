@@ -19,7 +19,7 @@ from megatron_ext.train.stop import Best, Stop
 from rlhf.objectives import PreferenceObjective
 from rlhf.prompts import Rankings, prepare
 from rlhf.ranked import Cut, Ranked, choose
-from rlhf.roles import Identity, Role
+from rlhf.roles import Identity, Ledger, Role
 
 
 def train(config: Config) -> Outcome:
@@ -42,9 +42,9 @@ class DirectPreference:
         self.objective = PreferenceObjective(config.ppo)
 
     def build(self) -> None:
-        common = {"key": "checkpoint.start", "vocab_size": self.vocab_size}
-        self.policy = Role(self.config, self.platform, train=True, lora=True, **common)
-        self.reference = None if self.config.lora.rank else Role(self.config, self.platform, placement=self.config.reference_layout, **common)
+        common = {"key": "checkpoint.start", "vocab_size": self.vocab_size, "ledger": Ledger()}
+        self.policy = Role(self.config, self.platform, name="policy", train=True, lora=True, **common)
+        self.reference = None if self.config.lora.rank else Role(self.config, self.platform, name="reference", placement=self.config.reference_layout, **common)
 
     @contextmanager
     def _referring(self):

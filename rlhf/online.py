@@ -112,7 +112,8 @@ class Online:
         self.controller.update(numbers["kl_k1"], count)
         self.cast.average()
         clock.lap("update")
-        numbers |= clock.numbers() | {"episodes": position.samples + count, "skipped_prompts": self.prompts.skipped}
+        numbers |= clock.numbers() | {"episodes": position.samples + count, "skipped_prompts": self.prompts.skipped,
+                                       "device_bytes_peak": self.cast.ledger.peak}
         for function, reason, times in judged.failures:
             self.journal.event("reward_failed", step=position.steps + 1, function=function, reason=reason, count=times)
         applied = bool(numbers.pop("applied"))
@@ -273,6 +274,7 @@ class Online:
     def begins(self, position: Position, journal) -> None:
         self.journal = journal
         self.prompts.tell(journal)
+        journal.event("memory", step=position.steps, offload=self.config.ppo.offload, bytes=self.cast.ledger.now())
         if position.steps == 0 and self.validates:
             self._samples(position, journal)
 

@@ -14,7 +14,7 @@ from megatron_ext.config.validate import check_layout
 from megatron_ext.errors import UserError
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
-from megatron_ext.train.offload import Offload
+from megatron_ext.train.offload import Offload, device_bytes
 from megatron_ext.train.stage import layout_of
 from megatron_ext.train.start import stored_config
 from megatron_ext.train.weights import load_weights
@@ -38,16 +38,32 @@ class Identity:
                                             f"{self.hash[:12]}...; KL and rewards would be measured against another model")
 
 
+class Ledger:
+    """Bytes of the device that the models of a run hold on this rank. Attributes: roles, peak (the most at the start of any phase)."""
+
+    def __init__(self):
+        self.roles: list[Role] = []
+        self.peak = 0
+
+    def now(self) -> dict[str, int]:
+        """By model. What is off-loaded holds nothing."""
+        return {role.name: sum(device_bytes(role.engine).values()) for role in self.roles}
+
+    def note(self) -> None:
+        self.peak = max(self.peak, sum(self.now().values()))
+
+
 class Role:
-    """One model. Attributes: engine, offload.
+    """One model. Attributes: name, engine, offload.
 
     Args:
+        name: what the ledger and errors call it. ledger: where it is counted.
         placement: its layout, where that is not the policy's.
         source: the checkpoint that its sizes are of; None = the policy's own sizes.
         optim: (lr, min_lr) for a role that trains beside the policy.
     """
 
-    def __init__(self, config: Config, platform: Platform, *, key: str, vocab_size: int, placement: PlacementConfig | None = None,
+    def __init__(self, config: Config, platform: Platform, *, name: str, ledger: Ledger, key: str, vocab_size: int, placement: PlacementConfig | None = None,
                  source: Path | None = None, train: bool = False, head: str = "vocabulary", optim: tuple[float, float] | None = None,
                  lora: bool = False):
         layout = layout_of(config, placement)
@@ -61,8 +77,9 @@ class Role:
             own = replace(own, optim=replace(config.optim, lr=optim[0], min_lr=optim[1]))
         check_layout(own)
         self.engine = Engine(own, layout, platform, vocab_size=vocab_size, train=train, head=head)
-        self.offload = Offload(self.engine)
-        self._moves = config.ppo.offload
+        self.name, self._ledger, self._moves = name, ledger, config.ppo.offload
+        self.offload = Offload(self.engine, name)
+        ledger.roles.append(self)
 
     def load(self, source: Path, *, average: bool = False) -> None:
         """Takes a checkpoint's weights, and a reward model's bias with them. Collective."""
@@ -78,12 +95,9 @@ class Role:
     @contextmanager
     def awake(self) -> Iterator[Engine]:
         """Inside, the model is on the device. With `ppo.offload` it waits in host memory outside."""
-        if self._moves:
-            self.offload.to_device()
-        try:
-            yield self.engine
-        finally:
-            self.rest()
+        with self.offload.needed() as engine:
+            self._ledger.note()
+            yield engine
 
     def rest(self) -> None:
         if self._moves:
