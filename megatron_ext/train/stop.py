@@ -17,7 +17,7 @@ from megatron_ext.config.schema import Config, StopConfig
 
 @dataclass(frozen=True)
 class Stop:
-    """`kind`: steps | tokens | wall_time | non_finite | target_loss | plateau. `reason`: a sentence for people."""
+    """`kind`: steps | tokens | wall_time | non_finite | target_loss | plateau, or one of rlhf/stop.py. `reason`: a sentence for people."""
 
     reason: str
     kind: str
@@ -101,7 +101,7 @@ class Best:
 
     Args:
         metric: of the validation's numbers. largest: the best is the largest.
-        within: (another number, its limit): a validation beyond it is never the best, such as a KL budget.
+        within: (another number, its limit): a validation beyond it, or without it, is never the best; such as a KL budget.
     """
 
     def __init__(self, metric: str, *, largest: bool = False, within: tuple[str, float] | None = None):
@@ -119,7 +119,7 @@ class Best:
         value = metrics.get(self.metric)
         if value is None or not math.isfinite(value):
             return False
-        if self.within is not None and metrics.get(self.within[0], 0.0) > self.within[1]:
+        if self.within is not None and not metrics.get(self.within[0], math.nan) <= self.within[1]:
             return False
         if self.value is not None and (value <= self.value if self.largest else value >= self.value):
             return False
@@ -131,4 +131,6 @@ class Best:
         return {"metric": self.metric, "step": self.step, "value": self.value}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.value = state["step"], state["value"]
+        """What was chosen by another number does not count."""
+        if state["metric"] == self.metric:
+            self.step, self.value = state["step"], state["value"]
