@@ -137,7 +137,10 @@ class Decoder(LanguageModule):
         """All of the sequence. Each rank's gradient of it is that of its part of the vocabulary: these two add them up on the way back."""
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        whole = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        if whole.requires_grad:  # megatron-core 0.16 adds up a copy of a gradient that is not contiguous, and goes on with the rank's own
+            whole.register_hook(lambda gradient: gradient.contiguous())
+        return whole
 
     def _main_grad(self, weight: Tensor) -> Tensor | None:
         main_grad = getattr(weight, "main_grad", None) if self.config.gradient_accumulation_fusion and weight.requires_grad else None
