@@ -119,7 +119,7 @@ def test_reused_at_once_when_nothing_changed(ready, monkeypatch):
         raise AssertionError("read or wrote again")
 
     before = {path.name: path.stat().st_mtime_ns for path in prepared.directory.iterdir()}
-    monkeypatch.setattr(prepare_module, "_temporary", refuse)
+    monkeypatch.setattr(prepare_module, "temporary", refuse)
     os.utime(source)  # touched, same text: read for its hash, not written
     assert prepare(DATA, str(source), prepared.directory).corpus_sha256 == prepared.corpus_sha256
     assert {path.name: path.stat().st_mtime_ns for path in prepared.directory.iterdir()} == before
@@ -163,7 +163,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl")
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    dead = prepare_module._temporary(tmp_path / "out")
+    dead = prepare_module.temporary(tmp_path / "out")
     dead = dead.rename(dead.with_suffix(f".{child.pid}"))
     (dead / "train.bin").write_bytes(b"half")
     alive = dead.with_suffix(f".{os.getppid()}")

@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
                      "kernels.linear_cross_entropy"), ("auto", "triton", "torch")),
     "kernels.attention": ("auto", "flash-attn-3", "flash-attn-4", "flash-attn-2", "transformer-engine", "varlen", "flex", "torch"),
     "kernels.fp8_linear": ("auto", "scaled_mm", "emulation"),
-    "data.corpus": ("stdlib",),
+    "data.corpus": ("stdlib", "stdlib-docs"),
     "optim.schedule": ("cosine", "linear", "wsd", "constant"),
     "optim.wsd_decay": ("sqrt", "linear"),
     "checkpoint.format": ("fully_reshardable", "dp_reshardable"),

@@ -86,7 +86,7 @@ class KernelsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    corpus: str = "stdlib"  # what is prepared when no path is given: stdlib
+    corpus: str = "stdlib"  # what is prepared when no path is given: stdlib (source and documentation) | stdlib-docs (documentation)
     path: str | None = None  # a directory written by `prepare`
     paths: tuple[str, ...] = ()  # several prepared directories, or Megatron .bin/.idx prefixes
     weights: tuple[float, ...] = ()  # of `paths`; empty = by size

@@ -7,7 +7,7 @@ do not have, and the generated character tables of `encodings` (1.3 MB of hexade
 which is why reports state its hash.
 """
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _LEFT_OUT_DIRECTORIES = frozenset({
@@ -29,10 +29,11 @@ def stdlib_files(root: Path | None = None) -> list[Path]:
     return sorted(kept, key=lambda path: path.relative_to(root).as_posix())
 
 
-def stdlib_documents(root: Path | None = None) -> Iterator[str]:
-    """The text of each file that holds any and is UTF-8 (all of them in CPython's own distributions)."""
+def stdlib_documents(root: Path | None = None, *, read: Callable[[int], None] = lambda size: None) -> Iterator[str]:
+    """The text of each file that holds any and is UTF-8 (all of them in CPython's own distributions). `read` hears of the bytes taken."""
     for path in stdlib_files(root):
         content = path.read_bytes()
+        read(len(content))
         if path.parent.name == "encodings" and _TABLE in content[:200]:
             continue
         try:

@@ -4,14 +4,10 @@ The input is read two or three times instead of held: once for its hash and the 
 given), once to tokenise. Everything is written to a temporary directory beside the output and renamed at the end, so a crash leaves
 nothing that looks complete. Called by one process, before ranks start.
 """
-import errno
-import glob
 import hashlib
 import json
-import os
 import platform
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +16,7 @@ from pathlib import Path
 
 from megatron_ext import __version__
 from megatron_ext.config.schema import DataConfig
+from megatron_ext.data.directories import publish, temporary
 from megatron_ext.data.prepared import FILE, FORMAT, SPLITS, Prepared, Split, describe_files, split_fields
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.read import BadRecords
@@ -70,13 +67,16 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
             raise UserError("output", output, "was prepared from other text; give another directory or remove this one")
         return existing
 
-    temporary = _temporary(output)
+    try:
+        made = temporary(output)
+    except OSError as error:
+        raise UserError("output", output, f"cannot be written: {error.strerror}") from error
     try:
         content = tokenizer_file(data.tokenizer).read_bytes() if given else _train(source, fractions, scan, data, bars)
-        (temporary / "tokenizer.json").write_bytes(content)
+        (made / "tokenizer.json").write_bytes(content)
         tokenizer = Tokenizer.from_bytes(content)
         lossless = tokenizer.lossless(text[:10_000] for text in islice(source.documents(bad=BadRecords(data.max_bad_lines)), 64))
-        splits = _tokenize(source, fractions, scan, tokenizer, temporary, data, bars)
+        splits = _tokenize(source, fractions, scan, tokenizer, made, data, bars)
         fields = {
             "format": FORMAT,
             "corpus": {
@@ -90,15 +90,16 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
                 "lossless": lossless,  # on a sample of the documents
             },
             "splits": split_fields(splits),
-            "files": describe_files(temporary),
+            "files": describe_files(made),
             "versions": _versions(),
         }
-        (temporary / FILE).write_text(json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        _publish(temporary, output)
+        (made / FILE).write_text(json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        if not publish(made, output):
+            raise UserError("output", output, "was written by another process meanwhile; start again to use it")
     except OSError as error:  # a full disk; what concerns the input is a UserError already
         raise UserError("output", output, f"cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
     return Prepared.load(output, key="output")
 
 
@@ -173,49 +174,6 @@ def _tokenize(
     return {
         name: Split(directory / name, scan.documents[name], writers.tokens[name], scan.bytes[name]) for name in SPLITS
     }
-
-
-def _temporary(output: Path) -> Path:
-    """A new directory beside `output`, after removing those that killed processes of this machine left."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stem = f".{output.name}.{socket.gethostname()}."
-        for left in output.parent.glob(f"{glob.escape(stem)}*"):
-            number = left.name.removeprefix(stem)
-            if number.isdecimal() and not _alive(int(number)):
-                shutil.rmtree(left, ignore_errors=True)
-        temporary = output.parent / f"{stem}{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError("output", output, f"cannot be written: {error.strerror}") from error
-    return temporary
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _publish(temporary: Path, output: Path) -> None:
-    """Renames: atomic, onto nothing or an empty directory. Files are on disk before their name is."""
-    for path in [*temporary.iterdir(), temporary]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    try:
-        os.rename(temporary, output)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-        raise UserError("output", output, "was written by another process meanwhile; start again to use it") from error
 
 
 def _versions() -> dict[str, str]:
