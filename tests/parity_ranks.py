@@ -94,11 +94,11 @@ def weights_hash(engine) -> str:
     import torch
     import torch.distributed as dist
 
-    from megatron_ext.models.initialise import _sharded_tensors
+    from megatron_ext.models.initialise import sharded_tensors
 
     parts = []
     for chunk in engine.models:
-        for tensor in _sharded_tensors(chunk.sharded_state_dict(metadata={"dp_cp_group": engine.groups.dp_cp})):
+        for tensor in sharded_tensors(chunk.sharded_state_dict(metadata={"dp_cp_group": engine.groups.dp_cp})):
             if not tensor.data.is_floating_point():
                 continue  # FP8's history of scales is no weight
             lead = tensor.prepend_axis_num

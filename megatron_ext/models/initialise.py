@@ -24,10 +24,11 @@ VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
 ZERO = ("bias", "lora_b")
 
 
-def _sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
+def sharded_tensors(state: dict) -> Iterator[ShardedTensor]:
+    """The tensors of a sharded state dict; their data are views of the model's."""
     for value in nested_values(state):
         if isinstance(value, ShardedTensorFactory):  # the gate and the up-projection share a parameter; build() gives views of it
-            yield from _sharded_tensors(value.build())
+            yield from sharded_tensors(value.build())
         elif isinstance(value, ShardedTensor):
             yield value
 
@@ -55,7 +56,7 @@ def initialise(chunk: torch.nn.Module, model: ModelConfig, *, vocab_size: int, s
         vocab_size: words that exist: the table is drawn without its padding, whose size may depend on the layout.
         seed: the same seed gives the same model in every layout.
     """
-    for tensor in _sharded_tensors(chunk.sharded_state_dict(metadata={"dp_cp_group": chunk.pg_collection.dp_cp})):
+    for tensor in sharded_tensors(chunk.sharded_state_dict(metadata={"dp_cp_group": chunk.pg_collection.dp_cp})):
         lead = tensor.prepend_axis_num  # the axis of layers, where there is one
         layer, offset = tensor.global_offset[:lead], tensor.global_offset[lead:]
         shape, part = list(tensor.global_shape[lead:]), tensor.data
