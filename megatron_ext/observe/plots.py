@@ -26,8 +26,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def plot_loss(path: Path, records: Sequence[dict], *, bytes_per_token: float | None = None, baseline: tuple[str, float] | None = None,
-              restarts: Sequence[int] = ()) -> bool:
-    """Training and validation loss in nats a token; on the right in bits a byte where the bytes of a token are known.
+              restarts: Sequence[int] = (), unit: str = "nats per token") -> bool:
+    """Training and validation loss; on the right in bits a byte where the bytes of a token are known.
 
     Args:
         baseline: name and bits per byte, drawn as a line (needs `bytes_per_token`). restarts: steps at which the run was resumed.
@@ -39,7 +39,7 @@ def plot_loss(path: Path, records: Sequence[dict], *, bytes_per_token: float | N
     val_steps, val_losses = column(records, "validation_loss")
     if not steps and not val_steps:
         return False
-    plt, figure, (axis,) = _figure(1, 4.6)
+    plt, figure, (axis,) = figure_of(1, 4.6)
     if steps:
         axis.plot(steps, losses, color=BLUE, alpha=0.28 if len(steps) > 20 else 1.0, linewidth=0.9 if len(steps) > 20 else 1.6,
                   marker="." if len(steps) <= 20 else None, label=None if len(steps) > 20 else "training")
@@ -50,13 +50,13 @@ def plot_loss(path: Path, records: Sequence[dict], *, bytes_per_token: float | N
     if baseline is not None and bytes_per_token:
         name, bits = baseline
         axis.axhline(bits * math.log(2) * bytes_per_token, color=GREEN, linestyle="--", linewidth=1.5, label=f"{name} ({bits:.3f} bits/byte)")
-    axis.set_ylabel("loss, nats per token")
+    axis.set_ylabel(f"loss, {unit}")
     if bytes_per_token:
         factor = 1 / (math.log(2) * bytes_per_token)
         right = axis.secondary_yaxis("right", functions=(lambda x: x * factor, lambda x: x / factor))
         right.set_ylabel("bits per byte")
         right.spines["right"].set_visible(False)
-    _finish(plt, figure, (axis,), path, restarts)
+    finish(plt, figure, (axis,), path, restarts)
     return True
 
 
@@ -67,12 +67,12 @@ def plot_throughput(path: Path, records: Sequence[dict], *, restarts: Sequence[i
         return False
     median = sorted(speed)[len(speed) // 2]
     unit, name = (1e3, "thousand ") if median >= 10_000 else (1.0, "")
-    plt, figure, (axis,) = _figure(1, 3.2)
+    plt, figure, (axis,) = figure_of(1, 3.2)
     axis.plot(steps, [v / unit for v in speed], color=BLUE, linewidth=0.9, alpha=0.8, marker="." if len(steps) <= 20 else None)
     axis.axhline(median / unit, color=GREY, linestyle="--", linewidth=1.2, label=f"median {median:,.0f} tokens/s")
     axis.set_ylim(0, 1.25 * sorted(speed)[min(len(speed) - 1, int(0.99 * len(speed)))] / unit)
     axis.set_ylabel(f"{name}tokens per second")
-    _finish(plt, figure, (axis,), path, restarts)
+    finish(plt, figure, (axis,), path, restarts)
     return True
 
 
@@ -82,7 +82,7 @@ def plot_optimizer(path: Path, records: Sequence[dict], *, restarts: Sequence[in
     drawn = [(x, y, label) for (x, y), label in ((rate, "learning rate"), (norm, "gradient norm")) if x]
     if not drawn:
         return False
-    plt, figure, axes = _figure(len(drawn), 2.3 * len(drawn) + 0.6)
+    plt, figure, axes = figure_of(len(drawn), 2.3 * len(drawn) + 0.6)
     for axis, (x, y, label) in zip(axes, drawn, strict=True):
         axis.plot(x, y, color=BLUE if label == "learning rate" else ORANGE, linewidth=1.1, marker="." if len(x) <= 20 else None)
         axis.set_ylabel(label)
@@ -93,11 +93,12 @@ def plot_optimizer(path: Path, records: Sequence[dict], *, restarts: Sequence[in
         elif label == "learning rate":
             axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
             axis.set_ylim(bottom=0)
-    _finish(plt, figure, axes, path, restarts)
+    finish(plt, figure, axes, path, restarts)
     return True
 
 
-def _figure(rows: int, height: float) -> tuple:
+def figure_of(rows: int, height: float) -> tuple:
+    """(pyplot, figure, axes one above another) in the reports' style. height: inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -112,11 +113,12 @@ def _figure(rows: int, height: float) -> tuple:
     return plt, figure, tuple(axes[:, 0])
 
 
-def _finish(plt, figure, axes: tuple, path: Path, restarts: Sequence[int]) -> None:
+def finish(plt, figure, axes: tuple, path: Path, restarts: Sequence[int], xlabel: str = "step") -> None:
+    """Restarts, the step axis, the legend; then the file."""
     for axis in axes:
         for i, step in enumerate(restarts):
             axis.axvline(step, color=RED, linestyle=":", linewidth=1.3, label="resumed" if i == 0 and axis is axes[0] else None)
-    axes[-1].set_xlabel("step")
+    axes[-1].set_xlabel(xlabel)
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     axes[-1].margins(x=0.02)
     if axes[0].get_legend_handles_labels()[1]:
