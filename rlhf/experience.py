@@ -109,8 +109,7 @@ class Assembler:
             select.append(np.arange(start + sequence.prompt - 1, stop - 1))
             last.append(stop - 1)
             counts.append(counts[-1] + sequence.response)
-            start = stop
-        positions[start:] = np.arange(length - start)
+            start = stop  # positions of what is behind the last one stay 0: there may be more of it than a table of positions has rows
         rows = len(sequences) if equal else 1  # sequences of one length need no packing: rows of a batch
 
         def shaped(array: np.ndarray) -> Tensor:

@@ -18,8 +18,9 @@ class TokenScore:
     """Logprob and entropy of response tokens under the distribution that they are sampled from.
 
     Args:
-        temperature, top_k, top_p: of the sampling.
-        keep: where the words that top-k and top-p left are remembered, by the batch's `number`; None = they cut nothing.
+        temperature: of the sampling.
+        keep: where the words that top-k and top-p left are remembered, by the batch's `number`; None = they cut nothing. The first scoring of a
+            micro-batch reads `words` [response tokens] from it, how many they were.
     """
 
     names = ()
@@ -29,7 +30,12 @@ class TokenScore:
 
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(logprob, entropy), fp32 [response tokens]."""
-        kept = None if self.keep is None else self.keep[batch.fields["number"]]
+        kept = None
+        if self.keep is not None:
+            number = batch.fields["number"]
+            if number not in self.keep:
+                self.keep[number] = Kept(batch.fields["words"])
+            kept = self.keep[number]
         found = model.token_scores(hidden, batch.labels, select=batch.fields["select"], temperature=self.temperature, kept=kept)
         return found.logprob, found.entropy
 

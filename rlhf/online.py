@@ -28,7 +28,7 @@ from rlhf.policy_losses import VARIANCE_SUMS, explained_variance
 from rlhf.prompts import Prompts
 from rlhf.rollout import HELD_OUT, Rollouts, choose, roll_out
 from rlhf.stop import PolicyCriteria
-from rlhf.update import Remembered, Trainer, passes, ptx_sequences
+from rlhf.update import Trainer, kept_elsewhere, passes, ptx_sequences
 
 # Largest |train - generate| logprob by precision, measured (docs/rlhf.md).
 LOGPROB_BOUNDS = {"fp32": 2e-5, "bf16": 0.25, "fp16": 0.05, "fp8": 1.0}
@@ -121,23 +121,25 @@ class Online:
                           applied=applied, searching=bool(numbers.pop("searching")), numbers=numbers)
 
     def _score(self, rollouts: Rollouts, scores: torch.Tensor, policy: Trainer, critic: Trainer | None, first: list[tuple[int, ...]],
-               kept: Remembered | None) -> Experience:
+               kept: dict | None) -> Experience:
         """Everything that models say of the rollouts, with the micro-batches of the first pass."""
-        objective = TokenScore(temperature=self.config.generate.temperature, keep=kept)
+        temperature, drawn = self.config.generate.temperature, {"words": rollouts.words}
 
         def over(trainer: Trainer, objective, columns: int) -> list[torch.Tensor]:
             totals = [torch.zeros(rollouts.offsets[-1]) for _ in range(columns)]
             for number, episodes in enumerate(first):
                 minibatch = trainer.cut(number, episodes)
-                found = [one if isinstance(one, tuple) else (one,) for one in trainer.collect(minibatch, objective)]
+                found = [one if isinstance(one, tuple) else (one,) for one in trainer.collect(minibatch, objective, drawn)]
                 for column, total in enumerate(totals):
                     total += gather(trainer.engine, minibatch.plan, [one[column] for one in found], rollouts.offsets)
             return totals
 
         with self.cast.policy.awake():
-            old, entropy = over(policy, objective, 2)
+            old, entropy = over(policy, TokenScore(temperature=temperature, keep=kept), 2)
         with self.cast.reference() as engine:
-            reference = over(Trainer(engine, self.config, rollouts.sequences, rollouts.offsets), objective, 1)[0]
+            trainer = Trainer(engine, self.config, rollouts.sequences, rollouts.offsets)
+            same = None if kept is None else kept_elsewhere(kept, policy, trainer, first)
+            reference = over(trainer, TokenScore(temperature=temperature, keep=same), 1)[0]
         values = None
         if critic is not None:
             with self.cast.critic.awake():
@@ -206,10 +208,10 @@ class Online:
         return {"value_loss": loss / max(count, 1), "value_clip_fraction": clipped / max(count, 1), "explained_variance": explained_variance(first),
                 "critic_grad_norm": sum(norms) / len(norms), "critic_lr": lr}
 
-    def _kept(self) -> Remembered | None:
+    def _kept(self) -> dict | None:
         """Where the words that top-k and top-p leave are remembered, where they cut any."""
         settings = self.config.generate
-        return Remembered(settings.top_k, settings.top_p) if settings.top_k > 0 or settings.top_p < 1 else None
+        return {} if settings.top_k > 0 or settings.top_p < 1 else None
 
     def _ptx(self, *, first: int, count: int):
         if self.ptx is None:
@@ -234,15 +236,17 @@ class Online:
         with self.cast.generating() as engine:
             rollouts = roll_out(engine, self.prompts.held_out, config.generate, samples=1, first=HELD_OUT, tokenizer=self.prompts.tokenizer)
         kept, everyone = self._kept(), range(len(rollouts.completions))
-        objective = TokenScore(temperature=config.generate.temperature, keep=kept)
+        temperature = config.generate.temperature
         if kept is not None:  # which words were left is the policy's to say
             with self.cast.policy.awake() as engine:
-                trainer = Trainer(engine, config, rollouts.sequences, rollouts.offsets)
-                trainer.collect(trainer.cut(0, everyone), objective)
+                policy = Trainer(engine, config, rollouts.sequences, rollouts.offsets)
+                policy.collect(policy.cut(0, everyone), TokenScore(temperature=temperature, keep=kept), {"words": rollouts.words})
         with self.cast.reference() as engine:
             trainer = Trainer(engine, config, rollouts.sequences, rollouts.offsets)
+            same = None if kept is None else kept_elsewhere(kept, policy, trainer, [everyone])
             minibatch = trainer.cut(0, everyone)
-            reference = gather(engine, minibatch.plan, [one[0] for one in trainer.collect(minibatch, objective)], rollouts.offsets)
+            found = trainer.collect(minibatch, TokenScore(temperature=temperature, keep=same))
+            reference = gather(engine, minibatch.plan, [one[0] for one in found], rollouts.offsets)
         return rollouts, self.cast.judge(rollouts), kl.sequence_kl(rollouts.generated - reference, rollouts.cu_seqlens)
 
     def verdict(self, metrics: dict[str, float]) -> Stop | None:

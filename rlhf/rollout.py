@@ -56,6 +56,11 @@ class Rollouts:
         return [len(one.tokens) for one in self.completions]
 
     @property
+    def words(self) -> Tensor:
+        """int64 [tokens]: how many words each was drawn from."""
+        return torch.tensor([words for one in self.completions for words in one.words], dtype=torch.int64)
+
+    @property
     def cu_seqlens(self) -> Tensor:
         return torch.tensor(self.offsets, dtype=torch.int32)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ext.config.schema import Config
@@ -67,10 +68,22 @@ class Trainer:
         dp = self.engine.groups.dp
         return plan(self._lengths, chosen, budget=self.config.rollout.batch_tokens, dp_rank=dp.rank(), dp_size=dp.size())
 
-    def collect(self, minibatch: Minibatch, objective: Objective) -> list:
-        """`engine.collect` over the minibatch's micro-batches; each knows its `number`."""
-        numbered = [{"number": (minibatch.number, micro)} for micro in range(len(minibatch.plan.micro_batches))]
-        return self.engine.collect(self._assembler.batches(minibatch.plan, numbered), objective)
+    def places(self, part: Sequence[int]) -> Tensor:
+        """int64: where the response tokens of a micro-batch's sequences lie among all."""
+        found = [torch.arange(self.offsets[number], self.offsets[number + 1]) for number in part]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+    def _fields(self, minibatch: Minibatch, tokens: Mapping[str, Tensor]) -> list[dict]:
+        """Each micro-batch's part of `tokens`, and its `number`."""
+        fields = []
+        for micro, part in enumerate(minibatch.plan.micro_batches):
+            places = self.places(part)
+            fields.append({name: flat[places] for name, flat in tokens.items()} | {"number": (minibatch.number, micro)})
+        return fields
+
+    def collect(self, minibatch: Minibatch, objective: Objective, tokens: Mapping[str, Tensor] | None = None) -> list:
+        """`engine.collect` over the minibatch's micro-batches. tokens: [response tokens of all episodes] each, by the field's name."""
+        return self.engine.collect(self._assembler.batches(minibatch.plan, self._fields(minibatch, tokens or {})), objective)
 
     def step(self, minibatch: Minibatch, objective: Objective, tokens: Mapping[str, Tensor], *, lr: float, step: int, over: str = "tokens",
              ptx: float = 0.0) -> StepResult:
@@ -81,12 +94,11 @@ class Trainer:
             over: tokens | sequences, see `policy_losses.token_weights`.
             ptx: coefficient of the extra sequences' loss.
         """
-        fields = []
-        for micro, part in enumerate(minibatch.plan.micro_batches):
+        fields = self._fields(minibatch, tokens)
+        for found, part in zip(fields, minibatch.plan.micro_batches):
             cu = np.cumsum([0, *(self.offsets[number + 1] - self.offsets[number] for number in part)])
             weights, count = token_weights(torch.tensor(cu, dtype=torch.int32), over)
-            places = torch.cat([torch.arange(self.offsets[number], self.offsets[number + 1]) for number in part]) if part else torch.zeros(0, dtype=torch.int64)
-            fields.append({name: flat[places] for name, flat in tokens.items()} | {"weights": weights, "count": count, "number": (minibatch.number, micro)})
+            found |= {"weights": weights, "count": count}
         planned = minibatch.plan
         if ptx:
             whole = self._count(minibatch.episodes, over)
@@ -106,13 +118,19 @@ def ptx_sequences(samples: Samples, *, first: int, count: int) -> list[Sequence_
     return [Sequence_(samples[number].tokens, 1) for number in range(first, first + count)]
 
 
-class Remembered(dict):
-    """The words that each micro-batch's tokens were drawn from, by its number, made when first asked for."""
-
-    def __init__(self, top_k: int, top_p: float):
-        super().__init__()
-        self._cut = (top_k, top_p)
-
-    def __missing__(self, number: tuple[int, int]) -> Kept:
-        self[number] = Kept(*self._cut)
-        return self[number]
+def kept_elsewhere(keep: Mapping[tuple[int, int], Kept], source: Trainer, target: Trainer, minibatches: Sequence[Sequence[int]]) -> Mapping:
+    """`keep` of the micro-batches of one engine, as those of another engine are cut: a reference in another layout is asked about the same
+    words. Collective over the ranks of `source`. All bits are then on every rank, words / 8 bytes a token."""
+    if source.engine.layout == target.engine.layout:
+        return keep
+    whole = torch.zeros(source.offsets[-1], -(-source.engine.vocab_size // 8), dtype=torch.uint8, device=source.engine.platform.device)
+    if source.engine.groups.tp.rank() == 0:
+        for number, episodes in enumerate(minibatches):
+            for micro, part in enumerate(source.cut(number, episodes).plan.micro_batches):
+                if (number, micro) in keep:  # on the last pipeline stage
+                    whole[source.places(part)] = keep[number, micro].bits
+    dist.all_reduce(whole, group=source.engine.groups.intra_dist_opt)  # every other rank adds zero
+    return {
+        (number, micro): Kept(None, whole[target.places(part)]) for number, episodes in enumerate(minibatches)
+        for micro, part in enumerate(target.cut(number, episodes).plan.micro_batches)
+    }

@@ -182,8 +182,8 @@ def test_sets_and_probabilities_by_hand(top_k, top_p, expected):
     draws = 4000
     u = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     logits = torch.tensor(PROBABILITIES).log()[None].expand(draws, -1) + 3.0  # any constant: probabilities do not see it
-    drawn, logprobs, raw = sampling.sample(logits, u, temperature=1.0, top_k=top_k, top_p=top_p)
-    assert set(drawn.tolist()) == set(expected)
+    drawn, logprobs, raw, words = sampling.sample(logits, u, temperature=1.0, top_k=top_k, top_p=top_p)
+    assert set(drawn.tolist()) == set(expected) and set(words.tolist()) == {len(expected)}
     for word, probability in expected.items():
         here = drawn == word
         assert abs(int(here.sum()) - probability * draws) <= 1
@@ -203,13 +203,13 @@ def test_each_row_is_cut_by_itself():
 def test_the_ends_of_the_interval_draw_words_that_were_kept():
     logits = torch.tensor([[-9.0, 2.0, 1.0, -9.0]]).expand(2, -1)
     ends = torch.tensor([0.0, 1 - 2.0**-32], dtype=torch.float64)
-    drawn, logprobs, _ = sampling.sample(logits, ends, temperature=1.0, top_k=2, top_p=1.0)
-    assert drawn.tolist() == [1, 2] and logprobs.isfinite().all()
+    drawn, logprobs, _, words = sampling.sample(logits, ends, temperature=1.0, top_k=2, top_p=1.0)
+    assert drawn.tolist() == [1, 2] and logprobs.isfinite().all() and words.tolist() == [2, 2]
 
 
 def test_temperature_by_hand():
     logits = torch.tensor([[math.log(0.8), math.log(0.2)]]).expand(2, -1)
-    drawn, logprobs, _ = sampling.sample(logits, torch.tensor([0.0, 0.99], dtype=torch.float64), temperature=0.5, top_k=0, top_p=1.0)
+    drawn, logprobs, *_ = sampling.sample(logits, torch.tensor([0.0, 0.99], dtype=torch.float64), temperature=0.5, top_k=0, top_p=1.0)
     assert drawn.tolist() == [0, 1]  # 0.64 : 0.04
     assert torch.allclose(logprobs.exp(), torch.tensor([0.64 / 0.68, 0.04 / 0.68]))
 
@@ -224,7 +224,7 @@ def test_extreme_temperatures_and_logits_stay_finite():
     logits = torch.tensor([[100.0, 0.0, -100.0], [-3e38, 3e38, 0.0]])
     u = torch.full((2,), 1 - 2.0**-32, dtype=torch.float64)
     for temperature in (1e-30, 1e-3, 1.0):
-        drawn, logprobs, _ = sampling.sample(logits, u, temperature=temperature, top_k=0, top_p=1.0)
+        drawn, logprobs, *_ = sampling.sample(logits, u, temperature=temperature, top_k=0, top_p=1.0)
         assert drawn.tolist() == [0, 1] and logprobs.tolist() == [0.0, 0.0]
 
 

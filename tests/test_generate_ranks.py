@@ -30,6 +30,8 @@ def same(found: list[dict], expected: list[dict]) -> None:
         for key, value in other.items():
             if "logprobs" in key:
                 assert one[key] == pytest.approx(value, abs=2e-5)
+            elif key == "words":  # rounding decides whether the word on the edge of top-p is in
+                assert one[key] == pytest.approx(value, abs=1)
             else:
                 assert one[key] == value
 

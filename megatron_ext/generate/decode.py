@@ -39,6 +39,7 @@ class Completion:
         prompt, tokens: token ids; `tokens` ends with the end-of-document token where the model drew it, and holds all of a stop string.
         logprobs: of each token under the distribution it was drawn from (temperature, top-k, top-p); 0 when greedy.
         raw_logprobs: of each token under the model (temperature 1, nothing cut).
+        words: how many words top-k and top-p left for each token to be drawn from: they are the most probable ones.
         text: of `tokens` without end of document, stop string, and an incomplete last character; None without a tokenizer.
         stop: eod | stop_string | max_tokens | max_sequence_length
     """
@@ -48,6 +49,7 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     raw_logprobs: list[float]
+    words: list[int]
     text: str | None
     stop: str
 
@@ -63,6 +65,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
     stop: str | None = None
 
 
@@ -157,12 +160,13 @@ class _Run:
         """Adds a token to each row that goes on. Returns int64 [2, rows] on the CPU: the tokens, and 1 for rows that still go on."""
         settings = self._settings
         drawn = sampling.sample(logits, u, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
-        tokens, logprobs, raw = (part.tolist() for part in drawn)
-        for row, token, logprob, raw_logprob in zip(rows, tokens, logprobs, raw):
+        tokens, *others = (part.tolist() for part in drawn)
+        for row, token, logprob, raw_logprob, words in zip(rows, tokens, *others):
             if row.stop is None:
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
                 row.raw_logprobs.append(raw_logprob)
+                row.words.append(words)
                 row.stop = self._why(row)
         return torch.tensor([tokens, [int(row.stop is None) for row in rows]])
 
@@ -189,7 +193,7 @@ class _Run:
             words = text.continuation(self._tokenizer, row.prompt, shown)
             if row.stop == "stop_string":
                 words = self._stop.cut(words)
-        return Completion(row.sample, row.prompt, row.tokens, row.logprobs, row.raw_logprobs, words, row.stop)
+        return Completion(row.sample, row.prompt, row.tokens, row.logprobs, row.raw_logprobs, row.words, words, row.stop)
 
 
 class _Group:

@@ -24,7 +24,7 @@ def uniforms(seed: int, sample: int, count: int) -> Tensor:
     return drawn.clamp_(max=1 - 2.0**-32)  # u times a rounded total must stay below it
 
 
-def sample(logits: Tensor, u: Tensor | None, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+def sample(logits: Tensor, u: Tensor | None, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draws one word a row.
 
     Args:
@@ -32,18 +32,18 @@ def sample(logits: Tensor, u: Tensor | None, *, temperature: float, top_k: int, 
         u: float64 [rows]; not read at temperature 0.
     Returns:
         tokens int64 [rows]; their log-probability under the distribution that was sampled from, fp32 [rows] (0 when greedy: it has one
-        word); and under the model itself (temperature 1, nothing cut), fp32 [rows].
+        word); and under the model itself (temperature 1, nothing cut), fp32 [rows]; and how many words were left to draw from, int64 [rows].
     """
     if temperature == 0:
         top, tokens = logits.max(-1)
-        return tokens, torch.zeros_like(top), top - torch.logsumexp(logits, -1)
+        return tokens, torch.zeros_like(top), top - torch.logsumexp(logits, -1), torch.ones_like(tokens)
     scaled = truncate((logits - logits.amax(-1, keepdim=True)) / temperature, top_k=top_k, top_p=top_p)
     log_probabilities = torch.log_softmax(scaled, -1)
     sums = log_probabilities.exp().cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)
     drawn = log_probabilities.gather(-1, tokens).squeeze(-1)
     raw = logits.gather(-1, tokens).squeeze(-1) - torch.logsumexp(logits, -1)
-    return tokens.squeeze(-1), drawn, raw
+    return tokens.squeeze(-1), drawn, raw, (scaled > float("-inf")).sum(-1)
 
 
 def truncate(scaled: Tensor, *, top_k: int, top_p: float) -> Tensor:

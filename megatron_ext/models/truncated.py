@@ -18,26 +18,32 @@ BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass
 class Kept:
-    """Which words a token was drawn from.
+    """Which words each token was drawn from.
 
     Attributes:
-        top_k, top_p: as in `generate.sampling`.
+        counts: int64 [n], how many they were: generation says (`Completion.words`). The set itself cannot be found by top-p again: a rounding
+            of the sum of probabilities lets one more word in, or leaves one out, and all logprobs move by its probability.
         bits: uint8 [n, ceil(words / 8)]; None until the first scoring fills it.
     """
 
-    top_k: int
-    top_p: float
+    counts: Tensor | None
     bits: Tensor | None = None
 
     def mask(self, scaled: Tensor, labels: Tensor) -> Tensor:
-        """bool [n, words], True for the words kept. scaled: logits / temperature [n, words]."""
-        from megatron_ext.generate.sampling import truncate  # generate imports models
-
+        """bool [n, words], True for the words kept. scaled: logits / temperature [n, words]; labels: int64 [n], what was drawn."""
         if self.bits is None:
-            keep = truncate(scaled.detach(), top_k=self.top_k, top_p=self.top_p) > float("-inf")
-            keep.scatter_(-1, labels[:, None], True)  # what was drawn was kept, whatever rounding says now
-            self.bits = pack(keep)
+            self.bits = pack(most_probable(scaled.detach(), labels, self.counts))
         return unpack(self.bits, scaled.shape[-1]).to(scaled.device)
+
+
+def most_probable(scaled: Tensor, drawn: Tensor, counts: Tensor) -> Tensor:
+    """bool [n, words]: in each row as many of the largest as `counts` [n] says (and those that tie with the last), `drawn` [n] among them
+    whatever rounding says now."""
+    if not len(scaled):
+        return torch.zeros_like(scaled, dtype=torch.bool)
+    ranked = scaled.scatter(-1, drawn[:, None], float("inf"))
+    best = ranked.topk(int(counts.max())).values
+    return ranked >= best.gather(-1, counts[:, None] - 1)
 
 
 def pack(mask: Tensor) -> Tensor:
