@@ -16,7 +16,7 @@ from megatron_ext.train.engine import Engine
 from megatron_ext.train.loop import Outcome, run
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport, layout_of
-from megatron_ext.train.stop import Best, Stop
+from megatron_ext.train.stop import Stop
 from megatron_ext.train.weights import load_weights
 from rlhf import preferences
 from rlhf.objectives import RankingObjective, Rewards
@@ -43,7 +43,7 @@ class RewardModelling:
         self.tokenizer, self.vocab_size, self.identity = self.data.file, self.data.vocab_size, self.data.identity
         self.validates = bool(self.data.held_out)
         self.criteria = RewardCriteria(config)
-        self.best = Best("validation_accuracy", largest=True) if config.checkpoint.best else None
+        self.best = self.criteria.best if config.checkpoint.best else None
 
     def build(self) -> None:
         self.engine = Engine(self.config, self.layout, self.platform, vocab_size=self.vocab_size, head="scalar")
