@@ -204,6 +204,11 @@ class Decoder(LanguageModule):
 
         return self.output_layer(hidden, shared, score=score)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        if self.scalar:  # megatron-core's next in line looks for the head over the vocabulary
+            return super(LanguageModule, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
     def tie_embeddings_and_output_weights_state_dict(self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key,
                                                      metadata=None, **_) -> None:
         """As megatron-core's, which takes the replica's number from a global."""
