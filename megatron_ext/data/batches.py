@@ -71,7 +71,7 @@ def collate(samples: list[Sample], *, eod: int, masking: Masking) -> Batch:
     tokens = np.stack([sample.tokens for sample in samples])
     documents = np.stack([sample.documents[:-1] for sample in samples])
     inputs = tokens[:, :-1]
-    mask = np.ones(inputs.shape, dtype=np.float32)
+    mask = np.stack([np.ones(inputs.shape[1], dtype=np.float32) if sample.loss_mask is None else sample.loss_mask for sample in samples])
     if masking.mask_eod_loss:
         mask[inputs == eod] = 0.0
     return Batch(

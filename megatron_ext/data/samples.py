@@ -26,10 +26,12 @@ class Sample:
     Attributes:
         tokens: int64 [sequence_length + 1]: inputs are all but the last, labels all but the first.
         documents: int32 [sequence_length + 1]: 0, 1, 2, … for the first, second, … document in this sample.
+        loss_mask: float32 [sequence_length], 1 where the next token is to be learnt; None = everywhere.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
+    loss_mask: np.ndarray | None = None
 
 
 class Samples:

@@ -72,6 +72,11 @@ class Tokenizer:
         inner.encode_special_tokens = True
         return cls(inner, eod_text=eod_text, sha256=hashlib.sha256(content).hexdigest())
 
+    def special_tokens(self) -> dict[str, int]:
+        """Spelling -> id of the end-of-document token and of the other special tokens that the file names."""
+        added = self._inner.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special} | {self.eod_text: self.eod}
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: no token is added before or behind it."""
         if self._cut and self.eod_text in text:
