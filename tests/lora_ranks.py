@@ -18,7 +18,7 @@ from megatron_ext.config.schema import (
     PrecisionConfig,
 )
 
-WORDS, SEQUENCE, STEPS = 100, 32, 5
+WORDS, SEQUENCE, STEPS = 100, 32, 4
 LLAMA = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, max_sequence_length=64, init_std=0.1)
 GPT2 = replace(LLAMA, num_layers=2, num_query_groups=None, position_embedding="learned", norm="layernorm", activation="gelu_tanh", bias=True, qkv_bias=True,
                tied_embeddings=True)
