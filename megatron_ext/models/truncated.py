@@ -48,7 +48,7 @@ def most_probable(scaled: Tensor, drawn: Tensor, counts: Tensor) -> Tensor:
 
 def pack(mask: Tensor) -> Tensor:
     """bool [n, words] -> uint8 [n, ceil(words / 8)]."""
-    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).view(mask.shape[0], -1, 8)
+    padded = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-(-mask.shape[-1] // 8), 8))  # n may be 0
     return (padded * torch.tensor(BITS, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 
 
