@@ -31,6 +31,7 @@ from pathlib import Path
 from megatron_ext.data.definitions import Definition, stdlib_modules
 
 SHARES = {"sft": 0.35, "rankings": 0.45, "prompts": 0.2}  # of the questions
+KINDS = ("describe", "complete")
 SHORTEST = 5  # words of an answer
 LONGEST_ANSWER, LONGEST_PROMPT = 220, 420  # characters; at about 3 a token of a 2,048-word vocabulary both fit into 256 tokens
 
@@ -198,7 +199,7 @@ def _others(mine: Sequence[Task]) -> dict[str, str]:
     """For each prompt another task's answer of the same kind, from another module and without a word of the question: the first that fits in a queue at
     whose end it then stands again, so that each serves about once."""
     found: dict[str, str] = {}
-    for kind in ("describe", "complete"):
+    for kind in KINDS:
         queue = [(task, stems(task.answer)) for task in mine if task.kind == kind]
         for task in [task for task, _ in queue]:
             asked = stems(task.prompt)
