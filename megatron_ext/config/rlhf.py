@@ -50,7 +50,7 @@ def text_stages_read_text(config: Config) -> Iterator[UserError]:
         return
     for key, path in (("chat.path", chat.path), ("chat.validation", chat.validation)):
         if path is not None and not Path(path).exists():
-            yield UserError(key, path, "is not there; name a .jsonl, .json or .csv file (each also .gz), or a directory of them")
+            yield UserError(key, path, "is not there; name a .jsonl, .ndjson, .json or .csv file (each also .gz), or a directory of them")
     allowed = ("auto", *FORMATS.get(stage, (chat.format,)))
     if chat.format not in allowed:
         yield UserError("chat.format", chat.format, f"is nothing that stage={stage} can learn from; it reads {', '.join(allowed)}")
