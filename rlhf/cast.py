@@ -26,7 +26,6 @@ from megatron_ext.train.stage import layout_of
 from megatron_ext.train.start import same_tokenizer, scalar_checkpoint
 from megatron_ext.train.weights import as_average, averaged
 from rlhf.judge import Judge
-from rlhf.rewards import Functions
 from rlhf.roles import Identity, Ledger, Role
 
 
@@ -51,7 +50,11 @@ class Cast:
         self.critic: Role | None = None
         self.ledger = Ledger()
         self._average: dict[str, torch.Tensor] = {}
-        self._functions = Functions(rewards) if rewards.functions and dist.get_rank() == 0 else None
+        self._functions = None
+        if rewards.functions and dist.get_rank() == 0:
+            from rlhf.rewards import Functions
+
+            self._functions = Functions(rewards)
 
     def build(self) -> None:
         config, common = self.config, {"vocab_size": self._vocab_size, "ledger": self.ledger}
