@@ -171,9 +171,9 @@ def _load(stored: Stored, sharded_state: dict, ranks: Ranks, expect: dict, mergi
 
     def prepare() -> tuple[dict, dict, list, list]:
         _compare_record(stored, expect, tensors)
-        _compare_keys(stored, values)
         if not merging:
             adapters.check_adapters(stored, (tensor.key for tensor in tensors), expect.get("lora"))
+        _compare_keys(stored, values)
         there = stored.objects()
         wanted = {value.unique_key for value in values if isinstance(value, ShardedObject)}
         products = [adapters.product(stored, tensor, *_region(tensor)) if merging else None for tensor in tensors]
