@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext import checkpoint
+from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.models import lora
 from megatron_ext.platform import Platform
@@ -19,6 +20,7 @@ from megatron_ext.train.stop import Best, Stop
 from rlhf.objectives import PreferenceObjective
 from rlhf.prompts import Rankings, prepare
 from rlhf.ranked import Cut, Ranked, choose
+from rlhf.report import write_report
 from rlhf.roles import Identity, Ledger, Role
 
 
@@ -106,6 +108,9 @@ class DirectPreference:
         if self.reference is not None:
             self.reference.load(source)
         self.policy.rest()
+
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", chain=chain(chosen) if chosen else ())
 
     def record(self) -> dict:
         return {"reference": vars(Identity.of(self._source))}

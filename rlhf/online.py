@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed
 from megatron_ext.platform import Platform
@@ -26,6 +27,7 @@ from rlhf.experience import gather
 from rlhf.objectives import PolicyObjective, TokenScore, ValueObjective, Values
 from rlhf.policy_losses import VARIANCE_SUMS, explained_variance
 from rlhf.prompts import Prompts
+from rlhf.report import write_report
 from rlhf.rollout import HELD_OUT, Rollouts, choose, roll_out
 from rlhf.stop import PolicyCriteria
 from rlhf.update import Trainer, kept_elsewhere, passes, ptx_sequences
@@ -270,6 +272,9 @@ class Online:
 
     def start(self, source: Path) -> None:
         self.cast.start(source)
+
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", chain=chain(chosen) if chosen else ())
 
     def record(self) -> dict:
         return {"kl": self.controller.state_dict(), "criteria": self.criteria.state_dict(), "roles": self.cast.identities(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
@@ -22,6 +23,7 @@ from rlhf import preferences
 from rlhf.objectives import RankingObjective, Rewards
 from rlhf.prompts import Rankings, prepare
 from rlhf.ranked import Cut, Ranked, choose
+from rlhf.report import write_report
 from rlhf.stop import RewardCriteria
 
 DEMONSTRATIONS = 512  # at most so many decide the bias
@@ -89,6 +91,9 @@ class RewardModelling:
         best = [item.sequences[(item.demonstrations or (item.ranks.index(min(item.ranks)),))[0]] for item in chosen]
         rewards = self._cut([Ranked((sequence,), (0,)) for sequence in best]).scores(Rewards())
         return -float(rewards.mean(dtype=torch.float64))
+
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", chain=chain(chosen) if chosen else ())
 
     def record(self) -> dict:
         return {"head": "scalar", "reward_bias": self.bias() if self.config.ranking.demonstrations_to_zero else 0.0,

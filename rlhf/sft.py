@@ -3,12 +3,16 @@
 It is pretraining on other samples: the loss is on what the assistant says, with the end of its turn, and examples that share a sample do not see
 each other. A step takes `train.global_batch_size` sequences of `data.sequence_length`.
 """
+from pathlib import Path
+
+from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.data.samples import Samples
 from megatron_ext.train.loop import Outcome, run
 from megatron_ext.train.pretrain import Pretraining
 from megatron_ext.train.stage import Position
 from rlhf.prompts import Conversations, prepare
+from rlhf.report import write_report
 
 
 def train(config: Config) -> Outcome:
@@ -30,3 +34,6 @@ class FineTuning(Pretraining):
 
     def begins(self, position: Position, journal) -> None:
         self.chat.tell(journal)
+
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", chain=chain(chosen) if chosen else ())

@@ -9,7 +9,7 @@ import small
 VERBS = ("open", "close", "read", "write", "parse", "format", "copy", "move", "sort", "join", "split", "merge")
 NOUNS = ("file", "list", "path", "string", "tree", "socket", "queue", "table")
 MICRO = ("log.wandb=disabled", "log.every=1000", "launch.device=cpu", "data.workers=1", "optim.schedule=constant", "optim.warmup_steps=0",
-         "critic.warmup_steps=0", "validation.every=0", "validation.at_end=false", "checkpoint.best=false")
+         "critic.warmup_steps=0", "validation.every=0", "validation.at_end=false", "log.report=false", "checkpoint.best=false")
 PPO = (
     "train.steps=3", "rollout.prompts=6", "ppo.minibatches=2", "ppo.epochs=2", "generate.max_tokens=8", "optim.lr=1e-3", "optim.min_lr=1e-3",
     "critic.lr=1e-3", "critic.min_lr=1e-3", "ppo.evaluate_prompts=4", "rollout.batch_tokens=64",

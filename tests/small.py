@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
     "data.sequence_length=32", "data.workers=1", "train.global_batch_size=8", "train.micro_batch_size=4", "train.steps=8",
-    "optim.warmup_steps=2", "optim.lr=0.002", "validation.every=0", "validation.at_end=false",
+    "optim.warmup_steps=2", "optim.lr=0.002", "validation.every=0", "validation.at_end=false", "log.report=false",
 )
 
 
@@ -36,7 +36,7 @@ def command(run: Path, data: Path, *words: str) -> list[str]:
 def environment() -> dict[str, str]:
     hidden = ("RANK", "WORLD_SIZE", "SLURM_PROCID")
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
-    return inherited | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return inherited | {"PYTHONPATH": str(ROOT) + (":" + os.environ["STUBS"] if "STUBS" in os.environ else ""), "OMP_NUM_THREADS": "1"}
 
 
 def train(run: Path, data: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess:

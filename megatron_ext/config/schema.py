@@ -183,6 +183,7 @@ class LogConfig:
     wandb: str = "auto"  # auto (offline where wandb is installed) | disabled | offline | online
     wandb_project: str = "megatron-ext"
     gpu_every: int = 10  # steps between NVML readings; 0 = off
+    report: bool = True  # write report.md and its plots when the stage ends
 
 
 @dataclass(frozen=True)

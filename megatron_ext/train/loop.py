@@ -8,6 +8,7 @@ samples and random numbers are functions of them, so that a resume has nothing e
 import contextlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,11 @@ def run(config: Config, make: Callable[[Config, Platform], Stage], prepare: Call
         raise
     journal.close()
     saver.close()
+    if first and config.log.report:
+        try:
+            stage.report(run_dir, outcome.checkpoint)
+        except (OSError, UserError) as error:  # the model is saved: a picture is not worth the run
+            warnings.warn(f"report.md could not be written: {error}", RuntimeWarning, stacklevel=1)
     return outcome
 
 

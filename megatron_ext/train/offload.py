@@ -1,13 +1,15 @@
 """Models that wait in host memory while others use the device.
 
-What an engine holds lies in storages: parameters (with the distributed optimizer those that train are views of one buffer), gradient buffers, main
-weights and moments, and what modules keep besides (FP8's histories and scales). Each is copied to host memory, and its bytes are given back with
-`resize_(0)`; the storage object stays, so that every view of it is right again once the bytes are back, wherever they then lie. megatron-core's own
-helpers (`_ParamAndGradBuffer.offload_to_cpu`, `MegatronOptimizer.offload_to_cpu`; 0.16 and 0.19) do so for the buffers of the data-parallel wrapper alone:
-frozen weights, models that do not train and modules' buffers stay, and fp32 main weights, which are views of the parameters, would become copies.
+What an engine holds lies in storages: parameters (with the distributed optimizer those that train are views of one buffer), gradient
+buffers, main weights and moments, and what modules keep besides (FP8's histories and scales). Each is copied to host memory, and its
+bytes are given back with `resize_(0)`; the storage object stays, so that every view of it is right again once the bytes are back,
+wherever they then lie. megatron-core's own helpers (`_ParamAndGradBuffer.offload_to_cpu`, `MegatronOptimizer.offload_to_cpu`; 0.16 and
+0.19) do so for the buffers of the data-parallel wrapper alone: frozen weights, models that do not train and modules' buffers stay, and
+fp32 main weights, which are views of the parameters, would become copies.
 
-Gradients are dropped: a step begins by setting them to zero. On CUDA the host's memory is pinned, in blocks of a power of two, which torch keeps for
-the next model that leaves, and copies are asynchronous. On the CPU the "device" is memory too, and all else is as on CUDA.
+Gradients are dropped: a step begins by setting them to zero. On CUDA the host's memory is pinned, in blocks of a power of two, which
+torch keeps for the next model that leaves, and copies are asynchronous. On the CPU the "device" is memory too, and all else is as on
+CUDA.
 
 Nothing here is collective: a rank that fails waits for nobody.
 """
@@ -28,14 +30,14 @@ BLOCK = 256 << 20  # bytes: torch rounds pinned memory up to a power of two
 
 
 def device_bytes(engine: "Engine") -> dict[str, int]:
-    """Bytes of the device that this rank's part of an engine holds now, by part: parameters, gradients (with their buffers), optimizer (moments, and
-    main weights where those are no views of the parameters), buffers (what else modules keep). All 0 while it is off-loaded."""
+    """Bytes of the device that this rank's part of an engine holds now, by part: parameters, gradients (with their buffers), optimizer
+    (moments, and main weights where those are no views of the parameters), buffers (what else modules keep). All 0 while off-loaded."""
     return {part: sum(storage.nbytes() for storage in storages) for part, storages in _storages(engine).items()}
 
 
 class Away:
-    """Stands where an engine's chunks were while they are in host memory. Freed tensors must not be touched (on the CPU that ends the process), and
-    whatever is asked of an engine begins with its chunks: it raises a RuntimeError that says what to do."""
+    """Stands where an engine's chunks were while they are in host memory. Freed tensors must not be touched (on the CPU that ends the
+    process), and whatever is asked of an engine begins with its chunks: it raises a RuntimeError that says what to do."""
 
     def __init__(self, chunks: list[torch.nn.Module], message: str):
         self.chunks, self.message = chunks, message
@@ -67,7 +69,7 @@ class Offload:
         return sum(block.numel() for block in self._host)
 
     def to_host(self) -> None:
-        """Frees all that the engine holds on the device. Until `to_device` its use raises RuntimeError. Does nothing where it has left already."""
+        """Frees all that the engine holds on the device; until `to_device` its use raises RuntimeError. Nothing where it has left."""
         if self._away is not None:
             return
         engine, cuda = self.engine, self.engine.platform.is_cuda
@@ -85,7 +87,7 @@ class Offload:
             there.copy_(here, non_blocking=True)
         for storage, _ in (*self._kept, *self._dropped):
             storage.resize_(0)
-        message = f"the {self.name} ({engine.layout}) is off-loaded to host memory: bring it back with Offload.to_device() before it is used"
+        message = f"the {self.name} ({engine.layout}) is off-loaded to host memory: Offload.to_device() has to bring it back first"
         self._away = Away(engine.chunks, message)
         self._guards = [model.register_forward_pre_hook(self._away.refuse) for model in engine.models]
         engine.chunks = self._away
@@ -109,14 +111,13 @@ class Offload:
 
     @contextmanager
     def needed(self) -> Iterator["Engine"]:
-        """Inside, the engine is on the device; afterwards it is where it was before. Such blocks may lie in one another."""
+        """Inside, the engine is on the device; afterwards it is where it was before. Such blocks may lie in one another. After an exception it
+        stays: copies might wait for a device or a rank that is lost, and hide what happened."""
         was_away = self._away is not None
         self.to_device()
-        try:
-            yield self.engine
-        finally:
-            if was_away:
-                self.to_host()
+        yield self.engine
+        if was_away:
+            self.to_host()
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(bytes on the device, bytes on the host): the storages one behind another in the blocks."""

@@ -12,6 +12,7 @@ from megatron_ext.data.build import build_datasets, dataset_tokenizer, ensure_pr
 from megatron_ext.data.samples import Samples
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate.split import evaluate_split
+from megatron_ext.observe.report import write_report
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
 from megatron_ext.train.engine import Engine
@@ -95,6 +96,9 @@ class Pretraining:
 
     def ends(self, position: Position, stop: Stop, journal) -> None:
         pass
+
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", bytes_per_token=self.data["train"].bytes_per_token)
 
 
 def checked_vocabulary(config: Config, samples: Samples) -> int:

@@ -107,6 +107,9 @@ class Stage(Protocol):
     def ends(self, position: Position, stop: Stop, journal: "Journal") -> None:
         """After the last one, before the checkpoint at the end. Collective."""
 
+    def report(self, run_dir: Path, chosen: Path | None) -> None:
+        """Writes report.md, on rank 0. chosen: the checkpoint that the stage ended with."""
+
 
 def layout_of(config: Config, placement: PlacementConfig | None = None) -> Layout:
     """The layout over all ranks of the job: the policy's, with what `placement` says otherwise. Raises UserError where ranks do not divide."""
