@@ -1,13 +1,15 @@
 """The weights of one layout in another, on the same ranks: a policy that trains in TP2 x PP2 writes its rollouts as four replicas.
 
-Once, every rank tells the others which boxes of which global tensors its parts of the source and of the target are: megatron-core's sharded state
-dict says so, gate and up-projection of gated units being boxes of their own. A target box is the union of its overlaps with source boxes, and each
-overlap comes from one of the ranks that hold it: the target's rank itself, else one on its host, else whichever has least to send so far, the largest
-first. Every rank computes this plan from the same boxes, so that nothing is negotiated when weights move.
+Once, every rank tells the others which boxes of which global tensors its parts of the source and of the target are: megatron-core's
+sharded state dict says so, gate and up-projection of gated units being boxes of their own. A target box is the union of its overlaps with
+source boxes, and each overlap comes from one of the ranks that hold it: the target's rank itself, else one on its host, else whichever
+has least to send so far, the largest first. Every rank computes this plan from the same boxes, so that nothing is negotiated when weights
+move.
 
-A move is made of messages of at most `chunk` bytes, each packed from many overlaps or cut out of one. In turn k = 1 .. N-1 rank i sends to rank i + k
-and receives from rank i - k: a rank holds two messages at most besides its models, and none waits in a circle, since all go through the turns in one
-order and both ends of a pair know how many messages it has. No whole tensor is gathered anywhere, and what a rank has itself never travels.
+A move is made of messages of at most `chunk` bytes, each packed from many overlaps or cut out of one. In turn k = 1 .. N-1 rank i sends
+to rank i + k and receives from rank i - k: a rank holds two messages at most besides its models, and none waits in a circle, since all go
+through the turns in one order and both ends of a pair know how many messages it has. No whole tensor is gathered, and what a rank has
+never travels.
 
 Rows that pad a vocabulary are as many as a layout needs. Those of the source do not travel, those of the target are zero.
 """
@@ -37,7 +39,7 @@ WIDEST = 16  # bytes an element may have
 
 @dataclass(frozen=True)
 class Box:
-    """Elements [low, low + extent) of a global tensor. `shape`: of all of it; its first `lead` axes number layers, and a box is in one of them."""
+    """Elements [low, low + extent) of a global tensor. `shape`: of all of it; its first `lead` axes number layers, and a box is in one."""
 
     key: str
     shape: tuple[int, ...]
@@ -105,18 +107,18 @@ def plan(source: Sequence[Sequence[Box]], target: Sequence[Sequence[Box]], hosts
             covered += math.prod(shared)
             load[sender] += size if sender != rank else 0
         if covered != math.prod(box.extent):
-            raise ValueError(f"{box.key}: of the {math.prod(box.extent)} elements from {box.low} on that rank {rank} needs, the source holds {covered}")
+            raise ValueError(f"{box.key}: of the {math.prod(box.extent)} elements from {box.low} on, the source holds {covered}")
     return copies
 
 
 def _same_model(source: Sequence[Sequence[Box]], target: Sequence[Sequence[Box]]) -> None:
-    have, want = ({box.key: (list(box.shape), box.dtype) for boxes in side for box in boxes} for side in (source, target))
+    have, want = ({box.key: (box.shape, box.dtype) for boxes in side for box in boxes} for side in (source, target))
     for side, others, name in ((have, want, "target"), (want, have, "source")):
         if missing := sorted(side.keys() - others.keys()):
             raise ValueError(f"weights move between layouts of one model, but the {name} has no {', '.join(missing[:4])}")
     for key in sorted(have):
         if have[key] != want[key]:
-            raise ValueError(f"weights move between layouts of one model, but {key} is {have[key]} in the source and {want[key]} in the target")
+            raise ValueError(f"weights move between layouts of one model, but {key} is {have[key]} in the source and {want[key]} there")
 
 
 def cut(low: tuple[int, ...], extent: tuple[int, ...], most: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -133,8 +135,8 @@ def cut(low: tuple[int, ...], extent: tuple[int, ...], most: int) -> Iterator[tu
 
 
 def messages(copies: Iterable[Copy], chunk: int) -> list[list[Copy]]:
-    """The copies of one pair of ranks, cut and packed into messages of at most `chunk` bytes. Wide elements first, so that each lies at a multiple of
-    its own size."""
+    """The copies of one pair of ranks, cut and packed into messages of at most `chunk` bytes. Wide elements come first, so that each lies
+    at a multiple of its own size."""
     packed, room = [], 0
     for one in sorted(copies, key=lambda one: -one.dtype.itemsize):
         width = one.dtype.itemsize
@@ -157,8 +159,8 @@ class _Part:
         self._padding: list[Tensor] = []
         state = engine.sharded_state(loading=False, weights_only=True)
         for value in nested_values(state):
-            if isinstance(value, ShardedObject) and value.data is not None and not (isinstance(value.data, Tensor) and value.data.numel() == 0):
-                raise ValueError(f"{value.key} is part of the model and no tensor of it: layouts of such layers cannot exchange their weights")
+            if isinstance(value, ShardedObject) and not _is_empty(value.data):
+                raise ValueError(f"{value.key} is part of the model and no tensor: layouts of such layers cannot exchange their weights")
         for tensor in sharded_tensors(state):
             lead = tensor.prepend_axis_num
             shape, low, extent = list(tensor.global_shape), tuple(tensor.global_offset), [1] * lead + list(tensor.local_shape)
@@ -249,6 +251,10 @@ class Reshard:
 
     def _buffer(self, message: list[Copy]) -> Tensor:
         return torch.empty(sum(one.size for one in message), dtype=torch.uint8, device=self._target.platform.device)
+
+
+def _is_empty(data: object) -> bool:
+    return data is None or (isinstance(data, Tensor) and data.numel() == 0)
 
 
 def _windows(message: list[Copy], buffer: Tensor) -> Iterator[tuple[Copy, Tensor]]:

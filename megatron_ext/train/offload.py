@@ -111,8 +111,8 @@ class Offload:
 
     @contextmanager
     def needed(self) -> Iterator["Engine"]:
-        """Inside, the engine is on the device; afterwards it is where it was before. Such blocks may lie in one another. After an exception it
-        stays: copies might wait for a device or a rank that is lost, and hide what happened."""
+        """Inside, the engine is on the device; afterwards it is where it was before. Such blocks may lie in one another. After an exception
+        it stays: copies might wait for a device or a rank that is lost, and hide what happened."""
         was_away = self._away is not None
         self.to_device()
         yield self.engine
