@@ -99,7 +99,8 @@ class Template:
 
     def response(self, messages: Sequence[Message], text: str) -> list[int]:
         """Token ids of a response to `messages`, with the end of its turn."""
-        return self._turns([*messages, {"role": "assistant", "content": text}], ask=False)[-1].tokens
+        turns = self._turns([*messages, {"role": "assistant", "content": text}], ask=False)
+        return [turn for turn in turns if turn.trained][-1].tokens  # what a template writes behind it belongs to the next turn
 
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
         """A conversation that ends with the assistant, in pieces: what it is told, what it says, and so on."""
