@@ -25,7 +25,7 @@ from megatron_ext.config.stages import (
 from megatron_ext.errors import UserError
 
 # Of rlhf/rewards and models/lora.py, which may not be imported here; tests/test_config_rlhf.py compares.
-REWARD_FUNCTIONS = ("length", "format", "exact_match", "code")
+REWARD_FUNCTIONS = ("length", "format", "exact_match", "overlap", "repetition", "code")
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 FORMATS = {"sft": ("prompt_response", "messages", "alpaca", "sharegpt"), "reward": ("preference", "ranking"), "dpo": ("preference", "ranking")}
 
@@ -131,11 +131,13 @@ def rewards_are_named(config: Config) -> Iterator[UserError]:
         if not Path(path).is_dir():
             yield UserError("rewards.models", path, "is not there; name a checkpoint or run directory of the reward stage")
     for name in rewards.functions:
-        if name in REWARD_FUNCTIONS or re.fullmatch(r"[\w.]+:\w+", name):
+        function = re.match(r"(?s)([\w.]+(?::[A-Za-z_]\w*)?)(?::[A-Za-z_]\w*=.*)?\Z", name)  # settings: rlhf/rewards/registry.py
+        if function and (function[1] in REWARD_FUNCTIONS or ":" in function[1]):
             continue
-        close = difflib.get_close_matches(name, REWARD_FUNCTIONS, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name.partition(":")[0], REWARD_FUNCTIONS, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]}? " if close else ""
-        yield UserError("rewards.functions", name, f"{hint}known are {', '.join(REWARD_FUNCTIONS)}; one of your own is module:function")
+        yield UserError("rewards.functions", name, f"{hint}known are {', '.join(REWARD_FUNCTIONS)}, with settings as in length:target=40; one of your own "
+                        "is module:function")
     twice = {name for name in rewards.functions if rewards.functions.count(name) > 1}
     if twice:
         yield UserError("rewards.functions", f"[{','.join(rewards.functions)}]", f"names {', '.join(sorted(twice))} twice; rewards.weights says how much it counts")
