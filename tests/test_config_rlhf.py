@@ -93,8 +93,6 @@ def test_the_published_settings():
     ("grpo", ["rewards.models=[]"], ["rewards.models=[]", "nothing to get better at"]),
     ("rloo", ["rewards.model_weight=0"], ["weighted with 0"]),
     ("grpo", ["rewards.models=[/no/such]"], ["rewards.models=/no/such", "not there"]),
-    ("ppo", ["rewards.functions=[lenght]"], ["rewards.functions=lenght", "did you mean length"]),
-    ("ppo", ["rewards.functions=[length,length]"], ["twice"]),
     ("ppo", ["rewards.functions=[length,code]", "rewards.weights=[1]"], ["rewards.weights=[1]", "2 rewards.functions"]),
     ("ppo", ["rewards.functions=[length]", "rewards.weights=[.nan]"], ["rewards.weights=[nan]", "finite"]),
     ("ppo", ["rewards.missing_eos=.inf"], ["rewards.missing_eos=inf", "finite number or null"]),
@@ -168,10 +166,13 @@ def test_a_run_that_resumes_needs_no_start(runs, tmp_path):
 def test_names_are_those_of_the_code():
     assert set(STAGES) == set(options_of("stage")) == {*stages.TEXT, *stages.CHAT}
     assert rlhf.LORA_TARGETS == LoraConfig().targets
-    advantages, losses, kl = (pytest.importorskip(f"rlhf.{name}") for name in ("advantages", "policy_losses", "kl"))
-    assert set(CHOICES["ppo.advantage"]) == set(advantages.ADVANTAGES) and set(CHOICES["ppo.policy_loss"]) == set(losses.POLICY_LOSSES)
+    from rlhf import advantages, grpo, kl, policy_losses, ppo, rloo
+
+    assert set(CHOICES["ppo.advantage"]) == set(advantages.ADVANTAGES) and set(CHOICES["ppo.policy_loss"]) == set(policy_losses.POLICY_LOSSES)
     assert CHOICES["ppo.kl"] == kl.KINDS
     assert {name for name, one in advantages.ADVANTAGES.items() if one.critic} == {"gae"}, "config/stages.py: has_critic"
+    for name, algorithm in (("ppo", ppo.PPO), ("grpo", grpo.GRPO), ("rloo", rloo.RLOO)):
+        assert (stages.ADVANTAGE[name], stages.POLICY_LOSS[name]) == (algorithm.advantage, algorithm.policy_loss)
 
 
 def test_what_a_stage_does_not_read_is_said(runs):
@@ -194,17 +195,17 @@ def test_every_key_that_is_said_to_mean_nothing_exists(runs):
 
 
 def test_the_models_of_a_stage(runs):
-    config = composed("ppo", runs, "parallel.tp=2", "launch.ranks=4", "reward_layout.tp=1", "critic_layout.pp=2")
+    config = composed("ppo", runs, "parallel.tp=2", "launch.ranks=4", "reward_layout.tp=1", "critic_layout.pp=2", "rollout_layout.tp=1")
     found = {one.role: one for one in cast.members(config, 512)}
     assert list(found) == ["policy", "reference", "reward", "critic", "rollout"]
     assert [one.layout for one in found.values()] == [f"TP {tp} x DP {dp} x PP {pp}" for tp, dp, pp in
-                                                      ((2, 2, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (2, 2, 1))]
+                                                      ((2, 2, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 4, 1))]
     assert found["reward"].model.num_layers == 2 and found["critic"].source == runs / "reward" / "checkpoints" / "step_00000030"
     # hidden 32, 2 layers: attention 4 x 32^2, feed-forward 3 x 32 x 128 (8/3 x 32 up to 64), two norms; the table, the last norm, head and bias
     assert found["reward"].parameters == 2 * (4 * 32 * 32 + 3 * 32 * 128 + 64) + 512 * 32 + 32 + 33
     assert cast.members(composed("sft", runs), 512) == []
     assert [one.role for one in cast.members(composed("dpo", runs), 512)] == ["policy", "reference"]
-    assert "critic" not in [one.role for one in cast.members(composed("grpo", runs), 512)]
+    assert [one.role for one in cast.members(composed("grpo", runs, "lora.rank=4"), 512)] == ["policy", "reward"]
 
 
 @pytest.mark.parametrize(("words", "expected"), [
@@ -213,8 +214,9 @@ def test_the_models_of_a_stage(runs):
     (["rewards.models=[{runs}/sft]"], ["rewards.models", "is a language model"]),
     (["critic.load={runs}/sft"], ["critic.load", "is a language model"]),
     (["rewards.models=[{runs}/other]"], ["rewards.models", "another tokenizer"]),
+    (["rewards.functions=[lenght]"], ["rewards.functions=lenght", "did you mean length"]),
 ])
-def test_a_reward_model_that_cannot_be_used(words, expected, runs):
+def test_a_reward_that_cannot_be_used(words, expected, runs):
     config = composed("ppo", runs, *(word.format(runs=runs) for word in words))
     assert said(config) == ""
     with pytest.raises(UserError) as error:
@@ -284,6 +286,6 @@ def test_check_prints_all_of_it_without_torch(runs):
     assert done.returncode == 0, done.stderr[-2000:]
     imported = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not imported & {"torch", "numpy", "megatron"}
-    for part in ("512 episodes = 512 prompts x 1 responses", "rollout    ", "TP 1 x DP 2 x PP 1", "generation  up to 64 tokens, temperature 1",
+    for part in ("512 episodes = 512 prompts x 1 responses", "rollout    ", "TP 1 x DP 2 x PP 1", "generation  by the rollout: up to 64 tokens, temperature 1",
                  "chain       sft step 20", "            pretrain step 100", "note        train.global_batch_size is not read"):
         assert part in done.stdout, done.stdout

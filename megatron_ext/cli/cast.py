@@ -1,5 +1,5 @@
-"""Which models a configuration puts on the ranks, with the sizes that their checkpoints say: the configuration alone does not know those of a
-reward model. No torch.
+"""Who takes part in a stage: the models on the ranks, with the sizes that their checkpoints say, and the reward functions. The configuration alone
+knows neither. No torch.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,14 +51,18 @@ class Member:
 
 
 def members(config: Config, vocab: int) -> list[Member]:
-    """The models of a stage that has more than one; [] of another.
+    """The models of a stage that generates or refers to another; [] of another stage. Reward functions are looked at too.
 
     Raises:
-        UserError, ConfigErrors: a checkpoint that is not there, is no reward model, or knows other words than the policy; a model that does not fit
+        UserError, ConfigErrors: a reward function that cannot be asked; a checkpoint that is not there, is no reward model, or knows other words than the policy; a model that does not fit
             its layout.
     """
-    if stages.models(config) == ("policy",):
+    if config.stage.name not in (*stages.ONLINE, "dpo"):
         return []
+    if config.stage.name in stages.ONLINE and config.rewards.functions:
+        from rlhf.rewards import check  # the front door is the one place that may name rooms above
+
+        check(config.rewards)
     errors: list[UserError] = []
     found: list[Member] = []
     start = checkpoint.find(config.checkpoint.start, Path(config.run.dir) / "checkpoints", key=KEY, best=True)

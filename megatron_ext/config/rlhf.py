@@ -1,11 +1,9 @@
 """Rules of the stages after pretraining: where they start from, what is generated and scored, and what would be learnt from it. No torch.
 
-They belong to the rules of `validate.py`, which says what a rule is. What a configuration alone cannot tell (the sizes of a reward model) is
-checked when its checkpoint's record is read, in `cli/cast.py`. Stop criteria and placement have their rules in `stopping.py` and `placement.py`.
+They belong to the rules of `validate.py`, which says what a rule is. What a configuration alone cannot tell (the sizes of a reward model,
+reward functions) is checked in `cli/cast.py`. Stop criteria and placement have their rules in `stopping.py` and `placement.py`.
 """
-import difflib
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +93,7 @@ def no_dropout(config: Config) -> Iterator[UserError]:
 
 
 def placements_fit(config: Config) -> Iterator[UserError]:
-    if config.lora.rank and config.reference_layout != PlacementConfig() and "reference" in models(config):
+    if config.lora.rank and config.reference_layout != PlacementConfig() and config.stage.name in (*ONLINE, "dpo"):
         yield UserError("reference_layout", "...", "must be left out with lora.rank: the reference is the policy without its adapters, where it stands")
         return
     for role in models(config):
@@ -130,17 +128,6 @@ def rewards_are_named(config: Config) -> Iterator[UserError]:
     for path in rewards.models:
         if not Path(path).is_dir():
             yield UserError("rewards.models", path, "is not there; name a checkpoint or run directory of the reward stage")
-    for name in rewards.functions:
-        function = re.match(r"(?s)([\w.]+(?::[A-Za-z_]\w*)?)(?::[A-Za-z_]\w*=.*)?\Z", name)  # settings: rlhf/rewards/registry.py
-        if function and (function[1] in REWARD_FUNCTIONS or ":" in function[1]):
-            continue
-        close = difflib.get_close_matches(name.partition(":")[0], REWARD_FUNCTIONS, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}? " if close else ""
-        yield UserError("rewards.functions", name, f"{hint}known are {', '.join(REWARD_FUNCTIONS)}, with settings as in length:target=40; one of your own "
-                        "is module:function")
-    twice = {name for name in rewards.functions if rewards.functions.count(name) > 1}
-    if twice:
-        yield UserError("rewards.functions", f"[{','.join(rewards.functions)}]", f"names {', '.join(sorted(twice))} twice; rewards.weights says how much it counts")
     shown = "[" + ",".join(f"{weight:g}" for weight in rewards.weights) + "]"
     if rewards.weights and len(rewards.weights) != len(rewards.functions):
         yield UserError("rewards.weights", shown, f"must have one weight for each of the {len(rewards.functions)} rewards.functions")

@@ -5,7 +5,7 @@
     reward, dpo         rankings of `chat`; micro-batches are packed by tokens (rollout.batch_tokens)
     ppo, grpo, rloo     prompts of `chat`; a step is an iteration: rollouts, scoring, and the optimizer steps on them
 """
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, PlacementConfig
 
 TEXT = ("pretrain", "adapt")
 RANKED = ("reward", "dpo")
@@ -37,15 +37,15 @@ def has_critic(config: Config) -> bool:
 
 
 def models(config: Config) -> tuple[str, ...]:
-    """Which models lie on the ranks: policy, reference, reward, critic, rollout (the policy's weights in another layout)."""
+    """Which models lie on the ranks: policy, reference (with LoRA it is the policy), reward, critic, rollout (the policy in `rollout_layout`)."""
     stage = config.stage.name
     if stage not in (*ONLINE, "dpo"):
         return ("policy",)
-    found = ["policy", "reference"]
+    found = ["policy"] if config.lora.rank else ["policy", "reference"]
     if stage in ONLINE:
         found += ["reward"] if config.rewards.models else []
         found += ["critic"] if has_critic(config) else []
-        found += ["rollout"]
+        found += ["rollout"] if config.rollout_layout != PlacementConfig() else []
     return tuple(found)
 
 

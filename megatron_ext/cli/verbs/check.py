@@ -26,8 +26,11 @@ def check(config: Config, options: Options) -> int:
     print(geometry.text(config, vocab))
     if members:
         print("\n".join(_table("models", [(one.role, f"{one.parameters:,} parameters", one.layout, str(one.source or "")) for one in members])))
-    if "rollout" in stages.models(config):
-        print("generation  " + _sampling(config))
+    if config.stage.name in stages.ONLINE:
+        where = "rollout" if "rollout" in stages.models(config) else "policy"
+        print(f"generation  by the {where}: {_sampling(config)}")
+    if config.lora.rank and config.stage.name in (*stages.ONLINE, "dpo"):
+        print("reference   the policy without its adapters")
     for number, line in enumerate(ancestry.described(chain)):
         print(f"{'' if number else 'chain':<12}{line}")
     for note in said:
