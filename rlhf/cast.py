@@ -123,7 +123,8 @@ class Cast:
 
     def _begin_average(self) -> None:
         if self.config.ppo.ema is not None:
-            self._average = {(chunk, name): piece.data.detach().float().clone() for chunk, name, piece in self._weights()}
+            with self.policy.awake():
+                self._average = {(chunk, name): piece.data.detach().float().clone() for chunk, name, piece in self._weights()}
 
     def _average_state(self) -> dict:
         """The averages, as the policy's weights are in its own state, in fp32."""

@@ -133,16 +133,18 @@ class _Loop:
         stop = criteria.after_step(steps_done=position.steps, tokens_done=position.tokens, finite=report.applied or report.searching)
         stop = _agreed(stop, config)  # before the ranks validate together, or do not
 
-        validation: dict[str, float] = {}
         every = config.validation.every
-        if self.stage.validates and (every and position.steps % every == 0 or config.validation.at_end and stop and not stop.failed):
-            self.validation = validation = self.stage.validate(position)
-            if "validation_loss" in validation:
-                verdict = criteria.after_validation(steps_done=position.steps, loss=validation["validation_loss"])
-                stop = stop if stop and stop.failed else verdict or stop
-            self.journal.event("validation", step=position.steps, **validation)
+        at_end = config.validation.at_end
+        validation: dict[str, float] = {}
+        if every and position.steps % every == 0 or at_end and stop and not stop.failed:
+            validation = self._validate()
         metrics = {"step": position.steps, "loss": report.loss, **report.numbers, **validation}
         own = self.stage.verdict(metrics)
+        if own and at_end and not validation:
+            validation = self._validate()
+            metrics |= validation
+        if "validation_loss" in validation:
+            own = criteria.after_validation(steps_done=position.steps, loss=validation["validation_loss"]) or own
         stop = stop if stop and stop.failed else own or stop
         self.journal.step(position.steps, report, seconds=seconds, tokens_done=position.tokens, validation=validation)
         if validation and self.stage.best is not None and self.stage.best.better(position.steps, metrics):
@@ -150,6 +152,13 @@ class _Loop:
             if self.saver.protect_step(position.steps):
                 self._name_best()
         return stop
+
+    def _validate(self) -> dict[str, float]:
+        if not self.stage.validates:
+            return {}
+        self.validation = self.stage.validate(self.position)
+        self.journal.event("validation", step=self.position.steps, **self.validation)
+        return self.validation
 
     def _save(self, background: bool) -> None:
         config, position = self.config, self.position
