@@ -1,6 +1,6 @@
 """What the stages of RLHF read: conversations, rankings and prompts of `chat.path`, in tokens, with a part held out.
 
-The part is chosen by a hash of the prompt, so that the same prompt is never on both sides, and adding records moves none.
+The part is chosen by a hash of the first question, so that the same prompt is never on both sides, and adding records moves none.
 """
 import hashlib
 import json
@@ -21,7 +21,7 @@ from rlhf.data import stdlib_files
 from rlhf.data.examples import Example, Skipped, examples, question, ranked
 from rlhf.data.packing import ChatSamples
 from rlhf.data.records import KINDS, Message, read
-from rlhf.data.template import Template
+from rlhf.data.template import Refused, Template
 from rlhf.experience import Sequence_
 from rlhf.ranked import Ranked
 from rlhf.rollout import Question, longest_prompt
@@ -147,7 +147,11 @@ class Prompts(Chat):
     def tokens(self, records: Sequence) -> list[Question]:
         found, skipped, longest = [], Skipped(), longest_prompt(self.config)
         for record in records:
-            tokens = question(record.messages, self.template)
+            try:
+                tokens = question(record.messages, self.template)
+            except Refused as error:
+                skipped.add(f"the template {error.reason}")
+                continue
             if len(tokens) > longest:
                 skipped.add(f"prompt longer than {longest} tokens")
                 continue
@@ -172,8 +176,9 @@ def _shown(messages: Sequence[Message]) -> str:
 
 
 def _held_out(messages: Sequence[Message], share: float) -> bool:
-    asked = [message for message in messages if message["role"] != "assistant"] if messages and messages[-1]["role"] == "assistant" else messages
-    text = json.dumps([dict(message) for message in asked], ensure_ascii=False, sort_keys=True)
+    """By the first question: dialogues that begin alike share prompts (each turn is one), and so are on the same side, in every stage."""
+    asked = next(message for message in messages if message["role"] not in ("assistant", "system"))
+    text = json.dumps([dict(asked)], ensure_ascii=False, sort_keys=True)
     return int.from_bytes(document_digest(text)[:8], "big") / 2**64 < share
 
 

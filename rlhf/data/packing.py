@@ -5,6 +5,7 @@ together depends on the lengths alone, so that every epoch has as many bins.
 """
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 
@@ -32,24 +33,52 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_by_tokens(lengths: Sequence[int], budget: int, groups: Sequence[int] | None = None) -> list[list[int]]:
-    """Micro-batches of at most `budget` tokens.
+    """Micro-batches of at most `budget` tokens: as few as best fit needs, and of like size where that many can be.
+
+    Like sizes matter because all micro-batches of a pipeline are padded to the longest, and the fullest decides the memory. The longest first, each
+    to the emptiest bin (Graham 1969); where that overfills one, best fit it is.
 
     Args:
         lengths: tokens of each item.
         groups: items of one group stay in one bin, together; a group (or an item) longer than the budget has one of its own.
     Returns:
-        Numbers of items in each bin: groups in the order of their first item, items in their own.
+        Numbers of items in each bin: groups in the order of their first item, items in their own; bins in the order of their first item.
+    Raises:
+        ValueError: not one group for each item.
     """
+    if groups is not None and len(groups) != len(lengths):
+        raise ValueError(f"{len(groups)} groups for {len(lengths)} items")
     units: dict[int, list[int]] = {}
     for item in range(len(lengths)):
         units.setdefault(item if groups is None else groups[item], []).append(item)
     members = list(units.values())
-    bins = best_fit([sum(lengths[item] for item in unit) for unit in members], budget)
-    return [[item for number in sorted(found) for item in members[number]] for found in bins]
+    sizes = [sum(lengths[item] for item in unit) for unit in members]
+    alone = [[number] for number, size in enumerate(sizes) if size > budget]
+    rest = [number for number, size in enumerate(sizes) if size <= budget]
+    tight = best_fit([sizes[number] for number in rest], budget)
+    bins = _level([sizes[number] for number in rest], len(tight), budget) or tight
+    found = sorted(sorted(one) for one in [*alone, *([rest[place] for place in one] for one in bins)])
+    return [[item for number in one for item in members[number]] for one in found]
+
+
+def _level(sizes: Sequence[int], count: int, capacity: int) -> list[list[int]] | None:
+    """Items in `count` bins of like size; None where one would be overfull."""
+    loads = [(0, number) for number in range(count)]  # a heap
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for item in sorted(range(len(sizes)), key=lambda item: (-sizes[item], item)):
+        load, number = heappop(loads)
+        if load + sizes[item] > capacity:
+            return None
+        bins[number].append(item)
+        heappush(loads, (load + sizes[item], number))
+    return [one for one in bins if one]
 
 
 class ChatSamples(Samples):
     """Examples packed into samples of a fixed length: each example whole, once an epoch, and blind to the others.
+
+    What is left of a sample is a document of its own, of end-of-document tokens that nobody learns. A new epoch deals the examples anew among the
+    places for their length, and shuffles the bins.
 
     Args:
         examples: none longer than `sequence_length` + 1 tokens.
@@ -57,7 +86,7 @@ class ChatSamples(Samples):
         reshuffle: a new order each epoch (training), or always the first one.
 
     Raises:
-        UserError: no examples.
+        UserError: no examples. ValueError: one that is too long.
     """
 
     masking = Masking(reset_positions=True, reset_attention=True)
@@ -70,6 +99,8 @@ class ChatSamples(Samples):
         self.examples, self.sequence_length, self.vocab_size, self.eod = examples, sequence_length, vocab_size, eod
         self._seed, self._reshuffle = seed, reshuffle
         lengths = [len(example.tokens) for example in examples]
+        if max(lengths) > sequence_length + 1:
+            raise ValueError(f"an example of {max(lengths)} tokens does not fit into {sequence_length} + 1")
         # Slots by falling length: an epoch fills each with another example of that length, so that the bins are the same.
         self._slots = best_fit(lengths, sequence_length + 1) if packing else [[item] for item in range(len(lengths))]
         self._lengths = np.array(lengths)
