@@ -89,8 +89,8 @@ JOBS = (
 )
 
 
-def weights_hash(engine) -> str:
-    """SHA-256 over the whole tensors of the model by name, put together from all ranks; on the layout's first rank, else ""."""
+def whole_weights(engine) -> dict | None:
+    """The whole tensors of the model by name and layer, put together from all ranks; on the layout's first rank, else None. Collective."""
     import torch
     import torch.distributed as dist
 
@@ -109,13 +109,20 @@ def weights_hash(engine) -> str:
     everything = [None] * len(engine.layout.ranks) if dist.get_rank() == first else None
     dist.gather_object(parts, everything, dst=first, group=engine.groups.intra_dist_opt)
     if everything is None:
-        return ""
+        return None
     whole: dict[str, torch.Tensor] = {}
     for name, shape, offset, part in (entry for rank in everything for entry in rank):
         target = whole.setdefault(name, torch.full(shape, float("nan"), dtype=part.dtype))
         target[tuple(slice(o, o + n) for o, n in zip(offset, part.shape))] = part
     assert not any(tensor.isnan().any() for tensor in whole.values())
-    digest = hashlib.sha256()
+    return whole
+
+
+def weights_hash(engine) -> str:
+    """SHA-256 over `whole_weights`; "" where they are None."""
+    whole, digest = whole_weights(engine), hashlib.sha256()
+    if whole is None:
+        return ""
     for name in sorted(whole):
         digest.update(name.encode() + whole[name].float().numpy().tobytes())
     return digest.hexdigest()
