@@ -252,7 +252,7 @@ class RewardsConfig:
 
     models: tuple[str, ...] = ()  # checkpoints of the reward stage; several are an ensemble (their mean)
     model_weight: float = 1.0
-    functions: tuple[str, ...] = ()  # of rlhf/rewards: length, format, exact_match, code, or module:function of your own
+    functions: tuple[str, ...] = ()  # length, format, exact_match, overlap, repetition, code, or module:function; NAME:SETTING=VALUE (docs/rewards.md)
     weights: tuple[float, ...] = ()  # of `functions`; empty = 1 each
     timeout: float = 10.0  # seconds that a function may take for one response
     clip: float | None = None  # rewards outside [-clip, clip] are clipped

@@ -46,6 +46,10 @@ class Worker:
     def idle(self) -> bool:
         return self.ready and self.task is None
 
+    @property
+    def dead(self) -> bool:
+        return self._process.poll() is not None
+
     def ask(self, task: object, request: dict, *, seconds: float) -> bool:
         """False: it is not there any more."""
         self.task, self.deadline = task, time.monotonic() + seconds

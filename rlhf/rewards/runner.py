@@ -95,7 +95,8 @@ class Functions:
             values[asked.name] = [one.get("value", stand_in) for one in column]
             reasons = Counter(one["failed"] for one in column if "failed" in one)
             failures += [(asked.name, reason, count) for reason, count in reasons.most_common()]
-            self._count(asked.name, barren=bool(column) and not known, reasons=reasons)
+            if items:
+                self._count(asked.name, barren=not known, reasons=reasons)
         return Scores(values, failures)
 
     def _count(self, name: str, *, barren: bool, reasons: Counter) -> None:
@@ -117,6 +118,9 @@ class _Scoring:
 
     def run(self, workers: list[Worker], *, most: int, scratch: str) -> dict[tuple[int, int], dict]:
         """Takes `workers` as they are, and leaves in the list those that live; none where it is interrupted."""
+        for worker in [worker for worker in workers if worker.dead]:
+            workers.remove(worker)
+            worker.end()
         with selectors.DefaultSelector() as events:
             for worker in workers:
                 events.register(worker, selectors.EVENT_READ)
@@ -190,6 +194,11 @@ class _Scoring:
 
 
 def _close(workers: list[Worker], scratch: str) -> None:
+    """A folder that cannot be deleted stays: no reason for a run to fail at its end."""
     while workers:
         workers.pop().end()
-    sandbox.remove(scratch)
+    for _ in range(20):  # code that ran in a process just ended may be writing until its supervisor is gone too
+        try:
+            return sandbox.remove(scratch)
+        except OSError:
+            time.sleep(0.1)

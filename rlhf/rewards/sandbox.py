@@ -27,7 +27,6 @@ import json
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -159,22 +158,34 @@ def _folder() -> Iterator[str]:
 
 def remove(folder: str) -> None:
     """Deletes a folder whatever is in it: folders without permissions, or nested deeper than a path can be long. Follows no link."""
-    number = 0
-    waiting = [folder]
-    while waiting:
-        place = waiting.pop()
-        with os.scandir(place) as entries:
-            for entry in list(entries):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    number += 1
-                    waiting.append(os.path.join(folder, f"{number}.waiting"))
-                    os.rename(entry.path, waiting[-1])
-                else:
-                    os.unlink(entry.path)
-        if place != folder:
-            os.rmdir(place)
-    shutil.rmtree(folder, ignore_errors=True)
+    how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    here = os.open(folder, how)
+    try:
+        names, left = [], [_unlink_files(here)]  # of the folders from `folder` down to here; what is still in each
+        while names or left[-1]:
+            if left[-1]:
+                names.append(left[-1].pop())
+                os.chmod(names[-1], 0o700, dir_fd=here)
+                there = os.open(names[-1], how, dir_fd=here)
+                left.append(_unlink_files(there))
+            else:
+                left.pop()
+                there = os.open("..", how, dir_fd=here)
+                os.rmdir(names.pop(), dir_fd=there)
+            here, before = there, here
+            os.close(before)
+    finally:
+        os.close(here)
+    os.rmdir(folder)
+
+
+def _unlink_files(folder: int) -> list[str]:
+    """Deletes what is no folder. The names of the folders."""
+    with os.scandir(folder) as entries:
+        folders = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+    for name in [name for name, is_folder in folders.items() if not is_folder]:
+        os.unlink(name, dir_fd=folder)
+    return [name for name, is_folder in folders.items() if is_folder]
 
 
 def _readable() -> list[str]:

@@ -141,6 +141,8 @@ def _run(job: dict) -> None:
         module = types.ModuleType(name)
         sys.modules[name], sys.argv[:], sys.path[:] = module, ["solution.py"], sys.path[1:]
         os.environ.clear()
+        for own in ("barriers", "seccomp"):
+            del sys.modules[own]
         exec(compile(job["code"], "<response>", "exec", dont_inherit=True), module.__dict__)  # noqa: S102 - what all this is for
         for number, test in enumerate(job["tests"]):
             try:
@@ -162,4 +164,5 @@ def _run(job: dict) -> None:
         os._exit(status & 0xFF)
 
 
-main()
+if __name__ == "__main__":
+    main()
