@@ -16,11 +16,14 @@ import zstandard
 
 from megatron_ext.config.schema import DataConfig
 from megatron_ext.data import prepare as prepare_module
+from megatron_ext.data import source as source_module
 from megatron_ext.data.build import build_datasets, default_directory, ensure_prepared
+from megatron_ext.data.definitions import doc_documents
 from megatron_ext.data.index import TokenFile
 from megatron_ext.data.ngram import Trigram, trigram_baseline
 from megatron_ext.data.prepare import prepare
 from megatron_ext.data.prepared import Prepared
+from megatron_ext.data.source import open_source
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 
@@ -273,6 +276,23 @@ def test_the_embedded_corpus_to_batches_and_the_baseline(tmp_path):
     assert built["train"].samples_per_epoch > 8000 and built["validation"].samples_per_epoch > 50
     baseline = trigram_baseline(prepared.directory)
     assert 1.4 < baseline["bits_per_byte"] < 2.2  # FACTS.md: 1.80 on another split of this corpus
+
+
+def test_the_documentation_is_another_corpus_in_the_same_tokens(ready, tmp_path, monkeypatch):
+    """`adapt` blends it with the general text, so it is prepared with that one's tokenizer."""
+    docs, code = (open_source(DataConfig(corpus=corpus), None) for corpus in ("stdlib-docs", "stdlib"))
+    assert docs.fingerprint != code.fingerprint and docs.name != code.name and docs.files == code.files
+    with pytest.raises(UserError, match="stdlib-docs"):
+        open_source(DataConfig(corpus="wiki"), None)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "a.py").write_text('"""A module."""\nimport b\ndef f(x):\n    """What f does."""\n', encoding="utf-8")
+    monkeypatch.setattr(source_module, "stdlib_files", lambda: [tmp_path / "library" / "a.py"])
+    monkeypatch.setitem(source_module.CORPORA, "stdlib-docs", lambda read: doc_documents(tmp_path / "library", read=read))
+    general = ready[1]
+    domain = prepare(replace(DATA, corpus="stdlib-docs", tokenizer=str(general.tokenizer_path), split=(1, 0, 0), workers=1), None, tmp_path / "out")
+    assert domain.tokenizer_sha256 == general.tokenizer_sha256 and "documentation" in domain.fields["corpus"]["name"]
+    file = TokenFile(domain.splits["train"].prefix)
+    assert Tokenizer.from_file(domain.tokenizer_path).decode(file.read(0).tolist()[:-1]) == "a\nA module.\n\na.f(x)\nWhat f does.\n"
 
 
 def test_different_tokenizers_do_not_blend(ready, tmp_path):

@@ -21,7 +21,7 @@ from megatron_ext.errors import UserError
 from rlhf.data import stdlib_tasks
 
 FILE = "tasks.json"
-FORMAT = "rlhf.tasks/1"  # counted up when other tasks come out of the same library
+FORMAT = "rlhf.tasks/2"  # counted up when other tasks come out of the same library
 STAGES = {"sft": "sft.jsonl", **dict.fromkeys(("reward", "dpo"), "rankings.jsonl"), **dict.fromkeys(("ppo", "grpo", "rloo"), "prompts.jsonl")}
 
 

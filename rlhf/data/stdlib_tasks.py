@@ -13,11 +13,13 @@ model knows the answers from.
 **Rankings** have four responses: the true answer; the true answer cut off before its end; another definition's answer, from another module and
 without a word of the question in it; the true answer's words in random order. The order is
 
-    true  >  cut off  >  another's = shuffled
+    true  >  cut off = another's  >  shuffled
 
-since a cut answer says less but nothing wrong, while the other two fail in ways (fluent and false; the right words and no sentence) between which
-people do not agree: that pair is a tie. Each answer serves about once as the true one and once as another's, so the answer alone does not tell
-how good it is; only answer and question together do. Lengths follow the same law but for the cut one.
+since the true answer is whole and to the point, a cut one is to the point only, another's is whole only, and words in random order are no answer
+at all. Which of the middle two is worse people do not agree on: a tie. (Were cut off > another's a pair, a model that does not know yet which answer
+belongs to which question, and that is what takes longest to learn, would find that answers without a full stop are better, and learn true > cut
+off backwards; seen in trials.)
+Each answer serves about once as the true one and once as another's, so the answer alone does not tell how good it is: only question and answer do.
 """
 import ast
 import hashlib
@@ -115,22 +117,21 @@ def rankings(questions: Sequence[Task]) -> Iterator[dict]:
         true, short, other, mixed = (order.index(number) for number in range(len(responses)))
         yield {
             "prompt": task.prompt, "responses": [responses[number] for number in order],
-            "ranking": [true, short, sorted((other, mixed))], "demonstration": true,
+            "ranking": [true, sorted((short, other)), mixed], "demonstration": true,
         }  # fmt: skip
 
 
 def cut_off(task: Task) -> str | None:
-    """The first 30 to 70 % of the answer's words. Of a sentence without its end; of code such that it is no complete code. None: it cannot be cut so."""
+    """The answer up to the end of a word between 30 and 70 % of its length: a sentence without its end, or code such that it is no complete code. None
+    where code cannot be cut so."""
     ends = [match.end() for match in re.finditer(r"\S+", task.answer)]
-    candidates = ends[max(1, int(0.3 * len(ends))) - 1 : max(2, int(0.7 * len(ends)))]
+    candidates = [end for end in ends if 0.3 <= end / len(task.answer) <= 0.7]
     _random("cut", task.prompt).shuffle(candidates)
     for end in candidates:
         cut = task.answer[:end]
         if task.kind == "describe":
-            cut = cut.rstrip(".,;:!?")
-            if cut:
-                return cut
-        elif not _parses(cut):
+            return cut.rstrip(".,;:!?")
+        if not _parses(cut):
             return cut
     return None
 
