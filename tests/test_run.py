@@ -1,21 +1,35 @@
-"""The main job from one command, small but whole: corpus, tokenizer, two tensor-parallel ranks, evaluation, completions, report."""
+"""The main job from one command, small but whole: corpus, tokenizer, five stages over two ranks, report; and going on after a kill."""
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.checkpoint import find
+from megatron_ext.checkpoint.ancestry import chain
+
 ROOT = Path(__file__).parents[1]
+STAGES = ("pretrain", "adapt", "sft", "reward", "ppo")
 WORDS = (
-    "model=micro_llama", "data.vocab_size=512", "data.sequence_length=64", "train.tokens=20000", "train.global_batch_size=8", "train.micro_batch_size=4",
-    "optim.warmup_steps=5", "validation.every=20", "checkpoint.every=20", "generate.max_tokens=8", "data.split=[0.7,0.2,0.1]",
+    "model=micro_llama", "data.vocab_size=512", "data.sequence_length=128", "train.global_batch_size=8", "train.micro_batch_size=4", "log.wandb=disabled",
+    "optim.warmup_steps=1", "validation.samples=16", "checkpoint.every=4", "data.split=[0.7,0.2,0.1]", "chat.overlong=truncate",
+    "pretrain:train.tokens=20480", "pretrain:validation.every=20", "adapt:train.tokens=4096", "adapt:validation.every=4", "sft:train.steps=4", "sft:validation.every=2",
+    "reward:train.steps=3", "reward:validation.every=3", "ppo:train.steps=2", "ppo:rollout.prompts=8", "ppo:ppo.evaluate_prompts=8", "ppo:validation.every=2",
+    "ppo:generate.max_tokens=12",
 )
 
 
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", "megatron_ext", "run", *WORDS, *words]
+
+
 def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "megatron_ext", "run", *WORDS, *words], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
 
 
 def lines(path: Path) -> list[dict]:
@@ -23,48 +37,84 @@ def lines(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+def finished(tmp_path_factory) -> tuple[Path, tuple[str, ...], float]:
+    """A whole job that was killed in the middle of its sft stage, and started again."""
     folder = tmp_path_factory.mktemp("main job")
     sources = sorted(Path(json.__file__).parent.parent.glob("*.py"))[:40]
     with open(folder / "text.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": source.read_text(encoding="utf-8")}) + "\n" for source in sources)
     words = (f"run.dir={folder / 'run'}", f"data.cache={folder / 'data'}", f"input={folder / 'text.jsonl'}")
+    started = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = folder / "run" / "sft" / "metrics.jsonl"
+    deadline = time.monotonic() + 400
+    while not (metrics.exists() and metrics.read_text()):
+        assert started.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    before = (folder / "run" / "pretrain" / "metrics.jsonl").stat().st_mtime_ns
+    os.kill(started.pid, signal.SIGKILL)
+    started.wait()
+    time.sleep(3)  # its ranks see that it is gone
     done = run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "run", words
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder / "run", words, before
 
 
-def test_it_leaves_a_report_of_what_it_did(finished):
-    directory, _ = finished
+def test_it_leaves_a_report_of_every_stage(finished):
+    directory, *_ = finished
     report = (directory / "report.md").read_text(encoding="utf-8")
-    for part in ("sha256", "bits_per_byte", "def main(", "loss.png", "throughput.png", "python -m megatron_ext run"):
+    for part in ("sha256", "bits per byte", "pretrain/loss.png", "ppo/", "python -m megatron_ext run", *(f"## {stage}" for stage in STAGES)):
         assert part in report, part
-    for name in ("loss.png", "throughput.png"):
-        assert (directory / name).read_bytes().startswith(b"\x89PNG")
+    for stage in STAGES:
+        assert (directory / stage / "report.md").exists(), stage
+    for picture in re.findall(r"\]\(([a-z]+/[a-z_]+\.png)\)", report):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG"), picture
+    assert "def main(" in (directory / "pretrain" / "report.md").read_text(encoding="utf-8")
 
 
-def test_it_learned_and_says_why_it_stopped(finished):
-    directory, _ = finished
-    metrics = lines(directory / "metrics.jsonl")
-    assert [record["step"] for record in metrics] == list(range(1, 41))  # 20,000 tokens in steps of 8 x 64
-    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.5 and metrics[-1]["tokens"] == 40 * 8 * 64
-    assert metrics[-1]["validation_bits_per_byte"] > 0
-    stop = [event for event in lines(directory / "events.jsonl") if event["kind"] == "stop"]
-    assert len(stop) == 1 and stop[0]["criterion"] in ("tokens", "steps") and stop[0]["checkpoint"].endswith("step_00000040")
+def test_it_learned_and_says_why_each_stage_stopped(finished):
+    directory, *_ = finished
+    metrics = lines(directory / "pretrain" / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == list(range(1, 21))  # 20,480 tokens in steps of 8 x 128
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.2 and metrics[-1]["tokens"] == 20480
+    for stage in STAGES:
+        stop = [event for event in lines(directory / stage / "events.jsonl") if event["kind"] == "stop"]
+        assert len(stop) == 1 and stop[0]["reason"] and "step_" in stop[0]["checkpoint"], stage
 
 
-def test_evaluation_in_the_report_is_that_of_the_last_validation(finished):
-    directory, _ = finished
-    metrics = lines(directory / "metrics.jsonl")
-    stated = [float(found) for found in re.findall(r"bits_per_byte[^0-9]*([0-9.]+)", (directory / "report.md").read_text(encoding="utf-8"))]
-    # All of the split here, its first 256 sequences there: the same text where the split is smaller than that.
-    assert any(abs(value - metrics[-1]["validation_bits_per_byte"]) < 0.05 for value in stated), stated
+def test_it_went_on_where_it_was_killed(finished):
+    """Stages that were done are not done again; the one that was under way continues, or begins anew where it had no checkpoint yet."""
+    directory, _, before = finished
+    assert (directory / "pretrain" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert [record["step"] for record in lines(directory / "sft" / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_the_chain_can_be_read_back(finished):
+    directory, *_ = finished
+    found = chain(find(str(directory / "ppo"), directory, best=True))
+    assert [link["stage"] for link in found] == ["ppo", "sft", "adapt", "pretrain"] and not any("broken" in link for link in found)
+    assert {role["role"] for role in found[0]["roles"]} == {"reference", "reward"}
+    assert find(str(directory), directory, best=True).parents[1] == directory / "ppo"  # the job's directory means its last policy
+
+
+def test_samples_before_and_after(finished):
+    directory, *_ = finished
+    samples = lines(directory / "ppo" / "samples.jsonl")
+    assert {sample["step"] for sample in samples} == {0, 2} and len(samples) == 16
+    assert all({"prompt", "response", "reward", "kl", "stop"} <= set(sample) for sample in samples)
 
 
 def test_a_second_call_trains_nothing_and_reports_again(finished):
-    directory, words = finished
-    before = (directory / "metrics.jsonl").read_bytes()
+    directory, words, _ = finished
+    before = {stage: (directory / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
     (directory / "report.md").unlink()
     done = run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (directory / "metrics.jsonl").read_bytes() == before and (directory / "report.md").exists()
+    assert (directory / "report.md").exists() and done.stdout.count("done before") == 5
+    assert before == {stage: (directory / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
+
+
+@pytest.mark.parametrize("word, key", [("ppo:train.stepz=3", "train.stepz"), ("pppo:train.steps=3", "pppo"), ("run.stages=[ppo]", "run.stages"),
+                                       ("reward:train.steps=0", "train.steps")])
+def test_a_mistake_in_a_late_stage_is_told_at_once(tmp_path, word, key):
+    done = run(f"run.dir={tmp_path / 'run'}", word)
+    assert done.returncode == 2 and key in done.stderr and not (tmp_path / "run").exists(), done.stdout + done.stderr
