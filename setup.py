@@ -11,6 +11,7 @@ REQUIRES = [
     "omegaconf>=2.3,<2.4",
     "PyYAML>=6,<7",
     "tokenizers>=0.20,<0.24",
+    "jinja2>=3.1,<4",  # chat templates
     "pyarrow>=16,<27",
     "zstandard>=0.22,<0.26",
     "tqdm>=4.66,<5",
