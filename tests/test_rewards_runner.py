@@ -243,3 +243,4 @@ functions(["a"] * 2, ["bad"] * 2, [{}] * 2, [None] * 2)
     for child in children:  # what a function has started by itself is its own business when everything is killed
         if child.is_running() and child.cmdline() == ["sleep", "61.37"]:
             child.kill()
+            child.wait()

@@ -257,7 +257,7 @@ time.sleep({{}})
 print("left them")
 """
     for wait, end in ((0.1, "ended"), (60, "timeout")):
-        outcome = run(code.format(wait), limits=Limits(seconds=1), barriers=barriers)
+        outcome = run(code.format(wait), limits=Limits(seconds=1, threads=100_000), barriers=barriers)
         assert outcome.end == end and (outcome.stdout == "left them\n") == (end == "ended")
         assert holders(marker) == []
 
@@ -279,6 +279,14 @@ thread = threading.Thread(target=print, args=("thread",)); thread.start(); threa
     assert set(outcome.stdout.split()) == {str(errno.EPERM), "thread"} and outcome.ok
     bomb = run("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", limits=Limits(seconds=0.3), barriers=barriers)
     assert bomb.end == "timeout" and bomb.stderr == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the kernel does not count root's processes")
+@sets(WORLD, NONE)
+def test_processes_are_counted_where_no_filter_refuses_them(scratch, barriers):
+    code = "import os, time\nfor _ in range(200):\n  try:\n    if os.fork() == 0: time.sleep(60)\n    print('x')\n  except OSError: pass"
+    outcome = run(code, limits=Limits(threads=12), barriers=barriers)
+    assert outcome.ok and outcome.stdout.count("x") < 12 and (outcome.stdout.count("x") > 5 or not barriers)
 
 
 def test_folders_that_are_hard_to_delete(scratch, tmp_path):

@@ -114,17 +114,20 @@ def system_calls() -> bool:
     return seccomp.install()
 
 
-def resources(*, seconds: float, memory: int, file: int, files: int, threads: int) -> None:
-    """Limits that are only ever lowered.
-
-    Args:
-        seconds: of CPU time, rounded up. memory: bytes of addresses. file: bytes of a file. files: open ones.
-        threads: of this user; the kernel does not count those of root.
-    """
-    wanted = {
+def resources(*, seconds: float, memory: int, file: int, files: int) -> None:
+    """Limits that are only ever lowered: CPU time (rounded up), bytes of addresses, bytes of a file, open files."""
+    _limit({
         resource.RLIMIT_CPU: max(1, math.ceil(seconds)), resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file, resource.RLIMIT_NOFILE: files,
-        resource.RLIMIT_NPROC: threads, resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,
-    }  # fmt: skip
+        resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,
+    })  # fmt: skip
+
+
+def processes(most: int) -> None:
+    """Processes and threads of this user: in its namespace, where it has one; else all on the machine. The kernel does not count root's."""
+    _limit({resource.RLIMIT_NPROC: most})
+
+
+def _limit(wanted: dict[int, int]) -> None:
     for kind, value in wanted.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
