@@ -180,6 +180,15 @@ def test_responses_that_are_compared_see_the_same_prompt(tokenizer):
     assert ranked(record, template, longest=1, truncate=True, skipped=Skipped()) is None
 
 
+def test_reasons_are_counted_and_not_listed(tokenizer):
+    """A reason is an event: it must not differ from record to record."""
+    template, skipped = Template(tokenizer), Skipped()
+    for words in range(1, 30):
+        record = Ranking(({"role": "user", "content": "Hello " * words},), ("Fine. " * 25, "Fine. " * words), (0, 1))
+        ranked(record, template, longest=40, truncate=True, skipped=skipped)
+    assert len(skipped.counts) <= 3 and sum(skipped.counts.values()) > 30
+
+
 def test_micro_batches_are_few_and_of_like_size():
     draw = np.random.default_rng(1)
     for _ in range(50):

@@ -93,11 +93,11 @@ def ranked(record: Ranking, template: Template, *, longest: int, truncate: bool,
     if truncate:
         room = _room(len(prompt), max(map(len, answers)), longest)
         if len(prompt) > room:
-            skipped.add(f"prompt truncated to {room} tokens")
+            skipped.add(f"prompt truncated to fit into {longest} tokens")
             prompt = prompt[len(prompt) - room :]
         for number, answer in enumerate(answers):
             if room + len(answer) > longest:
-                skipped.add(f"response truncated to {longest - room} tokens")
+                skipped.add(f"response truncated to fit into {longest} tokens")
                 answers[number] = answer[: longest - room]
     kept = [number for number, answer in enumerate(answers) if len(prompt) + len(answer) <= longest]
     for _ in range(len(answers) - len(kept)):
