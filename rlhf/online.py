@@ -87,7 +87,7 @@ class Online:
         questions = choose(self.prompts.training, first=position.steps * config.rollout.prompts, count=config.rollout.prompts, seed=config.data.seed)
         with self.cast.generating() as engine:
             rollouts = roll_out(engine, questions, config.generate, samples=config.rollout.samples, first=position.steps * count,
-                                tokenizer=self.prompts.tokenizer)
+                                tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end)
         clock.lap("rollout")
         kept = self._kept()
         wanted = passes(count, config, iteration=position.steps, reshuffle=kept is None)
@@ -236,7 +236,7 @@ class Online:
         """(rollouts, judgement, KL of each response k1 fp32 [n]). Collective."""
         config = self.config
         with self.cast.generating() as engine:
-            rollouts = roll_out(engine, self.prompts.held_out, config.generate, samples=1, first=HELD_OUT, tokenizer=self.prompts.tokenizer)
+            rollouts = roll_out(engine, self.prompts.held_out, config.generate, samples=1, first=HELD_OUT, tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end)
         kept, everyone = self._kept(), range(len(rollouts.completions))
         temperature = config.generate.temperature
         if kept is not None:  # which words were left is the policy's to say
@@ -290,6 +290,7 @@ class Online:
     def ends(self, position: Position, stop: Stop, journal) -> None:
         if self.validates:
             self._samples(position, journal)
+        journal.event("memory", step=position.steps, offload=self.config.ppo.offload, bytes=self.cast.ledger.now(), peak=self.cast.ledger.peak)
         self.cast.close()
 
     def _samples(self, position: Position, journal) -> None:

@@ -70,14 +70,15 @@ class Rollouts:
         return [one.stop in ("eod", "stop_string") for one in self.completions]
 
 
-def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateConfig, *, samples: int, first: int, tokenizer: Tokenizer) -> Rollouts:
+def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateConfig, *, samples: int, first: int, tokenizer: Tokenizer,
+             eod: int) -> Rollouts:
     """`samples` responses to each question. Collective over the engine's ranks; the same on all of them.
 
     Args:
-        first: number of the first response.
+        first: number of the first response. eod: the token that ends a turn.
     """
     count = len(questions) * samples
-    completions = generate(engine, [question.tokens for question in questions], replace(settings, samples=samples), tokenizer=tokenizer,
+    completions = generate(engine, [question.tokens for question in questions], replace(settings, samples=samples), tokenizer=tokenizer, eod=eod,
                            sample_ids=range(first, first + count))
     offsets = np.cumsum([0, *(len(one.tokens) for one in completions)]).tolist()
     return Rollouts(

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rlhf_small import make_chain
 from small import prepare_text
 
 os.environ.setdefault("WANDB_MODE", "disabled")  # a second a run; tests/test_observe.py tests the tracker by itself
@@ -14,3 +15,9 @@ if not Path("/dev/nvidiactl").exists():
 def small_data(tmp_path_factory) -> Path:
     """A prepared directory of real text: 500 words, about 40,000 tokens, short documents."""
     return prepare_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def rlhf_chain(small_data, tmp_path_factory) -> dict[str, Path]:
+    """What tests of RLHF start from: records, a pretrained model, a reward model."""
+    return make_chain(tmp_path_factory.mktemp("chain"), small_data)

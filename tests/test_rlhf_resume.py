@@ -3,7 +3,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from rlhf_small import make_chain, ppo_words, run
+from rlhf_small import ppo_words, run
 from small import newest, records
 
 from megatron_ext.checkpoint import read_record
@@ -14,8 +14,8 @@ TIMES = ("seconds", "share", "tokens_per_second")  # what no two runs have in co
 
 
 @pytest.fixture(scope="module")
-def chain(small_data, tmp_path_factory):
-    return make_chain(tmp_path_factory.mktemp("chain"), small_data)
+def chain(rlhf_chain):
+    return rlhf_chain
 
 
 @pytest.fixture(scope="module")
