@@ -79,7 +79,7 @@ def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateCo
     """
     count = len(questions) * samples
     completions = generate(engine, [question.tokens for question in questions], replace(settings, samples=samples), tokenizer=tokenizer, eod=eod,
-                           sample_ids=range(first, first + count))
+                           sample_ids=range(first, first + count), pack=False)
     offsets = np.cumsum([0, *(len(one.tokens) for one in completions)]).tolist()
     return Rollouts(
         [question for question in questions for _ in range(samples)], completions, torch.arange(len(questions)).repeat_interleave(samples),

@@ -5,10 +5,11 @@ import decoders
 import pytest
 import torch
 
+from kernels.rope import rope
 from megatron_ext import platform
 from megatron_ext.config.schema import GenerateConfig
 from megatron_ext.errors import UserError
-from megatron_ext.generate import generate, packed, sampling
+from megatron_ext.generate import generate, packed, sampling, single
 from megatron_ext.generate.checks import check_layout
 from megatron_ext.generate.stage import Stage, decoding
 from megatron_ext.parallel.layout import Layout
@@ -80,7 +81,7 @@ def test_weights_are_packed_only_when_it_pays_and_follow_the_model(connected, mo
     """Between two calls the weights may change: nothing of the packed ones is kept."""
     built = []
     make = packed.Linear
-    monkeypatch.setattr("megatron_ext.generate.single.Linear", lambda: built.append(make()) or built[-1])
+    monkeypatch.setattr("megatron_ext.generate.single.Linear", lambda **options: built.append(make(**options)) or built[-1])
     engine = decoders.build()
     prompt = decoders.prompts([4])
     generate(engine, prompt, GenerateConfig(max_tokens=packed.PACK_AFTER, temperature=0.0))
@@ -88,10 +89,28 @@ def test_weights_are_packed_only_when_it_pays_and_follow_the_model(connected, mo
     before = tokens(generate(engine, prompt, GREEDY))
     weight = engine.models[0].output_layer.weight
     assert bool(built[-1]._packed) == packed.available(weight)
+    generate(engine, prompt, GREEDY, pack=False)
+    assert not built[-1]._packed
     with torch.no_grad():
         weight.mul_(-1)
     after = tokens(generate(engine, prompt, GREEDY))
     assert after != before and after == [decoders.greedy(engine, prompt[0], COUNT)]
+
+
+@pytest.mark.parametrize("name", ["llama", "multi-head, partial and interleaved rotary"])
+def test_a_token_is_turned_by_the_angles_of_training(connected, name):
+    """To the last bit, also far from the start: position x frequency in fp32 would be off by 1e-3 at 10,000."""
+    model = decoders.build(decoders.VARIANTS[name]).models[0]
+    positions, interleaved = torch.tensor([[0], [321], [10_000]]), model.config.rotary_interleaved
+    step = single.SingleToken(model)
+    cos, sin = step._rotation(positions, torch.bfloat16)
+    angle = positions.double() * model.rotary.inv_freq.double()
+    pairs = cos.unflatten(-1, (-1, 2)).transpose(-1, -2) if interleaved else cos.unflatten(-1, (2, -1))
+    assert torch.equal(sin[:, 0, 0], angle.sin().float())
+    assert torch.equal(pairs[:, 0, 0], angle.cos().float()[:, None].expand(-1, 2, -1))
+    x = torch.randn(3, 2, 4, model.config.kv_channels, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected, _ = rope(x.flatten(1, 2), None, angle.cos().float(), angle.sin().float(), interleaved=interleaved)
+    assert torch.equal(step._rotate(x, cos, sin).flatten(1, 2), expected)
 
 
 def test_a_layer_of_other_modules_goes_through_its_own_forward_pass(connected):

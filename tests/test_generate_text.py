@@ -38,7 +38,7 @@ def say(engine, tokenizer, monkeypatch):
         def sample(logits, u, **_):
             drawn = script[:, next(step)]  # a group of rows that are of one length and stay until all are done
             assert len(logits) == len(drawn)
-            return drawn, torch.zeros(len(drawn)), torch.zeros(len(drawn))
+            return drawn, torch.zeros(len(drawn)), torch.zeros(len(drawn)), torch.ones_like(drawn)
 
         monkeypatch.setattr(sampling, "sample", sample)
         monkeypatch.setattr("megatron_ext.generate.decode.LEAVING", 0)

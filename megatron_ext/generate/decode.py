@@ -70,7 +70,7 @@ class Row:
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: GenerateConfig, *, tokenizer: Tokenizer | None = None,
-             eod: int | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False) -> list[Completion]:
+             eod: int | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False, pack: bool = True) -> list[Completion]:
     """Continues each prompt `settings.samples` times. Collective over the engine's ranks; all get all completions, in order.
 
     Args:
@@ -81,6 +81,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
         sample_ids: for each completion its number, in order (prompt 0's samples first); 0, 1, 2, ... where None. Sample i draws from a
             generator seeded by (settings.seed, i).
         modules_only: single tokens go through megatron-core's modules too (slower, to compare with).
+        pack: see `packed.Linear`; False where logprobs are compared with those of training.
 
     Raises:
         UserError: a layout, setting or prompt that cannot work.
@@ -96,7 +97,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
     with ExitStack() as stack:
         stack.enter_context(engine.complete_weights())
         stack.enter_context(decoding(engine.models[0]))
-        run = _Run(engine, settings, tokenizer, eod, modules_only)
+        run = _Run(engine, settings, tokenizer, eod, modules_only, pack)
         run.all(mine)
         done = run.wire.share([run.completion(row) for row in mine] if run.wire.sampler else None)
     answers = _gathered(engine, list(zip([row.place for row in mine], done)))
@@ -132,8 +133,8 @@ def _gathered(engine: Engine, mine: list[tuple[int, Completion]]) -> list[tuple[
 class _Run:
     """Works through one replica's rows."""
 
-    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | None, modules_only: bool):
-        self.stage = Stage(engine.models[0], engine.platform.device, modules_only=modules_only)
+    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | None, modules_only: bool, pack: bool):
+        self.stage = Stage(engine.models[0], engine.platform.device, modules_only=modules_only, pack=pack)
         self.wire = Wire(engine)
         self.hidden_size, self.dtype = engine.core_config.hidden_size, engine.core_config.params_dtype
         self._settings, self._tokenizer, self._eod, self._stages = settings, tokenizer, eod, engine.layout.pp

@@ -23,17 +23,22 @@ def available(weight: Tensor) -> bool:
 
 
 class Linear:
-    """x, W [out, in], bias or None -> x W^T + bias, x [rows, in]. Call `passed` after each pass over the model."""
+    """x, W [out, in], bias or None -> x W^T + bias, x [rows, in]. Call `passed` after each pass over the model.
 
-    def __init__(self):
-        self._passes = 0
+    Args:
+        pack: False never puts weights in another order. oneDNN's sums are another order too: logprobs are then twice as far from those of training,
+            whose products run as the plain ones here.
+    """
+
+    def __init__(self, *, pack: bool = True):
+        self._passes, self._pack = 0, pack
         self._packed: dict[int, Tensor] = {}
 
     def passed(self) -> None:
         self._passes += 1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self._passes < PACK_AFTER or not available(weight):
+        if not self._pack or self._passes < PACK_AFTER or not available(weight):
             return F.linear(x, weight, bias)
         packed = self._packed.get(id(weight))  # the model keeps its parameters alive, so that no other takes the id
         if packed is None:

@@ -21,7 +21,7 @@ from megatron_ext.generate.cache import StageCache
 from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
 from megatron_ext.models.decoder import Decoder
-from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
+from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention, rotary_tables
 from megatron_ext.models.lora import Adapted, active
 from megatron_ext.models.norm import Norm
 
@@ -74,10 +74,10 @@ class SingleToken:
     """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of
     the stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
 
-    def __init__(self, model: Decoder):
+    def __init__(self, model: Decoder, *, pack: bool = True):
         self.model, self.config, self.group = model, model.config, model.tp_group
         self.parallel = self.group.size() > 1
-        self._linear = Linear()
+        self._linear = Linear(pack=pack)
 
     def __call__(self, tokens: Tensor, positions: Tensor, hides: Tensor | None, hidden: Tensor | None, cache: StageCache) -> Tensor:
         model = self.model
@@ -126,17 +126,19 @@ class SingleToken:
         return out if linear.bias is None else out + linear.bias
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """cos [rows, 1, 1, d] and sin [rows, 1, 1, d / 2] of each row's angles, d the rotated part of a head."""
-        angles = self.model.rotary_angles(positions, per_row=True)
-        if angles is None:
+        """cos [rows, 1, 1, d] and sin [rows, 1, 1, d / 2] of each row's angles, d the rotated part of a head: the numbers that the layers train with."""
+        if self.model.rotary is None:
             return None
-        angles = angles[0, :, None]
-        half = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
-        return angles.cos().to(dtype), half.sin().to(dtype)
+        if self.config.layers == "plain":
+            angles = self.model.rotary_angles(positions, per_row=True)[0, :, None]
+            half = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
+            return angles.cos().to(dtype), half.sin().to(dtype)
+        cos, sin = rotary_tables(positions, self.model.rotary.inv_freq.to(positions.device))[:, :, :, None]
+        return cos.repeat_interleave(2, dim=-1) if self.config.rotary_interleaved else torch.cat((cos, cos), dim=-1), sin
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotates the pairs (a, b) of x [rows, groups, heads, head_dim]: a cos - b sin, b cos + a sin. Pairs are neighbours when
-        interleaved, else the two halves."""
+        interleaved, else the two halves. In fp32 where cos and sin are."""
         width = cos.shape[-1]
         part = x[..., :width]
         out = part * cos
@@ -146,4 +148,5 @@ class SingleToken:
             first, second = slice(0, width // 2), slice(width // 2, width)
         out[..., first].addcmul_(part[..., second], sin, value=-1)
         out[..., second].addcmul_(part[..., first], sin)
+        out = out.to(x.dtype)
         return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)

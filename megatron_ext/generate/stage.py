@@ -22,13 +22,13 @@ class Stage:
 
     Args:
         model: a bare decoder, all of this rank's layers.
-        modules_only: also single tokens go through the modules' forward pass.
+        modules_only: also single tokens go through the modules' forward pass. pack: see `packed.Linear`.
     """
 
-    def __init__(self, model: Decoder, device: torch.device, *, modules_only: bool = False):
+    def __init__(self, model: Decoder, device: torch.device, *, modules_only: bool = False, pack: bool = True):
         self.model, self.device = model, device
         self.first, self.last = model.pre_process, model.post_process
-        self._single = None if modules_only or not single.knows(model) else single.SingleToken(model)
+        self._single = None if modules_only or not single.knows(model) else single.SingleToken(model, pack=pack)
 
     def cache(self, rows: int, max_length: int) -> StageCache:
         return StageCache(self.model, rows=rows, max_length=max_length, device=self.device)
