@@ -109,8 +109,8 @@ class Job:
 
     def _stage(self, stage: str, prepared) -> None:
         words = self._words(stage, prepared.directory)
-        if stage == "adapt" and not any(_key(word) in ("data.path", "data.paths") for word in self.words):
-            words = [word for word in words if _key(word) != "data.path"] + [f"data.paths=[{self._domain(prepared)},{prepared.directory}]"]
+        if stage == "adapt":
+            words = self._with_domain(words, prepared)
         if parent := self._parent(stage):
             words.append(f"checkpoint.start={self._folder(parent)}")
         if stage == "ppo" and not any(_key(word) == "rewards.models" for word in words):
@@ -122,6 +122,9 @@ class Job:
         if done.get(stage) == words and (self._folder(stage) / "checkpoints").is_dir():
             _say(f"{stage}: done before")
             return
+        if stage in done and done[stage] != words:
+            _say(f"{stage}: was done with other words. What is done stays; only steps that are left are done with the new ones. To do all of it "
+                 f"again, remove {self._folder(stage)} and the folders of the stages after it")
         _say(f"{stage}; everything of it goes to {self._folder(stage)}")
         command("train", f"stage={stage}", *words)
         draft = chain.with_suffix(".tmp")
@@ -140,6 +143,15 @@ class Job:
         output = Path(self.config.output or Path(data.cache) / f"{name}-{data.vocab_size}")
         _say(f"preparing {self.config.input or 'the embedded corpus'} in {output}")
         return prepare(data, self.config.input, output)
+
+    def _with_domain(self, words: list[str], prepared) -> list[str]:
+        """The words of adapt with its text: what was named, or the domain's beside the general one."""
+        own, keys = recipe.typed(self.words, "adapt"), ("data.path", "data.paths")
+        named, rest = [word for word in own if _key(word) in keys], [word for word in words if _key(word) not in keys]
+        if not named:
+            return [*rest, f"data.paths=[{self._domain(prepared)},{prepared.directory}]"]
+        weighted = any(_key(word) == "data.weights" for word in own)  # the recipe's are of its own two texts
+        return [*(word for word in rest if weighted or _key(word) != "data.weights"), *named]
 
     def _domain(self, prepared) -> Path:
         """The domain's text, in the tokens of the general one."""

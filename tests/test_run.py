@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_ext import pipeline
 from megatron_ext.checkpoint import find
 from megatron_ext.checkpoint.ancestry import chain
+from megatron_ext.cli import recipe
+from megatron_ext.config.compose import compose
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("pretrain", "adapt", "sft", "reward", "ppo")
@@ -111,6 +116,26 @@ def test_a_second_call_trains_nothing_and_reports_again(finished):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (directory / "report.md").exists() and done.stdout.count("done before") == 5
     assert before == {stage: (directory / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
+
+
+@pytest.mark.parametrize("typed, wanted", [
+    ((), {"data.paths=[/domain,/general]", "data.weights=[0.7,0.3]"}),
+    (("data.path=/general",), {"data.path=/general"}),
+    (("adapt:data.path=/mine",), {"data.path=/mine"}),
+    (("adapt:data.paths=[/mine,/general]", "adapt:data.weights=[0.9,0.1]"), {"data.paths=[/mine,/general]", "data.weights=[0.9,0.1]"}),
+], ids=["the domain", "text of the user's", "for adapt alone", "blended"])
+def test_adapt_reads_what_was_named(tmp_path, monkeypatch, capsys, typed, wanted):
+    """And where a stage was done with other words, that is said: what is done is not done again."""
+    said: list[tuple[str, ...]] = []
+    monkeypatch.setattr(pipeline, "command", lambda *words, **_: said.append(words))
+    monkeypatch.setattr(pipeline.Job, "_domain", lambda *_: Path("/domain"))
+    words = (f"run.dir={tmp_path}", *typed)
+    job = pipeline.Job(compose(recipe.with_defaults(words)), words, (), None)
+    job._stage("adapt", SimpleNamespace(directory=Path("/general")))
+    assert {word for word in said[0] if word.startswith(("data.path", "data.weights"))} == wanted
+    assert "other words" not in capsys.readouterr().out
+    replace(job, words=(*words, "adapt:optim.lr=0.1"))._stage("adapt", SimpleNamespace(directory=Path("/general")))
+    assert "adapt: was done with other words" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word, key", [("ppo:train.stepz=3", "train.stepz"), ("pppo:train.steps=3", "pppo"), ("run.stages=[ppo]", "run.stages"),

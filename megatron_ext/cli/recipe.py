@@ -24,12 +24,14 @@ def with_defaults(words: Sequence[str], stage: str = "pretrain") -> tuple[str, .
     A group that is chosen drops the recipe's keys of it. Raises UserError: a word for a stage that the job does not have.
     """
     found = read()
-    mine = _mine(words, stage, tuple(found["stages"]))
+    mine = typed(words, stage)
     specific = _without(found["stages"].get(stage, []), mine)
     return (*_without(found["overrides"], [*specific, *mine]), *specific, *mine)
 
 
-def _mine(words: Sequence[str], stage: str, known: tuple[str, ...]) -> list[str]:
+def typed(words: Sequence[str], stage: str) -> list[str]:
+    """Those of `words` that are for a stage. Raises UserError: a word for a stage that the job does not have."""
+    known = tuple(read()["stages"])
     kept, own = [], []
     for word in words:
         match = _FOR_STAGE.match(word.partition("=")[0])
