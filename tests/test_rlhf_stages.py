@@ -8,7 +8,7 @@ from rlhf_small import MICRO, PPO
 from small import newest, records
 
 from megatron_ext import platform
-from megatron_ext.checkpoint import best_of, find, read_record
+from megatron_ext.checkpoint import best_of, checkpoint_hash, find, read_record
 from megatron_ext.checkpoint.ancestry import chain as ancestry
 from megatron_ext.cli.main import main
 
@@ -176,6 +176,25 @@ def test_stop_criteria_end_the_stage_with_a_sentence(go):
     run = go("ppo", "train.steps=9", "stop.kl_budget=0.0001", "optim.lr=1e-2", "optim.min_lr=1e-2")
     stop = events(run, "stop")[-1]
     assert stop["criterion"] == "kl_budget" and "0.0001" in stop["reason"] and 2 <= records(run)[-1]["step"] < 9
+
+
+# ---- going on -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_stays_as_it_is_and_goes_on_from_its_own_start_alone(go):
+    """Its checkpoint is the one that later stages know by its hash. A start whose best checkpoint is another one now is no silent change of the run."""
+    run, words = go("dpo", "train.steps=1"), ("train.steps=1", "checkpoint.load=auto")
+    before = checkpoint_hash(newest(run))
+    assert checkpoint_hash(newest(go("dpo", *words))) == before
+    other = go("dpo", "train.steps=1", run="other")
+    error = go("dpo", *words, f"checkpoint.start={other}", code=2)
+    assert "checkpoint.start" in error and "is not what this run began with" in error and checkpoint_hash(newest(run)) == before
+
+
+def test_a_resume_with_more_reward_models_is_refused(go, rlhf_chain):
+    go("grpo", "rollout.samples=2", "train.steps=1")
+    error = go("grpo", "rollout.samples=2", "train.steps=2", "checkpoint.load=auto", f"rewards.models=[{rlhf_chain['reward']},{rlhf_chain['reward']}]", code=2)
+    assert "rewards.models" in error and "began with 1" in error
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------------------------

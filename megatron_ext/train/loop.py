@@ -78,7 +78,10 @@ def run(config: Config, make: Callable[[Config, Platform], Stage], prepare: Call
     if parent:
         saver.protect(parent)
     try:
-        outcome = _Loop(config, stage, saver, journal, criteria, position).run()
+        loop = _Loop(config, stage, saver, journal, criteria, position)
+        if parent and parent.absolute() == saver.directory / parent.name and checkpoint.read_record(parent)["sharding"] == config.checkpoint.format:
+            loop.saved = position.steps  # written again it had another hash, which is not the one that later stages know it by
+        outcome = loop.run()
     except BaseException:
         journal.close(exit_code=1)
         raise
@@ -246,6 +249,10 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria) -> tupl
         raise UserError("checkpoint.load", source, f"is of stage {stored['stage']}, this one is {config.stage.name}; a stage starts from an earlier one "
                                                    "with checkpoint.start")
     records.check_data(stored["data"], stage.identity, source)
+    own, known = source.absolute().parent == (Path(config.run.dir) / "checkpoints").absolute(), stored.get("parent")
+    if own and start is not None and known is not None and checkpoint.checkpoint_hash(start) != known:
+        raise UserError("checkpoint.start", start, f"is not what this run began with ({stored.get('parent_path')}, hash {known[:12]}...). To go on with the "
+                                                   f"run, name that one; to begin from this one, remove {config.run.dir} or name another run.dir")
     expect = {"model": records.architecture(config.model, stage.vocab_size), "layout": records.layout(config), "lora": asdict(config.lora)}
     state = stage.state(loading=True, sharding=stored["sharding"])
     stage.load(checkpoint.load(source, state, expect=expect), stored)
@@ -253,7 +260,6 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria) -> tupl
     if stage.best is not None and stored.get("best"):
         stage.best.load_state_dict(stored["best"])
     # A run that goes on in its own directory has the parent that it had.
-    own = source.absolute().parent == (Path(config.run.dir) / "checkpoints").absolute()
     kept = (stored.get("parent"), stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
     tokens = stored.get("tokens", stored["samples"] * config.data.sequence_length)
     return Position(stored["step"], stored["samples"], tokens, *kept), source
