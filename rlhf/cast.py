@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from megatron_ext import checkpoint
 from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
 from megatron_ext.models import lora
 from megatron_ext.parallel.reshard import Reshard
 from megatron_ext.platform import Platform
@@ -47,6 +48,7 @@ class Cast:
         for path in [*self._reward_paths, *([self._critic_path] if critic else [])]:
             same_tokenizer("rewards.models", path, tokenizer)
         self._reference_path: Path | None = None
+        self._from_average = config.checkpoint.average  # what the run began with
         self.critic: Role | None = None
         self.ledger = Ledger()
         self._average: dict[str, torch.Tensor] = {}
@@ -166,13 +168,18 @@ class Cast:
         stored = identities["reference"]
         path = checkpoint.find(stored["path"], Path(self.config.run.dir) / "checkpoints", key="checkpoint.start")
         Identity.of(path).check("checkpoint.start", stored)
+        self._from_average = bool(identities.get("average"))
         self._take_reference(path)
-        for path, known in zip(self._reward_paths, identities["rewards"], strict=True):
+        if len(self._reward_paths) != len(identities["rewards"]):
+            named = "[" + ",".join(self.config.rewards.models) + "]"
+            raise UserError("rewards.models", named, f"this run began with {len(identities['rewards'])}: "
+                                                     f"[{','.join(known['path'] for known in identities['rewards'])}]")
+        for path, known in zip(self._reward_paths, identities["rewards"]):
             Identity.of(path).check("rewards.models", known)
         self._rest()
 
     def start(self, source: Path) -> None:
-        self.policy.load(source, average=self.config.checkpoint.average)
+        self.policy.load(source, average=self._from_average)
         self._take_reference(source)
         if self.critic is not None:
             self.critic.load(self._critic_path)
@@ -182,7 +189,7 @@ class Cast:
     def _take_reference(self, path: Path) -> None:
         self._reference_path = path
         if self._reference is not None:
-            self._reference.load(path, average=self.config.checkpoint.average)
+            self._reference.load(path, average=self._from_average)
 
     def _rest(self) -> None:
         for role in (self.policy, self.critic, self._reference, self._rollout):
@@ -191,4 +198,4 @@ class Cast:
 
     def identities(self) -> dict:
         """What the record says of the roles: JSON."""
-        return {"reference": vars(Identity.of(self._reference_path)), "average": self.config.checkpoint.average, "rewards": [vars(Identity.of(path)) for path in self._reward_paths]}
+        return {"reference": vars(Identity.of(self._reference_path)), "average": self._from_average, "rewards": [vars(Identity.of(path)) for path in self._reward_paths]}
