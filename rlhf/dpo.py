@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_ext import checkpoint
 from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
 from megatron_ext.models import lora
 from megatron_ext.platform import Platform
 from megatron_ext.train.loop import Outcome, run
@@ -39,6 +40,8 @@ class DirectPreference:
         self.data = Rankings(config)
         self.tokenizer, self.vocab_size, self.identity = self.data.file, self.data.vocab_size, self.data.identity
         self.training, self.held_out = ([pair for item in items for pair in item.pairs] for items in (self.data.training, self.data.held_out))
+        if not self.training:
+            raise UserError("chat.path", config.chat.path, "holds no ranking in which one response is better than another")
         self.validates = bool(self.held_out)
         self.best = Best("validation_loss") if config.checkpoint.best else None
         self.objective = PreferenceObjective(config.ppo)
@@ -97,23 +100,24 @@ class DirectPreference:
         stored = record["reference"]
         path = checkpoint.find(stored["path"], Path(self.config.run.dir) / "checkpoints", key="checkpoint.start")
         Identity.of(path).check("checkpoint.start", stored)
-        self._take(path)
+        self._take(path, average=bool(stored.get("average")))
 
     def start(self, source: Path) -> None:
-        self.policy.load(source)
-        self._take(source)
+        average = self.config.checkpoint.average
+        self.policy.load(source, average=average)
+        self._take(source, average=average)
 
-    def _take(self, source: Path) -> None:
-        self._source = source
+    def _take(self, source: Path, *, average: bool) -> None:
+        self._source, self._from_average = source, average
         if self.reference is not None:
-            self.reference.load(source)
+            self.reference.load(source, average=average)
         self.policy.rest()
 
     def report(self, run_dir: Path, chosen: Path | None) -> None:
         write_report(run_dir, title=f"{self.config.model.name}, {self.config.stage.name}", chain=chain(chosen) if chosen else ())
 
     def record(self) -> dict:
-        return {"reference": vars(Identity.of(self._source))}
+        return {"reference": vars(Identity.of(self._source)) | {"average": self._from_average}}
 
     def begins(self, position: Position, journal) -> None:
         self.data.tell(journal)
