@@ -17,6 +17,7 @@ from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed
 from megatron_ext.platform import Platform
+from megatron_ext.train.record import data_identity
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport
 from megatron_ext.train.stop import Stop
@@ -76,6 +77,8 @@ class Online:
         self.criteria = PolicyCriteria(config)
         self.best = self.criteria.best if config.checkpoint.best else None
         self.ptx = self.prompts.pretraining() if config.ppo.ptx_coef else None
+        if self.ptx is not None:
+            self.identity = self.identity | {"pretraining": data_identity(config.data)}
         precision = "fp8" if config.precision.fp8 else config.precision.dtype
         self.bound = LOGPROB_BOUNDS[precision] if config.rollout.logprob_bound is None else config.rollout.logprob_bound
 
@@ -91,10 +94,10 @@ class Online:
         clock.lap("rollout")
         kept = self._kept()
         wanted = passes(count, config, iteration=position.steps, reshuffle=kept is None)
-        steps = position.steps * settings.epochs * settings.minibatches
-        extra = self._ptx(first=steps, count=count // settings.minibatches)
+        steps = settings.epochs * settings.minibatches
+        extra = self._ptx(first=position.steps * steps, steps=steps, count=count // settings.minibatches)
         judged = self.cast.judge(rollouts)
-        policy = Trainer(self.cast.policy.engine, config, rollouts.sequences, rollouts.offsets, extra)
+        policy = Trainer(self.cast.policy.engine, config, rollouts.sequences, rollouts.offsets, extra, parts=steps)
         critic = Trainer(self.cast.critic.engine, config, rollouts.sequences, rollouts.offsets) if self.cast.critic else None
         found = self._score(rollouts, judged.scores, policy, critic, wanted[0], kept)
         numbers = self._look(found) | judged.numbers
@@ -118,9 +121,9 @@ class Online:
                                        "device_bytes_peak": self.cast.ledger.peak}
         for function, reason, times in judged.failures:
             self.journal.event("reward_failed", step=position.steps + 1, function=function, reason=reason, count=times)
-        applied = bool(numbers.pop("applied"))
+        applied = all([numbers.pop("applied"), numbers.pop("critic_applied", True)])
         return StepReport(numbers["policy_loss"], norm, lr, samples=count, tokens=sum(len(one.tokens) for one in rollouts.sequences),
-                          applied=applied, searching=bool(numbers.pop("searching")), numbers=numbers)
+                          applied=applied, numbers=numbers)
 
     def _score(self, rollouts: Rollouts, scores: torch.Tensor, policy: Trainer, critic: Trainer | None, first: list[tuple[int, ...]],
                kept: dict | None) -> Experience:
@@ -173,23 +176,23 @@ class Online:
         objective = PolicyObjective(settings, self.algorithm.policy_loss, kl_coef=self.controller.value, temperature=config.generate.temperature,
                                     keep=kept)
         tokens = {"old_logprob": found.old, "ref_logprob": found.reference, "advantage": advantages}
-        sums, norms, largest, applied, searching, first = {}, [], 0.0, True, False, None
+        sums, norms, largest, applied, first = {}, [], 0.0, True, None
         numbered = {episodes: number for number, episodes in enumerate(wanted[0])}
         with self.cast.policy.awake():
             for index, episodes in enumerate(episodes for one in wanted for episodes in one) if not pretrain else ():
                 minibatch = trainer.cut(numbered.get(episodes, index), episodes)
                 result = trainer.step(minibatch, objective, tokens, lr=lr, step=position.steps, over=self.algorithm.over,
-                                      ptx=settings.ptx_coef if self.ptx else 0.0)
+                                      ptx=settings.ptx_coef if self.ptx else 0.0, part=index)
                 largest = max(largest, result.sums["ratio_max"])
                 first = first or dict(result.sums)
                 sums = {name: sums.get(name, 0.0) + value for name, value in result.sums.items()}
                 norms.append(result.grad_norm or 0.0)
-                applied, searching = applied and result.applied, searching or result.searching
+                applied = applied and (result.applied or result.searching)
         weights = max(sums.get("weights", 0.0), 1e-9)
         numbers = {name: sums.get(name, 0.0) / weights for name in ("policy_loss", "clip_fraction", "ratio", "approx_kl")}
-        numbers |= {"ratio_max": largest, "applied": applied or searching, "searching": searching and not applied}
+        numbers |= {"ratio_max": largest, "applied": applied}
         if first:
-            numbers |= {"first_ratio_max": first["ratio_max"], "first_clip_fraction": first["clip_fraction"]}
+            numbers |= {"first_ratio_max": first["ratio_max"], "first_clip_fraction": first["clip_fraction"] / max(first["weights"], 1e-9)}
         if self.ptx:
             numbers["ptx_loss"] = sums.get("ptx_loss", 0.0) / max(sums.get("ptx_tokens", 0.0), 1.0)
         return numbers, sum(norms) / max(len(norms), 1), lr
@@ -199,27 +202,29 @@ class Online:
         optim = replace(config.optim, lr=critic.lr, min_lr=critic.min_lr, warmup_steps=critic.warmup_steps)
         lr, objective = lr_at(position.steps, optim, self.steps), ValueObjective(config.ppo)
         tokens = {"old_values": found.values, "returns": returns}
-        loss, count, clipped, norms, first = 0.0, 0, 0.0, [], None
+        loss, count, clipped, norms, applied, first = 0.0, 0, 0.0, [], True, None
         with self.cast.critic.awake():
             for index, episodes in enumerate(episodes for one in wanted for episodes in one):
                 result = trainer.step(trainer.cut(index, episodes), objective, tokens, lr=lr, step=position.steps, over="tokens")
                 loss, count, clipped = loss + result.loss * result.tokens, count + result.tokens, clipped + result.sums["value_clip_fraction"]
                 norms.append(result.grad_norm or 0.0)
+                applied = applied and (result.applied or result.searching)
                 if index < config.ppo.minibatches:  # the first pass: each episode once, before it was learnt from
                     first = {name: (first or {}).get(name, 0.0) + result.sums[name] for name in VARIANCE_SUMS}
         return {"value_loss": loss / max(count, 1), "value_clip_fraction": clipped / max(count, 1), "explained_variance": explained_variance(first),
-                "critic_grad_norm": sum(norms) / len(norms), "critic_lr": lr}
+                "critic_grad_norm": sum(norms) / len(norms), "critic_lr": lr, "critic_applied": applied}
 
     def _kept(self) -> dict | None:
         """Where the words that top-k and top-p leave are remembered, where they cut any."""
         settings = self.config.generate
         return {} if settings.top_k > 0 or settings.top_p < 1 else None
 
-    def _ptx(self, *, first: int, count: int):
+    def _ptx(self, *, first: int, steps: int, count: int):
+        """Text for each of an iteration's optimizer steps, the first of which has number `first` in the run."""
         if self.ptx is None:
             return ()
         count = self.config.ppo.ptx_samples or count
-        return ptx_sequences(self.ptx, first=first * count, count=count)
+        return ptx_sequences(self.ptx, first=first * count, count=steps * count)
 
     # ------------------------------------------------------------ held-out prompts
 

@@ -48,18 +48,20 @@ class Trainer:
 
     Args:
         offsets: [episodes + 1], of the response tokens.
-        extra: sequences that are no episodes (of the PTX mix); their numbers follow the episodes'.
+        extra: sequences that are no episodes (of the PTX mix); their numbers follow the episodes'. parts: how many steps share them out.
     """
 
-    def __init__(self, engine: Engine, config: Config, sequences: Sequence[Sequence_], offsets: Sequence[int], extra: Sequence[Sequence_] = ()):
+    def __init__(self, engine: Engine, config: Config, sequences: Sequence[Sequence_], offsets: Sequence[int], extra: Sequence[Sequence_] = (), *,
+                 parts: int = 1):
         self.engine, self.config, self.offsets = engine, config, offsets
         self._sequences = [*sequences, *extra]
         self._lengths = [len(sequence.tokens) for sequence in self._sequences]
         self._assembler = Assembler(engine, self._sequences)
-        self._episodes = len(sequences)
-        self._extra = self._plan(range(len(sequences), len(self._sequences))) if extra else None
-        if self._extra is not None:  # scoring pads as training will, so that both see the same numbers
-            self._assembler.least = max(map(self._assembler.length, self._extra.micro_batches))
+        size = len(extra) // parts
+        self._parts = [range(start, start + size) for start in range(len(sequences), len(self._sequences), size)] if extra else []
+        self._extra = [self._plan(part) for part in self._parts]
+        if extra:  # scoring pads as training will, so that both see the same numbers
+            self._assembler.least = max(self._assembler.length(micro) for planned in self._extra for micro in planned.micro_batches)
 
     def cut(self, number: int, episodes: Sequence[int]) -> Minibatch:
         return Minibatch(number, tuple(episodes), self._plan(episodes))
@@ -86,25 +88,25 @@ class Trainer:
         return self.engine.collect(self._assembler.batches(minibatch.plan, self._fields(minibatch, tokens or {})), objective)
 
     def step(self, minibatch: Minibatch, objective: Objective, tokens: Mapping[str, Tensor], *, lr: float, step: int, over: str = "tokens",
-             ptx: float = 0.0) -> StepResult:
+             ptx: float = 0.0, part: int = 0) -> StepResult:
         """One optimizer step.
 
         Args:
             tokens: fp32 [response tokens of all episodes] each, by the field's name.
             over: tokens | sequences, see `policy_losses.token_weights`.
-            ptx: coefficient of the extra sequences' loss.
+            ptx: coefficient of the extra sequences' loss. part: whose turn it is.
         """
         fields = self._fields(minibatch, tokens)
-        for found, part in zip(fields, minibatch.plan.micro_batches):
-            cu = np.cumsum([0, *(self.offsets[number + 1] - self.offsets[number] for number in part)])
+        for found, episodes in zip(fields, minibatch.plan.micro_batches):
+            cu = np.cumsum([0, *(self.offsets[number + 1] - self.offsets[number] for number in episodes)])
             weights, count = token_weights(torch.tensor(cu, dtype=torch.int32), over)
             found |= {"weights": weights, "count": count}
         planned = minibatch.plan
         if ptx:
             whole = self._count(minibatch.episodes, over)
-            labels = sum(self._sequences[number].response for number in range(self._episodes, len(self._sequences)))
-            fields += [{"ptx": ptx * whole / labels}] * len(self._extra.micro_batches)
-            planned = Plan(planned.micro_batches + self._extra.micro_batches)
+            labels = sum(self._sequences[number].response for number in self._parts[part])
+            fields += [{"ptx": ptx * whole / labels}] * len(self._extra[part].micro_batches)
+            planned = Plan(planned.micro_batches + self._extra[part].micro_batches)
         return self.engine.step(self._assembler.batches(planned, fields), lr=lr, step=step, objective=objective)
 
     def _count(self, episodes: Sequence[int], over: str) -> int:
