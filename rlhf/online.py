@@ -7,7 +7,6 @@
 An algorithm (`Algorithm`) says which advantage and which policy loss; see ppo.py, grpo.py, rloo.py. All of an iteration is a function of the
 models at its start, its number, and the KL controller, so that a run that is killed anywhere goes on bit for bit from its last checkpoint.
 """
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from rlhf import kl
 from rlhf.advantages import ADVANTAGES, Episodes
 from rlhf.cast import Cast
 from rlhf.experience import gather
+from rlhf.numbers import Clock, mean, std
 from rlhf.objectives import PolicyObjective, TokenScore, ValueObjective, Values
 from rlhf.policy_losses import VARIANCE_SUMS, explained_variance
 from rlhf.prompts import Prompts
@@ -86,7 +86,7 @@ class Online:
 
     def step(self, position: Position) -> StepReport:
         config, settings, count = self.config, self.config.ppo, self.config.rollout.prompts * self.config.rollout.samples
-        clock = _Clock(self.platform)
+        clock = Clock(self.platform)
         questions = choose(self.prompts.training, first=position.steps * config.rollout.prompts, count=config.rollout.prompts, seed=config.data.seed)
         with self.cast.generating() as engine:
             rollouts = roll_out(engine, questions, config.generate, samples=config.rollout.samples, first=position.steps * count,
@@ -109,7 +109,7 @@ class Online:
         )
         advantages, returns = self.advantage(episodes, settings)
         clock.lap("scoring")
-        numbers |= {"kl_coef": self.controller.value, "advantage_mean": _mean(advantages), "advantage_std": _std(advantages)}
+        numbers |= {"kl_coef": self.controller.value, "advantage_mean": mean(advantages), "advantage_std": std(advantages)}
         updated, norm, lr = self._update_policy(position, policy, found, advantages, wanted, kept, pretrain=position.steps < config.critic.pretrain)
         numbers |= updated
         if critic is not None:
@@ -156,11 +156,11 @@ class Online:
         rollouts, cu = found.rollouts, found.rollouts.cu_seqlens
         difference = (found.old - rollouts.generated).abs()
         numbers = {
-            "reward": _mean(found.scores), "reward_std": _std(found.scores), "response_length": sum(rollouts.lengths) / len(rollouts.lengths),
-            "eos_rate": sum(rollouts.ended) / len(rollouts.ended), "logprob_difference": float(difference.max()), "entropy": _mean(found.entropy),
+            "reward": mean(found.scores), "reward_std": std(found.scores), "response_length": sum(rollouts.lengths) / len(rollouts.lengths),
+            "eos_rate": sum(rollouts.ended) / len(rollouts.ended), "logprob_difference": float(difference.max()), "entropy": mean(found.entropy),
         }
         for kind in ("k1", "k3"):
-            numbers[f"kl_{kind}"] = _mean(kl.sequence_kl(kl.estimate(found.old, found.reference, kind), cu))
+            numbers[f"kl_{kind}"] = mean(kl.sequence_kl(kl.estimate(found.old, found.reference, kind), cu))
         return numbers
 
     def _hold(self, numbers: dict[str, float]) -> None:
@@ -231,9 +231,9 @@ class Online:
     def validate(self, position: Position) -> dict[str, float]:
         """The held-out prompts answered with the same random numbers each time, so that what changes is the policy."""
         rollouts, judged, divergence = self.answer_held_out()
-        error = _std(judged.scores) / len(judged.scores) ** 0.5
+        error = std(judged.scores) / len(judged.scores) ** 0.5
         return {
-            "validation_reward": _mean(judged.scores), "validation_reward_error": error, "validation_kl_k1": _mean(divergence),
+            "validation_reward": mean(judged.scores), "validation_reward_error": error, "validation_kl_k1": mean(divergence),
             "validation_response_length": sum(rollouts.lengths) / len(rollouts.lengths), "validation_eos_rate": sum(rollouts.ended) / len(rollouts.ended),
         }
 
@@ -300,33 +300,8 @@ class Online:
 
     def _samples(self, position: Position, journal) -> None:
         rollouts, judged, divergence = self.answer_held_out()
-        journal.event("samples", step=position.steps, reward=_mean(judged.scores), reward_error=_std(judged.scores) / len(judged.scores) ** 0.5,
-                      kl_k1=_mean(divergence))
+        journal.event("samples", step=position.steps, reward=mean(judged.scores), reward_error=std(judged.scores) / len(judged.scores) ** 0.5,
+                      kl_k1=mean(divergence))
         journal.samples({
             "step": position.steps, "prompt": question.text, "response": one.text, "reward": score, "kl": nats, "stop": one.stop,
         } for question, one, score, nats in zip(rollouts.questions, rollouts.completions, judged.scores.tolist(), divergence.tolist()))
-
-
-class _Clock:
-    """Seconds of the parts of an iteration."""
-
-    def __init__(self, platform: Platform):
-        self._platform, self._last, self._laps = platform, time.perf_counter(), {}
-
-    def lap(self, name: str) -> None:
-        self._platform.synchronize()
-        now = time.perf_counter()
-        self._laps[name], self._last = now - self._last, now
-
-    def numbers(self) -> dict[str, float]:
-        whole = sum(self._laps.values())
-        return {f"seconds_{name}": seconds for name, seconds in self._laps.items()} | \
-               {f"share_{name}": seconds / whole for name, seconds in self._laps.items()}
-
-
-def _mean(x: torch.Tensor) -> float:
-    return float(x.mean(dtype=torch.float64)) if x.numel() else 0.0
-
-
-def _std(x: torch.Tensor) -> float:
-    return float(x.double().std()) if x.numel() > 1 else 0.0
