@@ -1,8 +1,9 @@
 """rms_norm and layer_norm in torch, for machines without Triton: the functions of norm_rows.py, with the same arguments and results.
 
-On CPU the rows are worked on in pieces whose temporaries stay in the cache. From NATIVE columns on, layer_norm takes torch's own kernels, as they
-are in fp32. On 16-bit tensors they sum dweight and dbias in 16 bits (bf16, 64 rows of 129: dweight off by 0.48, rounding alone by 0.06), so
-those sums are taken from fp32 pieces. In narrow rows they lose accuracy (3 columns: rstd off by 4e-7, in two passes by 1e-7).
+On CPU the rows are worked on in pieces whose temporaries stay in the cache. From NATIVE columns on, layer_norm takes torch's own kernels, from
+SUMS on for dweight and dbias too: those are summed row after row (fp32, 3,072 rows of 256: dweight off by 1.3e-6, in pieces by 1.3e-7), on 16-bit
+tensors in 16 bits (bf16, 64 rows of 129: dweight off by 0.48, rounding alone by 0.06), so that they are taken from fp32 pieces there. In narrow
+rows the kernels lose accuracy (3 columns: rstd off by 4e-7, in two passes by 1e-7).
 """
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from kernels.autocast import outside_autocast
 from kernels.tiles import pieces_in_cache
 
-NATIVE = 512
+NATIVE = 64
+SUMS = 512
 
 
 @outside_autocast
@@ -60,7 +62,7 @@ def backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, mean:
     mean, rstd = None if mean is None else mean.view(-1, 1), rstd.view(-1, 1)
     native = mean is not None and width >= NATIVE
     if native:
-        whole = h.dtype == torch.float32
+        whole = h.dtype == torch.float32 and width >= SUMS
         dh, *sums = _native(dy.to(h.dtype), h, mean, rstd, gain, [True, whole, whole and dbias is not None])
         if dtotal is not None:
             dh += dtotal
@@ -72,12 +74,13 @@ def backward(dy: Tensor, dtotal: Tensor | None, h: Tensor, weight: Tensor, mean:
         dh = h.new_empty(h.shape)
     for piece in pieces_in_cache(h, 2**16):
         wide, wide_dy, r = h[piece].float(), dy[piece].float(), rstd[piece]
-        if native:
+        if native and width >= SUMS:
             _, dweight_piece, dbias_piece = _native(wide_dy, wide, mean[piece], r, gain, [False, True, dbias is not None])
         else:
             if mean is not None:
                 wide = wide - mean[piece]
             dweight_piece, dbias_piece = (wide * r).mul_(wide_dy).sum(0), None if dbias is None else wide_dy.sum(0)
+        if not native:
             out = wide_dy * gain
             along = torch.linalg.vecdot(out, wide).div_(-width).unsqueeze(1).mul_(r).mul_(r)
             if mean is not None:
