@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.autocast import outside_autocast
 
 SCORES = 1 << 24  # scores held at once by the path of matrix products: 64 MiB in fp32
-GATHER = 512  # packed sequences of one length are copied together up to this length; beyond, a call costs nothing beside its work
+GATHER = 1 << 13  # packed sequences of one length are copied together up to so many elements of q or k each: beyond, a call costs less than the copies
 
 
 def hidden_by(mask: Tensor | None, causal: bool, queries: int, keys: int, device: torch.device) -> tuple[Tensor | None, bool]:
@@ -138,19 +138,27 @@ def by_products_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-# ---- packed: sequences of one length are one batch ---------------------------------------------------------------------------------
+# ---- packed: short sequences of one length are one batch, and those that lie side by side ------------------------------------------
 
 
-def _same_lengths(cu_q: Sequence[int], cu_k: Sequence[int]) -> list[tuple[int, int, list[int], list[int]]]:
-    """(queries, keys, starts of the queries, starts of the keys) of the sequences that are computed together; those without keys are left out."""
+def _same_lengths(cu_q: Sequence[int], cu_k: Sequence[int], width: int) -> list[tuple[int, int, list[int], list[int]]]:
+    """(queries, keys, starts of the queries, starts of the keys) of the sequences that are computed together; those without keys are left out.
+
+    Args:
+        width: elements of a token.
+    """
     found: dict[tuple, tuple[int, int, list[int], list[int]]] = {}
+    last = None
     for i, (q0, q1, k0, k1) in enumerate(zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True)):
         queries, keys = q1 - q0, k1 - k0
         if queries and keys:
-            key = (queries, keys) if max(queries, keys) <= GATHER else (queries, keys, i)
+            key = (queries, keys)
+            if max(queries, keys) * width > GATHER:
+                key = last if last is not None and last[:2] == key and len(last) == 3 else (queries, keys, i)
             entry = found.setdefault(key, (queries, keys, [], []))
             entry[2].append(q0)
             entry[3].append(k0)
+            last = key
     return list(found.values())
 
 
@@ -170,7 +178,7 @@ def packed_forward(q: Tensor, k: Tensor, v: Tensor, cu_q: Sequence[int], cu_k: S
                    scale: float) -> tuple[Tensor, Tensor]:
     """(out [tokens, heads, d], L [heads, tokens]); `cu_q`, `cu_k`: cumulative lengths, on the host."""
     out, lse = torch.zeros(q.shape, dtype=q.dtype, device=q.device), q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
-    for queries, keys, q_starts, k_starts in _same_lengths(cu_q, cu_k):
+    for queries, keys, q_starts, k_starts in _same_lengths(cu_q, cu_k, q.shape[1] * q.shape[2]):
         at, of = _where(q_starts, queries, q.device), _where(k_starts, keys, q.device)
         o, found = forward(_batch(q, at, queries), _batch(k, of, keys), _batch(v, of, keys), causal=causal, scale=scale)
         out[at] = o.transpose(1, 2).flatten(0, 1)
@@ -186,7 +194,7 @@ def packed_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     def rows(x: Tensor, where: slice | Tensor, length: int) -> Tensor:
         return x[:, where].unflatten(1, (-1, length)).transpose(0, 1)
 
-    for queries, keys, q_starts, k_starts in _same_lengths(cu_q, cu_k):
+    for queries, keys, q_starts, k_starts in _same_lengths(cu_q, cu_k, q.shape[1] * q.shape[2]):
         at, of = _where(q_starts, queries, q.device), _where(k_starts, keys, q.device)
         found = backward(
             _batch(dout, at, queries), None if dlse is None else rows(dlse, at, queries), _batch(q, at, queries), _batch(k, of, keys),
