@@ -70,12 +70,12 @@ class Rollouts:
         return [one.stop in ("eod", "stop_string") for one in self.completions]
 
 
-def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateConfig, *, samples: int, first: int, tokenizer: Tokenizer,
-             eod: int) -> Rollouts:
+def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateConfig, *, samples: int, first: int, tokenizer: Tokenizer | None,
+             eod: int | None = None) -> Rollouts:
     """`samples` responses to each question. Collective over the engine's ranks; the same on all of them.
 
     Args:
-        first: number of the first response. eod: the token that ends a turn.
+        first: number of the first response. eod: the token that ends a turn; the tokenizer's where None.
     """
     count = len(questions) * samples
     completions = generate(engine, [question.tokens for question in questions], replace(settings, samples=samples), tokenizer=tokenizer, eod=eod,
