@@ -22,9 +22,10 @@ from megatron_ext.config.schema import (
 )
 
 WORDS, EPISODES = 500, 6  # the table has 512 rows: padding must take no part
-LLAMA = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192, max_sequence_length=48, init_std=0.05)
-GPT2 = replace(LLAMA, num_layers=2, num_query_groups=None, position_embedding="learned", norm="layernorm", activation="gelu_tanh", bias=True, qkv_bias=True,
-               tied_embeddings=True)
+LLAMA = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=192, max_sequence_length=48,
+                    init_std=0.05)
+GPT2 = replace(LLAMA, num_layers=2, num_query_groups=None, position_embedding="learned", norm="layernorm", activation="gelu_tanh", bias=True,
+               qkv_bias=True, tied_embeddings=True)
 PLAIN_DP = {"distributed_optimizer": False, "overlap_grad_reduce": False, "overlap_param_gather": False}  # gradients are whole on every data rank
 BUDGETS = {"all": 10**6, "some": 40, "each": 1}  # tokens of a micro-batch
 TEMPERATURE = 0.8
@@ -61,13 +62,13 @@ class Models:
         self._job, self._ranks, self._platform, self._parallel, self._precision = job, ranks, platform, parallel, precision or PrecisionConfig()
         self._beside = job.parallel if job.beside is None else job.beside
 
-    def _engine(self, sizes: dict, seed: int, **options):
+    def _engine(self, sizes: dict, seed: int, std: float | None = None, **options):
         from megatron_ext.parallel.layout import Layout
         from megatron_ext.train.engine import Engine
 
         config = Config(
-            model=self._job.model, parallel=ParallelConfig(**sizes, **self._parallel), precision=self._precision, ppo=PPO,
-            optim=OptimConfig(clip=0.0, eps=EPS, weight_decay=0.0), train=TrainConfig(seed=seed),
+            model=replace(self._job.model, init_std=std or self._job.model.init_std), parallel=ParallelConfig(**sizes, **self._parallel),
+            precision=self._precision, ppo=PPO, optim=OptimConfig(clip=0.0, eps=EPS, weight_decay=0.0), train=TrainConfig(seed=seed),
         )
         return Engine(config, Layout(**sizes, ranks=self._ranks), self._platform, vocab_size=WORDS, **options)
 
@@ -81,7 +82,7 @@ class Models:
 
     @cached_property
     def reference(self):
-        return self._engine(self._beside, 3, train=False)
+        return self._engine(self._beside, 3, std=0.02, train=False)  # so near that KL is not a small difference of e^5
 
     @cached_property
     def judge(self):
@@ -115,7 +116,7 @@ def over(trainer, objective, columns: int = 1, **tokens) -> list:
 
 
 def rankings() -> list:
-    """Rankings of three, two, four and one, with ties. The responses of two are of one length, which makes them rows of a batch where they lie alone."""
+    """Rankings of three, two, four and one, with ties. Two have responses of one length: rows of a batch, where nothing else is in it."""
     import numpy as np
 
     from rlhf.ranked import Ranked
@@ -209,11 +210,14 @@ def numbers(models: Models, rollouts, budget: int) -> tuple[dict, dict]:
 def differences(found: Mapping, slopes: Mapping, reference: Mapping, known: Mapping) -> dict[str, float]:
     """How far every quantity is from the reference: numbers relative to max(1, |number|), gradients to each tensor's norm, the largest of all.
 
-    A tensor whose gradient is 0 but for rounding (a head's bias where only differences of rewards count) is compared with the whole's norm.
+    The KL of a token is a difference of two logprobs, and as exact as they are: it is relative to the larger one. A tensor whose gradient is 0 but for rounding (a head's bias where only differences of rewards count) is compared with the whole's norm.
     """
     import numpy as np
 
-    apart = {name: float(np.max(np.abs(found[name] - truth) / np.maximum(1.0, np.abs(truth)))) for name, truth in reference.items()}
+    apart = {}
+    for name, truth in reference.items():
+        sizes = (truth, reference["old"], reference["reference"]) if name.startswith("kl_") else (truth,)
+        apart[name] = float(np.max(np.abs(found[name] - truth) / np.maximum.reduce([np.ones_like(truth), *map(np.abs, sizes)])))
     for objective, slope in slopes.items():
         assert slope.keys() == known[objective].keys()
         norms = {name: float(truth.norm()) for name, truth in known[objective].items()}
@@ -251,7 +255,8 @@ def after_a_step(models: Models, rollouts) -> tuple[dict, dict]:
     from rlhf.objectives import PolicyObjective, TokenScore
     from rlhf.update import Trainer
 
-    trainer = Trainer(models.policy, Config(ppo=PPO, rollout=RolloutConfig(batch_tokens=BUDGETS["some"])), rollouts.sequences, rollouts.offsets, plain_text())
+    config = Config(ppo=PPO, rollout=RolloutConfig(batch_tokens=BUDGETS["some"]))
+    trainer = Trainer(models.policy, config, rollouts.sequences, rollouts.offsets, plain_text())
     score = TokenScore(temperature=TEMPERATURE)
     old, = over(trainer, score)
     before = whole_weights(models.policy)

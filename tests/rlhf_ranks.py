@@ -47,7 +47,8 @@ JOBS = (
     Job("tp2", parallel=TP2, ranks=2, beside=PP2, answers=("warm", "cut")), Job("pp2", parallel=PP2, ranks=2, beside=SP, answers=("warm", "cut")),
     Job("tp2sp", parallel=SP, ranks=2, beside=ONE, budgets=("all", "each")), Job("dp2", ranks=2, beside=TP2, answers=("warm", "cut")),
     Job("gpt2/tp2sp", GPT2, parallel=SP, ranks=2, budgets=("all",)), Job("gpt2/pp2", GPT2, parallel=PP2, ranks=2, beside=TP2, budgets=("some",)),
-    Job("tp2pp2", parallel=TP2PP2, ranks=4, beside=TP2, budgets=("some", "each")), Job("gpt2/tp2pp2", GPT2, parallel=TP2PP2, ranks=4, budgets=("all",)),
+    Job("tp2pp2", parallel=TP2PP2, ranks=4, beside=TP2, budgets=("some", "each")),
+    Job("gpt2/tp2pp2", GPT2, parallel=TP2PP2, ranks=4, budgets=("all",)),
 )
 SHARDED = (Job("sharded/dp2", ranks=2), Job("sharded/tp2", parallel=TP2, ranks=2))  # with the distributed optimizer
 
@@ -72,7 +73,8 @@ def first_step(models: Models, rollouts) -> dict:
         objective = PolicyObjective(PPO, "clip", kl_coef=0.1, temperature=TEMPERATURE, keep=kept)
         tokens = {"old_logprob": old, "ref_logprob": old, "advantage": fixed(len(old), seed=3)}
         result = trainer.step(trainer.cut(0, range(EPISODES)), objective, tokens, lr=0.0, step=0, ptx=ptx)
-        facts[name] = {name: result.sums[name] for name in ("ratio", "ratio_max", "clip_fraction", "approx_kl", "kl_loss")} | {"tokens": result.tokens}
+        wanted = ("ratio", "ratio_max", "clip_fraction", "approx_kl", "kl_loss")
+        facts[name] = {key: result.sums[key] for key in wanted} | {"tokens": result.tokens}
     return facts
 
 
@@ -81,7 +83,7 @@ def answers(models: Models, settings: GenerateConfig, questions: list[list[int]]
     from rlhf.rollout import Question, roll_out
 
     asked = [Question(prompt, "") for prompt in questions or prompts()]
-    rollouts = roll_out(models.policy, asked, settings, samples=3, first=100, tokenizer=None)
+    rollouts = roll_out(models.policy, asked, settings, samples=3, first=100, tokenizer=None, eod=-1)
     return rollouts, {} if settings.top_k or settings.top_p < 1 else None
 
 
