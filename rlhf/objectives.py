@@ -28,6 +28,9 @@ class TokenScore:
     def __init__(self, *, temperature: float, keep: dict[tuple[int, int], Kept] | None = None):
         self.temperature, self.keep = temperature, keep
 
+    def needed(self, batch: Batch) -> Tensor | None:
+        return batch.fields["select"]
+
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """(logprob, entropy), fp32 [response tokens]."""
         kept = None
@@ -45,8 +48,11 @@ class Values:
 
     names = ()
 
+    def needed(self, batch: Batch) -> Tensor:
+        return batch.fields["select"]
+
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
-        return model.values(hidden).flatten().index_select(0, batch.fields["select"])
+        return model.values(hidden, select=batch.fields["select"])
 
 
 class Rewards:
@@ -54,8 +60,11 @@ class Rewards:
 
     names = ()
 
+    def needed(self, batch: Batch) -> Tensor:
+        return batch.fields["last"]
+
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> Tensor:
-        return model.values(hidden).flatten().index_select(0, batch.fields["last"])
+        return model.values(hidden, select=batch.fields["last"])
 
 
 class PolicyObjective(TokenScore):
@@ -69,6 +78,9 @@ class PolicyObjective(TokenScore):
     def __init__(self, settings: PpoConfig, loss: str, *, kl_coef: float, temperature: float, keep: dict[tuple[int, int], Kept] | None = None):
         super().__init__(temperature=temperature, keep=keep)
         self._settings, self._loss, self._kl_coef = settings, policy_losses.POLICY_LOSSES[loss], kl_coef
+
+    def needed(self, batch: Batch) -> Tensor | None:
+        return None if "ptx" in batch.fields else super().needed(batch)
 
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if "ptx" in batch.fields:

@@ -13,6 +13,9 @@ class Values:
 
     names = ()
 
+    def needed(self, batch):
+        return None
+
     def score(self, model, hidden, batch):
         return model.values(hidden)
 

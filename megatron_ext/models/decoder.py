@@ -3,7 +3,8 @@
 One pipeline stage (or one chunk of it) of a causal language model with learned or rotary positions. What varies between GPT-2, Llama and
 their kin is configuration: `layers.py` says of what a layer is made. Parallelism comes in through `groups` alone.
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import TokenScores, linear_cross_entropy, linear_cross_entropy_sum
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.models.fused import rotary_tables
+from megatron_ext.models.fused import FusedLayer, rotary_tables
 from megatron_ext.models.heads import Head, ValueHead
 from megatron_ext.models.layers import LayerConfig, block_spec
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
@@ -95,7 +96,8 @@ class Decoder(LanguageModule):
 
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
-                select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None,
+                needed: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
@@ -106,13 +108,16 @@ class Decoder(LanguageModule):
             rows_differ: the rows of `positions` are not all the same.
             select: [batch] int64; logits at this position of each row only.
             score: what the last stage gives instead, of itself and the last norm's output (see `loss`, `token_scores`, `values`).
+            needed: int64 [n], rising: of the batch x seq tokens (row after row) those that `score` reads. Where the last layer can leave out the
+                others, the last norm's output is [n, 1, hidden].
         Returns:
             [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
             each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
             ([batch, 1, V/TP] with `select`).
         """
         hidden = self.embedding(tokens, positions) if self.pre_process else None
-        hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
+        with self._last_layer_for(needed, positions.shape):
+            hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if score is not None:
@@ -129,9 +134,29 @@ class Decoder(LanguageModule):
     def _shared_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """What a scalar head says of each token, fp32 [batch, seq]. hidden: the last norm's output."""
-        return self.value_head(hidden)
+    @contextmanager
+    def _last_layer_for(self, needed: Tensor | None, shape: torch.Size) -> Iterator[None]:
+        """Inside, the last layer finishes only the tokens needed. With sequence parallelism they lie on different ranks; what recomputes whole
+        layers runs them again when nobody says any more which tokens were meant."""
+        config, last = self.config, self.decoder.layers[-1] if self.post_process and len(self.decoder.layers) else None
+        if needed is None or type(last) is not FusedLayer or config.layers != "fused" or not 0 < len(needed) < shape.numel() \
+                or config.sequence_parallel or config.context_parallel_size > 1 or config.recompute_granularity == "full":
+            yield
+            return
+        batch, length = shape
+        last.needed = needed % length * batch + needed // length
+        try:
+            yield
+        finally:
+            last.needed = None
+
+    def values(self, hidden: Tensor, *, select: Tensor | None = None) -> Tensor:
+        """What a scalar head says of each token, fp32 [batch, seq]; with `select` [n] of those among the batch x seq tokens, fp32 [n].
+
+        hidden: the last norm's output, of all tokens or of the selected alone.
+        """
+        values = self.value_head(hidden)
+        return values if select is None else _selected(values.flatten(), select)
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """All of the sequence. Each rank's gradient of it is that of its part of the vocabulary: these two add them up on the way back."""
@@ -153,9 +178,9 @@ class Decoder(LanguageModule):
         """Loss, logprob and entropy of tokens, each differentiable, without holding logits.
 
         Args:
-            hidden: the last norm's output, [seq (/ TP with sequence parallel), batch, hidden].
+            hidden: the last norm's output, [seq (/ TP with sequence parallel), batch, hidden], or of the selected tokens alone, [n, 1, hidden].
             labels: [batch, seq] int64.
-            select: int64 [n], which of the batch x seq tokens (row after row) are scored; None = all.
+            select: int64 [n], rising, which of the batch x seq tokens (row after row) are scored; None = all.
             temperature: that they were sampled with.
             kept: the words that top-k and top-p left, for sampling that cuts; then logits of the selected tokens are held.
         Returns:
@@ -164,7 +189,7 @@ class Decoder(LanguageModule):
         hidden = self._whole(hidden).transpose(0, 1).flatten(0, 1)
         labels = labels.flatten()
         if select is not None:
-            hidden, labels = hidden.index_select(0, select), labels.index_select(0, select)
+            hidden, labels = _selected(hidden, select), labels.index_select(0, select)
         group = self.tp_group if self.tp_group.size() > 1 else None
 
         def score(weight: Tensor) -> TokenScores:
@@ -225,3 +250,8 @@ class Decoder(LanguageModule):
             tp_group=self.tp_group,
             dp_cp_group=self.pg_collection.dp_cp,
         )
+
+
+def _selected(x: Tensor, select: Tensor) -> Tensor:
+    """[tokens, ...] -> [n, ...], where x is not of those alone already."""
+    return x if len(x) == len(select) else x.index_select(0, select)

@@ -56,8 +56,8 @@ class FusedSelfAttention(SelfAttention):
     """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
-                packed_seq_params=None, **_) -> tuple[Tensor, Tensor | None]:
-        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None)."""
+                packed_seq_params=None, needed: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None); with `needed` [n] as `rows` of that, [n, 1, hidden]."""
         q, k, v = self.get_query_key_value_tensors(hidden_states)[:3]
         if rotary_pos_emb is not None:
             q, k = rope(q, k, rotary_pos_emb[0], rotary_pos_emb[1], interleaved=self.config.rotary_interleaved,
@@ -66,13 +66,24 @@ class FusedSelfAttention(SelfAttention):
         def core(q, k, v):
             return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params)
 
-        if self.checkpoint_core_attention and self.training:
-            return self.linear_proj(tensor_parallel.checkpoint(core, False, q, k, v))
-        return self.linear_proj(core(q, k, v))
+        attended = tensor_parallel.checkpoint(core, False, q, k, v) if self.checkpoint_core_attention and self.training else core(q, k, v)
+        return self.linear_proj(attended if needed is None else rows(attended, needed))
+
+
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """[seq, batch, hidden] -> [n, 1, hidden]: of the tokens `index` [n], numbered position x batch + row."""
+    return x.flatten(0, 1).index_select(0, index).unsqueeze(1)
 
 
 class FusedLayer(TransformerLayer):
-    """Pre-norm layer; the sum after attention is made by the norm before the MLP, which reads it anyway."""
+    """Pre-norm layer; the sum after attention is made by the norm before the MLP, which reads it anyway.
+
+    Attributes:
+        needed: of the last layer, while a head reads some tokens only: their numbers [n] (see `rows`). The others give their keys and values; their
+            part of the projection and of the MLP, three quarters of a layer, would be computed for nobody.
+    """
+
+    needed: Tensor | None = None
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -80,9 +91,11 @@ class FusedLayer(TransformerLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
                 packed_seq_params=None, **_) -> tuple[Tensor, None]:
-        """[seq, batch, hidden] -> ([seq, batch, hidden], None)."""
+        """[seq, batch, hidden] -> ([seq, batch, hidden], None), or ([n, 1, hidden], None) of the tokens needed."""
         attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask, rotary_pos_emb=rotary_pos_emb,
-                                       packed_seq_params=packed_seq_params)
+                                       packed_seq_params=packed_seq_params, needed=self.needed)
+        if self.needed is not None:
+            hidden_states = rows(hidden_states, self.needed)
         normed, residual = self.pre_mlp_layernorm(self._dropped(*attended), residual=hidden_states)
         # The MLP is megatron-core's: its two projections, with the bias and the activation between them in one pass.
         expanded = self.activate(*self.mlp.linear_fc1(normed))

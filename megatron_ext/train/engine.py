@@ -128,7 +128,7 @@ class Engine:
             part = batch.context_part(self.groups.cp.rank(), self.groups.cp.size())
             out = model(
                 part.tokens, part.position_ids, mask, packed=packed, rows_differ=self.config.data.reset_positions or batch.documents is not None,
-                score=lambda decoder, hidden: objective.score(decoder, hidden, part),
+                score=lambda decoder, hidden: objective.score(decoder, hidden, part), needed=objective.needed(part),
             )
 
             def loss(output):

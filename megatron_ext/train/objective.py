@@ -21,8 +21,12 @@ class Objective(Protocol):
 
     names: tuple[str, ...]
 
+    def needed(self, batch: Batch) -> Tensor | None:
+        """int64 [n], rising: which of the batch x seq tokens (row after row) `score` reads; None = all."""
+
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> object:
-        """Tensors (one, or a tuple) from the last norm's output. Called inside the model, on the last pipeline stage."""
+        """Tensors (one, or a tuple) from the last norm's output, [seq, batch, hidden] or of the tokens needed alone, [n, 1, hidden]. Called inside the
+        model, on the last pipeline stage."""
 
     def loss(self, scores: object, batch: Batch) -> tuple[Tensor, Tensor | int, dict[str, Tensor]]:
         """(sum of losses, scalar fp32; how many the sum counts, a whole number; numbers by name)."""
@@ -32,6 +36,9 @@ class LanguageModelling:
     """Cross-entropy of the next token, where `batch.loss_mask` counts it."""
 
     names = ()
+
+    def needed(self, batch: Batch) -> None:
+        return None
 
     def score(self, model: Decoder, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return model.loss(hidden, batch.labels, batch.loss_mask)
