@@ -18,6 +18,7 @@ from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.cli import recipe
 from megatron_ext.config.compose import compose
 
+pytestmark = pytest.mark.timeout(1500)  # five stages of two ranks, some of them twice: a minute or two of it is starting processes
 ROOT = Path(__file__).parents[1]
 STAGES = ("pretrain", "adapt", "sft", "reward", "ppo")
 WORDS = (
@@ -34,7 +35,7 @@ def command(*words: str) -> list[str]:
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def lines(path: Path) -> list[dict]:
@@ -51,7 +52,7 @@ def finished(tmp_path_factory) -> tuple[Path, tuple[str, ...], float]:
     words = (f"run.dir={folder / 'run'}", f"data.cache={folder / 'data'}", f"input={folder / 'text.jsonl'}")
     started = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     metrics = folder / "run" / "sft" / "metrics.jsonl"
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while not (metrics.exists() and metrics.read_text()):
         assert started.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
