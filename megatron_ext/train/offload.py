@@ -68,6 +68,11 @@ class Offload:
     def host_bytes(self) -> int:
         return sum(block.numel() for block in self._host)
 
+    def state(self) -> tuple[bool, int]:
+        """What decides how much the engine holds: whether it is away, and of how many tensors the optimizer has made its moments."""
+        parts = [] if self.engine.optimizer is None else self.engine.optimizer.chained_optimizers
+        return self._away is not None, sum(len(part.optimizer.state) for part in parts if part.optimizer is not None)
+
     def to_host(self) -> None:
         """Frees all that the engine holds on the device; until `to_device` its use raises RuntimeError. Nothing where it has left."""
         if self._away is not None:
