@@ -2,7 +2,7 @@
 
 The same rollouts with TP1, TP2, TP2 with sequence parallelism, PP2, TP2 x PP2 and DP2, in one micro-batch, a few, and one a sequence, packed or as
 rows of a batch; the reference and the reward model in layouts of their own. In fp32 every number is within 2e-6 x max(1, |number|) of one rank's, and
-every gradient within 1e-5 of its tensor's norm. Measured: numbers up to 1.7e-6 (KL, the difference of two logprobs; losses 3e-7), gradients 1.6e-6.
+every gradient within 1e-5 of its tensor's norm. Measured: numbers up to 1.3e-6 (whitened advantages; losses 3e-7), gradients 1.6e-6.
 Found here: gradients of rows of a batch that were not added up over tensor-parallel ranks (0.3 of their norm off), a word more or less after top-p
 (logprobs off by 3e-4), a micro-batch without response tokens after top-k.
 """
