@@ -182,13 +182,17 @@ class LogConfig:
     every: int = 1  # steps between progress lines
     wandb: str = "auto"  # auto (offline where wandb is installed) | disabled | offline | online
     wandb_project: str = "megatron-ext"
-    gpu_every: int = 10  # steps between NVML readings; 0 = off
+    gpu_every: int = 10  # steps between NVML readings of all ranks' GPUs; 0 = off
     report: bool = True  # write report.md and its plots when the stage ends
+    prometheus: bool = True  # the newest figures in run.dir/metrics.prom, in Prometheus' text format
+    prometheus_dir: str | None = None  # a file there too, readable by all: a directory of node_exporter's textfile collector
+    prometheus_listen: str | None = None  # HOST:PORT where rank 0 serves them at /metrics, such as 127.0.0.1:9400; null = nowhere
 
 
 @dataclass(frozen=True)
 class RunConfig:
     dir: str = "outputs/run"
+    private: bool = True  # directories that a run makes are its owner's alone (modes 700 and 600); false = as the umask says, for teams
     stages: tuple[str, ...] = ("pretrain", "adapt", "sft", "reward", "ppo")  # of the main job (`run`), in this order
 
 

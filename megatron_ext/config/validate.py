@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
+from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
 from megatron_ext.config.precision import attention_serves, fp8_fits
 from megatron_ext.config.ranges import check_values
@@ -184,6 +185,6 @@ def load_is_given(config: Config) -> Iterator[UserError]:
 COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_file, load_exists, tokenizer_exists)
 TRAIN: tuple[Rule, ...] = (
     stage_is_known, fp8_fits, attention_serves, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
-    *RLHF, *STOPPING,
+    figures_can_be_published, *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
