@@ -70,17 +70,21 @@ class LineFile:
         except OSError as error:
             self._warn(error)
 
-    def append(self, record: dict) -> None:
+    def append(self, record: dict) -> bool:
+        """False where the line could not be written."""
         if self._fd is None:
-            return
+            return False
         data = (json.dumps(encode(record), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", errors="backslashreplace")
         try:
             written = os.write(self._fd, data)
             if written < len(data):
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
                 self._warn(OSError("the disk took only a part of a line"))
+                return False
         except OSError as error:
             self._warn(error)
+            return False
+        return True
 
     def close(self) -> None:
         if self._fd is not None:
