@@ -1,7 +1,7 @@
 """`report.md` of the stages of RLHF: why a stage stopped, what came out of it, plots, samples before and after, and where it came from.
 
-It is made of the pieces of megatron_ext/observe/report.py, and reads config.yaml, metrics.jsonl, events.jsonl and samples.jsonl; any of them may be
-missing, cut short, or hold a few records only. What it looks for:
+It is made of the pieces of megatron_ext/observe/report.py, and reads config.yaml, metrics.jsonl, events.jsonl, goodput.jsonl and samples.jsonl; any of
+them may be missing, cut short, or hold a few records only. What it looks for:
 
     metrics     the usual names (docs/rlhf.md)
     events      stop(reason, criterion, checkpoint), best(step), samples(step, reward, reward_error, kl_k1), calibration(bins), record_skipped(count),
@@ -32,7 +32,7 @@ def write_report(run_dir: Path, *, title: str, chain: Sequence[Mapping] = (), se
     Args:
         chain: as `checkpoint.ancestry.chain` gives it, the youngest first.
         sections: heading -> a table of names and values, or Markdown text.
-        bytes_per_token: of the validation data of a language model.
+        bytes_per_token: of the validation data of a language model; None = as metrics.jsonl tells.
 
     Returns:
         The path of the report.
@@ -51,8 +51,10 @@ def stage_parts(run: Run, *, bytes_per_token: float | None = None, prefix: str =
         prefix: the way from the page to the run's directory. level: of the headings.
     """
     config, pairs = _config(run), read_pairs(run.directory / "samples.jsonl")
+    bytes_per_token = bytes_per_token or run.bytes_per_token
     parts = [verdict(run), markdown.table(summary(run, config, pairs, bytes_per_token)),
-             report.pictures(run.directory, wanted(run, config, bytes_per_token), level=level, prefix=prefix)]
+             report.pictures(run.directory, wanted(run, config, bytes_per_token), level=level, prefix=prefix),
+             *report.time_parts(run.directory, level=level, prefix=prefix)]
     if pairs:
         report.publish(run.directory, [page(pairs, "Samples, before and after")], "samples.md")
         parts.append(f"{'#' * level} Samples, before and after\n\n[All {len(pairs):,} of them]({prefix}samples.md).")

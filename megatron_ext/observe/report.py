@@ -1,7 +1,7 @@
 """`report.md`: what a run was, what came out of it, and how it went, from the files of its directory and what the caller adds.
 
-It reads config.yaml, metrics.jsonl and events.jsonl; any of them may be missing, cut short, or hold a few records only. The pieces are public: the
-reports of other stages are made of them (rlhf/report.py).
+It reads config.yaml, metrics.jsonl, events.jsonl and goodput.jsonl; any of them may be missing, cut short, or hold a few records only. The pieces are
+public: the reports of other stages are made of them (rlhf/report.py).
 """
 import math
 import os
@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import markdown, plots
+from . import markdown, plots, timeline
 from .events import read_events
+from .goodput import read_goodput
 from .metrics import read_metrics
 from .progress import human_count, human_time
 
@@ -40,6 +41,13 @@ class Run:
         """The newest event of a kind; {} where there is none."""
         return next((event for event in reversed(self.events) if event.get("kind") == kind), {})
 
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the validation data, where the validations tell: a loss of l nats a token is l / ln 2 / bytes bits per byte."""
+        found = (r["validation_loss"] / math.log(2) / r["validation_bits_per_byte"] for r in reversed(self.records)
+                 if r.get("validation_bits_per_byte") and isinstance(r.get("validation_loss"), float))
+        return next((value for value in found if math.isfinite(value)), None)
+
 
 def write_report(
     run_dir: Path, *, title: str, sections: Mapping[str, Section] | None = None, samples: Sequence[Mapping[str, str]] = (),
@@ -50,16 +58,19 @@ def write_report(
     Args:
         sections: heading -> a table of names and values, or Markdown text; in this order (evaluation, corpus, hardware, versions, ...).
         samples: {"prompt": ..., "completion": ...} each.
-        bytes_per_token: of the validation data, turns nats a token into bits a byte. baseline_bits_per_byte: drawn beside the loss.
+        bytes_per_token: of the validation data, turns nats a token into bits a byte; None = as metrics.jsonl tells.
+        baseline_bits_per_byte: drawn beside the loss.
 
     Returns:
         The path of the report.
     """
     run = Run.read(run_dir)
+    bytes_per_token = bytes_per_token or run.bytes_per_token
     baseline = None if baseline_bits_per_byte is None else (baseline_name, baseline_bits_per_byte)
     parts = [f"# {title}", verdict(run.events)]
     parts.append(markdown.table(progress(run) | losses(run, bytes_per_token, baseline) | resources(run)))
     parts.append(pictures(run.directory, loss_pictures(run, bytes_per_token, baseline)))
+    parts += time_parts(run.directory)
     parts += sections_of(sections or {})
     if samples:
         parts.append("## Samples")
@@ -143,6 +154,16 @@ def loss_pictures(run: Run, bytes_per_token: float | None = None, baseline: tupl
         ("Throughput", "throughput.png", lambda path: plots.plot_throughput(path, records, restarts=restarts)),
         ("Learning rate and gradient norm", "optimizer.png", lambda path: plots.plot_optimizer(path, records, restarts=restarts)),
     ]
+
+
+def time_parts(directory: Path, *, level: int = 2, prefix: str = "") -> list[str]:
+    """Where the time went: goodput, the timeline, the classes and the lives; nothing where there is no ledger. prefix: as in `pictures`."""
+    goodput = read_goodput(directory)
+    if not goodput.lives:
+        return []
+    timeline_png = ("Where the time went", "timeline.png", lambda path: timeline.plot_timeline(path, goodput))
+    return [pictures(directory, [timeline_png], level=level, prefix=prefix), timeline.sentence(goodput), timeline.class_table(goodput),
+            timeline.life_table(goodput.lives)]
 
 
 def pictures(directory: Path, wanted: Sequence[Picture], *, level: int = 2, prefix: str = "") -> str:
