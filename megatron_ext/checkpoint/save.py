@@ -18,6 +18,7 @@ from megatron_ext.checkpoint.agree import Ranks
 from megatron_ext.checkpoint.staging import Writer, offsets_of
 from megatron_ext.checkpoint.writer import recover
 from megatron_ext.errors import UserError
+from megatron_ext.redact import redact
 
 logger = logging.getLogger(__name__)
 FORMATS = ("fully_reshardable", "dp_reshardable")
@@ -74,7 +75,7 @@ class Checkpoints:
 
         Args:
             sharded_state: as megatron-core makes it: ShardedTensors, ShardedObjects, factories, and values common to all ranks.
-            record: JSON-able; `step`, `sharding` and `ranks` are added.
+            record: JSON-able; `step`, `sharding` and `ranks` are added, secrets are taken out.
 
         A save that fails is logged and written to the events as `save_failed`; it raises nothing. TypeError for a record or state
         that cannot be written as JSON.
@@ -82,7 +83,7 @@ class Checkpoints:
         began = time.monotonic()
         self._finish()
         self._attempt += 1
-        record = {**record, "step": step, "sharding": self.sharding, "ranks": self._ranks.size}
+        record = redact({**record, "step": step, "sharding": self.sharding, "ranks": self._ranks.size})
         m.canonical(record)
         directory = self.directory / f"{m.step_name(step)}.tmp-{self._nonce}-{self._attempt}"
         self._pending = Pending(step, directory, record, began)

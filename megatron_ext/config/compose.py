@@ -9,6 +9,7 @@ from megatron_ext.config import build
 from megatron_ext.config.overrides import GROUPS, Override, conf_dir, parse_all
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
+from megatron_ext.redact import redact
 
 
 def compose(overrides: Sequence[str] = (), base: Config | None = None) -> Config:
@@ -29,10 +30,10 @@ def compose(overrides: Sequence[str] = (), base: Config | None = None) -> Config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML: what `run.dir/config.yaml` holds."""
+    """The resolved configuration as YAML, without secrets: what `run.dir/config.yaml` holds."""
     import yaml
 
-    return yaml.safe_dump(build.to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redact(build.to_dict(config)), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(text: str, name: str = "config.yaml") -> Config:

@@ -12,12 +12,20 @@ of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which counts the 
 `causal=True` counts the half that a causal kernel needs, as Megatron-LM and Megatron-Bridge do since 2025. Say which when you compare.
 
 MFU (model FLOPs utilisation) is model operations over peak: recomputation earns nothing. HFU counts the recomputed operations too.
+
+Mixed peak. With FP8 products (precision.fp8) a token has F8 operations in FP8 and F16 in the layers' own type, and no single peak fits both. Each
+part is counted at its own peak, so that utilisation is the time a device would need at full speed over the time it took:
+
+    utilisation = (F16 / P16 + F8 / P8) (tokens/s) / devices,    F8 = 3 (L - 2 e) / L of the linear layers    (all of F without FP8: the plain ratio)
+
+e = precision.fp8_edge_layers: that many layers at each end stay in their type, and so do the products of attention (scores and weighted values)
+and the logits. A number over the bf16 peak alone would be up to twice as high, one over the FP8 peak alone lower by what was never in FP8.
 """
 import re
 from dataclasses import dataclass
 
 from megatron_ext.config import sizes
-from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.schema import ModelConfig, PrecisionConfig
 
 # Device name as torch and NVML report it (regular expression, whole name) -> dense TFLOP/s in bf16 (= fp16) and fp8, both with fp32
 # accumulation and without sparsity. A variant that is not listed (laptop, MIG slice, export model) is unknown rather than guessed at.
@@ -73,11 +81,12 @@ def peak_flops(device_name: str, dtype: str = "bf16") -> float | None:
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """Operations for one token, forward only."""
+    """Operations for one token, forward only. fp8: those of `linear` whose products are in FP8."""
 
     linear: float
     attention: float
     logits: float
+    fp8: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -95,23 +104,43 @@ class TokenFlops:
             raise ValueError(f"recompute={recompute}: none, selective or full")
         return self.training + again[recompute]
 
+    @property
+    def training_fp8(self) -> float:
+        """Of `training`, what is in FP8."""
+        return 3 * self.fp8
 
-def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, causal: bool = False) -> TokenFlops:
-    """Operations a token of a decoder; `vocab_size` without padding, since padding is no use to the model."""
+    def hardware_fp8(self, recompute: str = "none") -> float:
+        """Of `hardware(recompute)`, what is in FP8."""
+        return (4 if recompute == "full" else 3) * self.fp8
+
+
+def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, causal: bool = False,
+                precision: PrecisionConfig | None = None) -> TokenFlops:
+    """Operations a token of a decoder; `vocab_size` without padding, since padding is no use to the model.
+
+    Args:
+        precision: says which of them are FP8 products; None = none.
+    """
     hidden, width = model.hidden_size, sizes.head_dim(model) * model.num_attention_heads
     key_value = 2 * sizes.head_dim(model) * sizes.query_groups(model)
     matrices = 3 if model.activation in sizes.GATED else 2
     linear = 2 * hidden * (2 * width + key_value) + 2 * hidden * sizes.ffn_size(model) * matrices
     attention = 4 * width * sequence_length * (0.5 if causal else 1.0)
-    return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=2.0 * hidden * vocab_size)
+    quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
+    return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=2.0 * hidden * vocab_size,
+                      fp8=float(quantised * linear))
 
 
-def utilisation(flops_per_token: float, *, tokens_per_second: float, devices: int, peak: float | None) -> float | None:
+def utilisation(flops_per_token: float, *, tokens_per_second: float, devices: int, peak: float | None, fp8_flops: float = 0.0,
+                fp8_peak: float | None = None) -> float | None:
     """MFU or HFU as a fraction of 1, by whether the operations are `.training` or `.hardware(...)`.
 
     Args:
         tokens_per_second: of the whole job. peak: of one device, FLOP/s; None = unknown, and so is the result.
+        fp8_flops: of `flops_per_token`, what is in FP8 products, counted at `fp8_peak` (None = unknown; see the mixed peak above).
     """
-    if peak is None:
+    if peak is None or fp8_flops and fp8_peak is None:
         return None
-    return flops_per_token * tokens_per_second / (devices * peak)
+    if not fp8_flops:
+        return flops_per_token * tokens_per_second / (devices * peak)
+    return ((flops_per_token - fp8_flops) / peak + fp8_flops / fp8_peak) * tokens_per_second / devices

@@ -39,7 +39,8 @@ class GpuMonitor:
 
     def read(self) -> dict[str, float | str]:
         """`gpu_utilisation` (%), `gpu_memory_used` and `gpu_memory_total` (GiB), `gpu_power` and `gpu_power_limit` (W),
-        `gpu_temperature` (C), `gpu_clock` and `gpu_memory_clock` (MHz), `gpu_throttle` (reasons, "" = none).
+        `gpu_temperature` (C), `gpu_clock` and `gpu_memory_clock` (MHz), `gpu_throttle` (reasons, "" = none),
+        `gpu_energy` (J since the driver was loaded; Volta and later).
         What a device does not tell is left out; {} without a GPU."""
         if self._handle is None:
             return {}
@@ -63,6 +64,7 @@ class GpuMonitor:
             lambda: {"gpu_clock": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)},
             lambda: {"gpu_memory_clock": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)},
             throttle,
+            lambda: {"gpu_energy": nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000},
         ):
             try:
                 figures.update(reading())

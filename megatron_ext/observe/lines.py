@@ -4,7 +4,7 @@ A line is one `write` to the end of the file, so a reader sees it whole or not a
 off when the file is next opened, and cut off at once when the disk is full. Errors of the disk are warned of once and never stop a run.
 
 JSON knows no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and read back as floats.
-Finite floats are written as Python's `repr`, which reads back to the same bits.
+Finite floats are written as Python's `repr`, which reads back to the same bits. Texts are written without secrets (redact.py).
 """
 import json
 import math
@@ -12,6 +12,8 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+from megatron_ext.redact import Redactor
 
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -59,10 +61,15 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 
 class LineFile:
-    """Appends objects to a file; makes its directory. One writer at a time."""
+    """Appends objects to a file; makes its directory. One writer at a time.
 
-    def __init__(self, path: Path):
+    Args:
+        redactor: what takes secrets out of the objects' texts; None = all of it.
+    """
+
+    def __init__(self, path: Path, *, redactor: Redactor | None = None):
         self.path, self._fd, self._warned = Path(path), None, False
+        self._redact = redactor or Redactor()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -74,7 +81,7 @@ class LineFile:
         """False where the line could not be written."""
         if self._fd is None:
             return False
-        data = (json.dumps(encode(record), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", errors="backslashreplace")
+        data = (json.dumps(encode(self._redact(record)), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", errors="backslashreplace")
         try:
             written = os.write(self._fd, data)
             if written < len(data):

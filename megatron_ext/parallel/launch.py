@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
+from megatron_ext.redact import redact_text
 
 # ---- in a process that may be a rank -----------------------------------------------------------------------------------------------------------------
 
@@ -45,6 +46,7 @@ def guarded(body: Callable[[], int | None]) -> int:
         return leave(1)
     except Exception:  # noqa: BLE001 whatever it is, a rank has to tell its parent
         code, text = 1, traceback.format_exc()
+    text = redact_text(text)
     if not report_failure(code, text):
         print(f"error: {text}" if code == 2 else text.rstrip(), file=sys.stderr)
     return leave(code)
