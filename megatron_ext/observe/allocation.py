@@ -33,7 +33,7 @@ def allocation_times(environ: Mapping[str, str] | None = None, *, timeout: float
 def job_times(text: str, job: str) -> tuple[float | None, float | None]:
     """(submitted, started) of a job, from what `scontrol show job --oneliner` prints: a line a job, times in local time."""
     line = next((line for line in text.splitlines() if line.startswith(f"JobId={job} ")), "")
-    found = dict(re.findall(r"\b(SubmitTime|StartTime)=(\S+)", line))
+    found = dict(re.findall(r"(?<!\S)(SubmitTime|StartTime)=(\S+)", line))
     return _local(found.get("SubmitTime")), _local(found.get("StartTime"))
 
 

@@ -77,22 +77,22 @@ def sentence(goodput: Goodput) -> str:
     if goodput.goodput is None:
         return "Nothing was allocated yet."
     seconds, failed = goodput.seconds, goodput.failures
-    said = [f"Goodput {100 * goodput.goodput:.1f} %: {_time(seconds[STEP])} of steps that were kept in {_time(goodput.allocated)} of allocation, over "
+    said = [f"Goodput {100 * goodput.goodput:.1f} %: {duration(seconds[STEP])} of steps that were kept in {duration(goodput.allocated)} of allocation, over "
             + f"{_count(len(goodput.lives), 'life', 'lives')}."]
     if failed:
-        said.append(f"{_count(failed, 'life', 'lives')} failed: a mean time to failure of {_time(goodput.mttf)}.")
+        said.append(f"{_count(failed, 'life', 'lives')} failed: a mean time to failure of {duration(goodput.mttf)}.")
     if goodput.interval is not None:
         steps = steps_between_saves(goodput, goodput.step_seconds)
-        said.append(f"A save takes {_time(goodput.write_seconds)}, so that one every {_time(goodput.interval)}"
+        said.append(f"A save takes {duration(goodput.write_seconds)}, so that one every {duration(goodput.interval)}"
                     + (f" ({_count(steps, 'step', 'steps')})" if steps else "") + " would cost least: sqrt(2 x MTTF x write time).")
     return " ".join(said)
 
 
 def class_table(goodput: Goodput) -> str:
     """Time in each class that has any, and its share of the allocation."""
-    rows = [(name, _time(spent), "not allocated" if name == QUEUE else f"{100 * spent / goodput.allocated:.1f} %")
+    rows = [(name, duration(spent), "not allocated" if name == QUEUE else f"{100 * spent / goodput.allocated:.1f} %")
             for name, spent in goodput.seconds.items() if spent]
-    return markdown.columns(("class", "time", "share of the allocation"), [*rows, ("in all", _time(goodput.wall), "")])
+    return markdown.columns(("class", "time", "share of the allocation"), [*rows, ("in all", duration(goodput.wall), "")])
 
 
 def life_table(lives: Sequence[Life]) -> str:
@@ -106,7 +106,7 @@ def life_table(lives: Sequence[Life]) -> str:
         spent = life.seconds
         steps = "-" if life.first is None else f"{life.first:,} to {life.last:,}"
         ended = {None: "running, or killed", False: life.reason or "died", True: life.reason or "closed"}[life.clean]
-        rows.append((life.number, _time(life.ended - life.started), steps, _time(spent[STEP]), _time(spent[LOST]), ended))
+        rows.append((life.number, duration(life.ended - life.started), steps, duration(spent[STEP]), duration(spent[LOST]), ended))
     return markdown.columns(("life", "time", "steps", "kept", "lost work", "end"), rows)
 
 
@@ -119,7 +119,8 @@ def summary(goodput: Goodput) -> dict[str, object]:
     }
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As people read it: two units, hundredths below ten seconds."""
     return f"{seconds:.2f}s" if seconds < 10 else human_time(seconds)
 
 
