@@ -161,9 +161,13 @@ def time_parts(directory: Path, *, level: int = 2, prefix: str = "") -> list[str
     goodput = read_goodput(directory)
     if not goodput.lives:
         return []
-    timeline_png = ("Where the time went", "timeline.png", lambda path: timeline.plot_timeline(path, goodput))
-    return [pictures(directory, [timeline_png], level=level, prefix=prefix), timeline.sentence(goodput), timeline.class_table(goodput),
-            timeline.life_table(goodput.lives)]
+    parts = [f"{'#' * level} Where the time went", timeline.sentence(goodput), timeline.class_table(goodput), timeline.life_table(goodput.lives)]
+    try:
+        if timeline.plot_timeline(directory / "timeline.png", goodput):
+            parts.insert(1, f"![Where the time went]({prefix}timeline.png)")
+    except ImportError:
+        pass  # that there are no plots is said where the others would be
+    return parts
 
 
 def pictures(directory: Path, wanted: Sequence[Picture], *, level: int = 2, prefix: str = "") -> str:
