@@ -18,6 +18,7 @@ READS = {
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
+    "report": ("run",),
     "doctor": (),
 }
 EXAMPLES = {
@@ -27,6 +28,7 @@ EXAMPLES = {
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
+    "report": "report run.dir=outputs/run",
     "doctor": "doctor --json",
 }
 

@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
 }
 FLAGS = {"--json": "print one JSON object instead of text"}
@@ -22,6 +23,7 @@ TAKES = {
     "doctor": ("--json",),
     "generate": ("--json", "--prompt", "--prompt-file"),
     "evaluate": ("--json",),
+    "report": ("--json",),
     "run": (),
     "train": (),
     "prepare": (),
