@@ -10,19 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.chain import Chain
 from megatron_ext.checkpoint.manifest import CHAIN
-from megatron_ext.cli import recipe
-from megatron_ext.config.compose import compose
-from megatron_ext.config.ranges import check_values
 from megatron_ext.config.schema import Config
-from megatron_ext.errors import UserError
 from megatron_ext.parallel.job import PARENT
-
-ASIDE = ("reward",)  # stages that the next one does not start from
 
 
 class StepFailed(Exception):
@@ -51,14 +46,9 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Job:
-    """The job's configuration (of its first stage), and the words that were typed.
+class Job(Chain):
+    """The chain, done here. report: writes report.md of the whole chain and returns its path."""
 
-    report: writes report.md of the whole chain and returns its path.
-    """
-
-    config: Config
-    words: tuple[str, ...]
     prompts: tuple[str, ...]
     report: Callable[[Finished], Path]
 
@@ -76,7 +66,7 @@ class Job:
             seconds[stage] = time.monotonic() - began
         first = self.config.run.stages[0]
         _say(f"evaluating {first}")
-        read = [*self._words(first, prepared.directory, drop=("checkpoint.load", "checkpoint.start")), f"checkpoint.load={self._folder(first)}"]
+        read = [*self.read_words(first, prepared.directory, drop=("checkpoint.load", "checkpoint.start")), f"checkpoint.load={self.folder(first)}"]
         evaluation = json.loads(command("evaluate", "--json", *read, capture=True))
         options = [word for prompt in self.prompts for word in ("--prompt", prompt)]
         generated = json.loads(command("generate", "--json", *options, *read, capture=True))
@@ -85,47 +75,17 @@ class Job:
         _say(f"{path} tells all; done after {(time.monotonic() - start) / 60:.1f} minutes")
         return path
 
-    def check(self) -> None:
-        """Every stage's words are read before the first is started: a mistake in the last one is told now. Raises UserError."""
-        known = tuple(recipe.read()["stages"])
-        stages = self.config.run.stages
-        for stage in stages:
-            if stage not in known:
-                raise UserError("run.stages", stage, f"is no stage of the job; it has {', '.join(known)}")
-            for error in check_values(compose((f"stage={stage}", *recipe.with_defaults(self.words, stage)))):
-                raise UserError(error.key, error.value, f"{error.reason} (stage {stage})")
-        if not stages or list(stages) != sorted(set(stages), key=known.index):
-            raise UserError("run.stages", ",".join(stages) or "[]", f"must be some of {', '.join(known)}, each once and in this order")
-        if "ppo" in stages and "reward" not in stages:
-            raise UserError("run.stages", ",".join(stages), "ppo needs the reward model of the stage reward")
-
-    def _folder(self, stage: str) -> Path:
-        return Path(self.config.run.dir) / stage
-
-    def _parent(self, stage: str) -> str | None:
-        """The stage that this one starts from."""
-        before = [name for name in self.config.run.stages[: self.config.run.stages.index(stage)] if name not in ASIDE]
-        return before[-1] if before else None
-
     def _stage(self, stage: str, prepared) -> None:
-        words = self._words(stage, prepared.directory)
-        if stage == "adapt":
-            words = self._with_domain(words, prepared)
-        if parent := self._parent(stage):
-            words.append(f"checkpoint.start={self._folder(parent)}")
-        if stage == "ppo" and not any(_key(word) == "rewards.models" for word in words):
-            words.append(f"rewards.models=[{self._folder('reward')}]")
-        if not any(_key(word) == "checkpoint.load" for word in words):
-            words.append("checkpoint.load=auto")
+        words = self.stage_words(stage, prepared.directory, lambda: self._domain(prepared))
         chain = Path(self.config.run.dir) / CHAIN
         done = json.loads(chain.read_text(encoding="utf-8")) if chain.exists() else {}
-        if done.get(stage) == words and (self._folder(stage) / "checkpoints").is_dir():
+        if done.get(stage) == words and (self.folder(stage) / "checkpoints").is_dir():
             _say(f"{stage}: done before")
             return
         if stage in done and done[stage] != words:
             _say(f"{stage}: was done with other words. What is done stays; only steps that are left are done with the new ones. To do all of it "
-                 f"again, remove {self._folder(stage)} and the folders of the stages after it")
-        _say(f"{stage}; everything of it goes to {self._folder(stage)}")
+                 f"again, remove {self.folder(stage)} and the folders of the stages after it")
+        _say(f"{stage}; everything of it goes to {self.folder(stage)}")
         command("train", f"stage={stage}", *words)
         draft = chain.with_suffix(".tmp")
         later = self.config.run.stages[self.config.run.stages.index(stage) :]
@@ -144,15 +104,6 @@ class Job:
         _say(f"preparing {self.config.input or 'the embedded corpus'} in {output}")
         return prepare(data, self.config.input, output)
 
-    def _with_domain(self, words: list[str], prepared) -> list[str]:
-        """The words of adapt with its text: what was named, or the domain's beside the general one."""
-        own, keys = recipe.typed(self.words, "adapt"), ("data.path", "data.paths")
-        named, rest = [word for word in own if _key(word) in keys], [word for word in words if _key(word) not in keys]
-        if not named:
-            return [*rest, f"data.paths=[{self._domain(prepared)},{prepared.directory}]"]
-        weighted = any(_key(word) == "data.weights" for word in own)  # the recipe's are of its own two texts
-        return [*(word for word in rest if weighted or _key(word) != "data.weights"), *named]
-
     def _domain(self, prepared) -> Path:
         """The domain's text, in the tokens of the general one."""
         from dataclasses import replace
@@ -170,16 +121,6 @@ class Job:
         found = trigram_baseline(prepared.directory, split="validation")
         _say(f"the model has to beat an interpolated trigram: {found['bits_per_byte']:.4f} bits per byte on the validation split")
         return found
-
-    def _words(self, stage: str, data: Path, drop: Sequence[str] = ()) -> list[str]:
-        """The words of a stage's commands, with the prepared data in place of what it was made from."""
-        replaced = ("data.path", "input", "output", "run.dir", "run.stages", *drop)
-        kept = [word for word in recipe.with_defaults(self.words, stage) if _key(word) not in replaced]
-        return [*kept, f"data.path={data}", f"run.dir={self._folder(stage)}"]
-
-
-def _key(word: str) -> str:
-    return word.lstrip("+").partition("=")[0]
 
 
 def command(*words: str, capture: bool = False) -> str:

@@ -65,14 +65,14 @@ def test_signals_reach_a_command(monkeypatch, tmp_path):
 def test_sub_commands_read_the_prepared_data():
     job = pipeline.Job(compose(), ("input=/tmp/한국어,1.txt", "train.steps=7", "ppo:train.steps=9", "checkpoint.load=auto"), (), report=print)
     for stage, steps in (("sft", "train.steps=7"), ("ppo", "train.steps=9")):
-        words = job._words(stage, Path("outputs/data/a=b"))
+        words = job.read_words(stage, Path("outputs/data/a=b"))
         assert steps in words and words[-2:] == ["data.path=outputs/data/a=b", f"run.dir=outputs/run/{stage}"]
         assert not [word for word in words if word.startswith(("input", "ppo:"))]
 
 
 def test_stages_start_from_the_one_before():
     job = pipeline.Job(compose(), (), (), report=print)
-    assert [job._parent(stage) for stage in job.config.run.stages] == [None, "pretrain", "adapt", "sft", "sft"]
+    assert [job.parent(stage) for stage in job.config.run.stages] == [None, "pretrain", "adapt", "sft", "sft"]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ RLHF = ("chat", "lora", "ranking", "rewards", "rollout", "generate", "ppo", "cri
 READS = {
     "run": ("launch", "run"),
     "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run", *RLHF),
+    "submit": ("cluster", "run"),
     "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", *RLHF),
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
@@ -24,6 +25,7 @@ READS = {
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
+    "submit": "submit stage=pretrain model=llama3_8b data.path=/data/tokens cluster=slurm_gpu parallel.tp=4 run.dir=/runs/8b --dry-run",
     "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
@@ -87,8 +89,8 @@ def verb_page(verb: str) -> str:
         lines += ["", *(f"  {name:<16}{(FLAGS | VALUES)[name]}" for name in TAKES[verb])]
     if verb == "generate":
         lines += ["", "Without --prompt and --prompt-file, standard input is one prompt a line."]
-    groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check"))]
-    if verb in ("train", "check", "run"):
+    groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check", "submit"))]
+    if verb in ("train", "check", "run", "submit"):
         lines += ["", "Presets (conf/):", *(f"  {group + '=':<12}{' | '.join(options_of(group))}" for group in groups)]
     table = keys()
     rows = (table[""] if verb == "prepare" else []) + [row for group in READS[verb] for row in table[group]]

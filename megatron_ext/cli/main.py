@@ -10,7 +10,7 @@ from megatron_ext.parallel import launch
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return launch.guarded(lambda: run(words))
+    return launch.guarded(lambda: run(words), words)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -28,7 +28,8 @@ def run(argv: Sequence[str]) -> int:
         print(pages.verb_page(options.verb))
         return 0
     verb = getattr(importlib.import_module(f"megatron_ext.cli.verbs.{options.verb}"), options.verb)
-    if options.verb == "doctor" and not options.overrides:  # has to work where Hydra is missing
+    # doctor has to work where Hydra is missing; submit composes a configuration for each of its runs
+    if options.verb == "submit" or options.verb == "doctor" and not options.overrides:
         from megatron_ext.config.schema import Config
 
         return verb(Config(), options)

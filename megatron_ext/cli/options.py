@@ -9,6 +9,7 @@ from megatron_ext.errors import UserError
 VERBS = {
     "run": "the main job: corpus, tokenizer, pretraining, evaluation, completions and report.md, on the embedded data",
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
+    "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
@@ -16,14 +17,16 @@ VERBS = {
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
 }
-FLAGS = {"--json": "print one JSON object instead of text"}
-VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line"}
+FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "print the script and the placement; submit nothing"}
+VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line",
+          "--sweep": "KEY=VALUE,VALUE,...: a job array over the values (repeatable: all combinations)"}
 TAKES = {
     "check": ("--json",),
     "doctor": ("--json",),
     "generate": ("--json", "--prompt", "--prompt-file"),
     "evaluate": ("--json",),
     "report": ("--json",),
+    "submit": ("--dry-run", "--sweep", "--json"),
     "run": (),
     "train": (),
     "prepare": (),
@@ -38,6 +41,8 @@ class Options:
     argv: tuple[str, ...]
     overrides: tuple[str, ...] = ()
     json: bool = False
+    dry_run: bool = False
+    sweeps: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
     help: bool = False
@@ -67,7 +72,7 @@ def parse(argv: Sequence[str]) -> Options:
         if name in FLAGS:
             if equals:
                 raise UserError(name, value, "takes no value")
-            options = replace(options, json=True)
+            options = replace(options, **{name.removeprefix("--").replace("-", "_"): True})
             continue
         if not equals:
             if position == len(words):
@@ -76,6 +81,8 @@ def parse(argv: Sequence[str]) -> Options:
             position += 1
         if name == "--prompt":
             options = replace(options, prompts=(*options.prompts, value))
+        elif name == "--sweep":
+            options = replace(options, sweeps=(*options.sweeps, value))
         else:
             options = replace(options, prompt_file=Path(value))
     return options

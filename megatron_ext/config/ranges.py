@@ -27,6 +27,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optim.wsd_decay": ("sqrt", "linear"),
     "checkpoint.format": ("fully_reshardable", "dp_reshardable"),
     "launch.device": ("auto", "cpu", "cuda"),
+    "cluster.launcher": ("srun", "torchrun"),
+    "cluster.container": ("none", "pyxis", "apptainer"),
     "log.wandb": ("auto", "disabled", "offline", "online"),
     "evaluate.split": ("train", "validation", "test"),
     "chat.format": ("auto", "prompt_response", "messages", "alpaca", "sharegpt", "preference", "ranking", "prompts"),
@@ -47,6 +49,7 @@ RANGES: dict[str, str] = {
         "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
         "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "chat.max_length", "rollout.prompts",
         "rollout.samples", "rollout.max_prompt", "rollout.batch_tokens", "ppo.epochs", "ppo.minibatches", "ppo.ptx_samples", "ppo.evaluate_prompts",
+        "cluster.nodes", "cluster.min_nodes", "cluster.tasks_per_node", "cluster.cpus_per_task", "cluster.max_failures", "cluster.array_limit",
         *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
@@ -54,7 +57,7 @@ RANGES: dict[str, str] = {
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
-        "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl",
+        "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl", "cluster.gpus_per_node", "cluster.max_restarts",
     ), "[0,inf)"),
     **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
     **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "stop.wall_time", "launch.timeout",
@@ -75,6 +78,7 @@ RANGES: dict[str, str] = {
     **dict.fromkeys(("parallel.vpp", "stop.window"), "[2,inf)"),
     "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
     "launch.master_port": "[0,65536)",
+    "cluster.signal_lead": "[0,65536)",  # what Slurm takes
 }
 
 

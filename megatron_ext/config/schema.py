@@ -325,6 +325,45 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True)
+class ClusterConfig:
+    """What `submit` asks Slurm for. null = the site's default."""
+
+    nodes: int = 1
+    min_nodes: int | None = None  # the job may start, and restart, on this many of `nodes`: data parallelism shrinks, the global batch stays
+    gpus_per_node: int = 0  # 0 = a cluster without GPUs
+    gpu_type: str | None = None  # such as h100: --gpus-per-node=h100:8
+    tasks_per_node: int | None = None  # ranks a node; null = one a GPU, one without GPUs
+    cpus_per_task: int = 1  # cores of a rank; its threads unless launch.threads says otherwise
+    memory: str | None = None  # of a node, such as 200G; 0 = all of it
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str = "01:00:00"  # limit of one life: minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]]
+    constraint: str | None = None  # features that nodes must have
+    exclude: str | None = None  # nodes never to use, such as n[3,17]
+    reservation: str | None = None
+    exclusive: bool = False  # share nodes with no other job
+    options: tuple[str, ...] = ()  # more options of sbatch, such as [--switches=1,--licenses=scratch]
+    name: str | None = None  # of the job; null = the stage's
+    comment: str | None = None
+    launcher: str = "srun"  # srun (a task a rank) | torchrun (a task a node, which starts its ranks)
+    container: str = "none"  # none | pyxis (enroot) | apptainer
+    image: str | None = None  # of the container: a registry's name or a file
+    mounts: tuple[str, ...] = ()  # SOURCE[:TARGET[:ro]]; the working directory and run.dir are mounted anyway
+    python: str | None = None  # on the nodes; null = this one (in a container: python)
+    modules: tuple[str, ...] = ()  # environment modules to load
+    source: tuple[str, ...] = ()  # shell files to source before, such as /opt/env.sh
+    env: tuple[str, ...] = ()  # NAME=VALUE, such as NCCL_SOCKET_IFNAME=ib0; never secrets: export those, sbatch passes the environment on
+    signal_lead: int = 300  # seconds before the time limit at which ranks are told to save and stop
+    requeue: bool = True  # an unfinished job queues again by itself, as does one whose node failed
+    max_restarts: int = 100  # lives after the first
+    requeue_on_failure: bool = True  # also after a crash (bad input, exit code 2, never)
+    max_failures: int = 3  # crashes in a row without a new checkpoint after which it is left alone
+    array_limit: int | None = None  # points of a sweep that run at once; null = all
+    cross_node_tp: bool = False  # let tensor-parallel groups reach over nodes, which is slow
+
+
+@dataclass(frozen=True)
 class Config:
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -338,6 +377,7 @@ class Config:
     stop: StopConfig = field(default_factory=StopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

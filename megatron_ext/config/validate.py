@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_ext.config import geometry
+from megatron_ext.config.cluster import CLUSTER
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
@@ -53,8 +54,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
     if errors:
         return errors
     rules: tuple[Rule, ...] = COMMON
-    if verb in ("train", "check", "run"):
-        rules += MODEL + LAYOUT + TRAIN
+    if verb in ("train", "check", "run", "submit"):
+        rules += MODEL + LAYOUT + TRAIN + (CLUSTER if verb == "submit" else ())
     elif verb in ("generate", "evaluate"):
         rules += READ
     return [error for rule in rules for error in rule(config)]

@@ -1,0 +1,86 @@
+"""`submit ...`: runs as jobs of Slurm. Checked first, then rendered, then submitted; `--dry-run` stops before Slurm."""
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+
+from megatron_ext.cli.notes import notes as config_notes
+from megatron_ext.cli.options import Options
+from megatron_ext.config.schema import Config
+from megatron_ext.config.validate import ConfigErrors
+from megatron_ext.errors import UserError
+from megatron_ext.submit import disk, limits, placement, plan, render, slurm
+from megatron_ext.submit.job import Job
+
+
+def submit(config: Config, options: Options) -> int:
+    """`config` is not read: a stage, each stage of the chain, or each point of a sweep has one of its own. Raises UserError."""
+    jobs = plan.jobs(options)
+    errors = [error for job in jobs for error in disk.problems(job)]
+    said = [line for job in jobs for run in job.runs[:1] for line in (*config_notes(run.config, run.words), *placement.notes(run.config), *disk.notes(job))]
+    if not options.dry_run or not slurm.missing():
+        try:
+            for job in jobs:
+                found, warnings = limits.beyond(job)
+                errors, said = [*errors, *found], [*said, *warnings]
+        except UserError as error:
+            if not options.dry_run:
+                raise
+            said.append(f"the cluster's limits are not looked at: {error.reason}")
+    for line in dict.fromkeys(said):
+        print(f"note: {line}", file=sys.stderr, flush=True)
+    if errors := list({str(error): error for error in errors}.values()):
+        raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
+    if options.dry_run:
+        _show(jobs, options)
+        return 0
+    numbers = _submit(jobs)
+    _tell(jobs, numbers, options)
+    return 0
+
+
+def _submit(jobs: Sequence[Job]) -> dict[str, str]:
+    """Job name -> number. All of them, or none."""
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        job.script.write_text(render.script(job), encoding="utf-8")
+        job.script.chmod(0o700)
+        if job.array:
+            (job.folder / "sweep.json").write_text(job.points(), encoding="utf-8")
+        slurm.sbatch(job, test=True)
+    numbers: dict[str, str] = {}
+    try:
+        for job in jobs:
+            numbers[job.name] = slurm.sbatch(job, [numbers[name] for name in job.after])
+    except UserError:
+        slurm.cancel(list(numbers.values()))
+        raise
+    return numbers
+
+
+def _show(jobs: Sequence[Job], options: Options) -> None:
+    if options.json:
+        print(json.dumps({"jobs": [{"name": job.name, "script": str(job.script), "text": render.script(job), "after": list(job.after),
+                                    "placement": placement.lines(job.config)} for job in jobs]}))
+        return
+    for job in jobs:
+        held = " ".join(slurm.dependency([f"NUMBER-OF-{name}" for name in job.after]))
+        print(render.script(job), end="")
+        print(f"# --dry-run: nothing was submitted. This would be {job.script}, and: sbatch {held + ' ' if held else ''}{job.script}\n")
+
+
+def _tell(jobs: Sequence[Job], numbers: dict[str, str], options: Options) -> None:
+    if options.json:
+        print(json.dumps({"jobs": [{"name": job.name, "id": numbers[job.name], "script": str(job.script), "log": str(job.log(numbers[job.name], "0")),
+                                    "after": [numbers[name] for name in job.after],
+                                    "runs": [str(run.directory) for run in job.runs]} for job in jobs]}))
+        return
+    for job in jobs:
+        number = numbers[job.name]
+        print("\n".join(f"{'' if index else 'placement':<12}{line}" for index, line in enumerate(placement.lines(job.config))))
+        after = f", after {', '.join(numbers[name] for name in job.after)}" if job.after else ""
+        print(f"submitted   {job.name}: job {number}{after}" + (f", {len(job.runs)} points (sweep.json says which)" if job.array else ""))
+        print(f"script      {job.script}\nlog         tail -F {shlex.quote(str(job.log(number, '0')))}")
+    together = ",".join(numbers.values())
+    print(f"watch       squeue --jobs={together}\nend         scancel {' '.join(numbers.values())}   (scancel --batch --signal=USR1 {' '.join(numbers.values())}: "
+          "save, stop, and queue again)")

@@ -1,0 +1,108 @@
+# ---- the same in all scripts --------------------------------------------------------------------------------------------------------
+# A life of this job ends with
+#    0     done
+#    2     bad input: said once, never tried again
+#    75    unfinished (EX_TEMPFAIL): told to stop by USR1 or TERM, the ranks finished their step and saved. Slurm runs this script again under the
+#          same number, and checkpoint.load=auto goes on.
+#    else  a crash; tried again from the newest checkpoint, until max_failures lives in a row have made no new one.
+set -u
+restarts=${SLURM_RESTART_COUNT:-0}
+# scontrol takes the bare number of an array's first point for the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+mkdir -p "$run_dir" || exit 2
+
+say() { echo "job $job, life $((restarts + 1)), $(date +%FT%T): $*"; }
+
+newest() { # complete checkpoint, by its name
+    local one last=none
+    for one in "$run_dir"/checkpoints/step_*/manifest.json; do
+        [[ $one =~ /(step_[0-9]+)/manifest\.json$ ]] && last=${BASH_REMATCH[1]}
+    done
+    echo "$last"
+}
+
+again() { # why, exit code where it is not requeued
+    trap '' USR1 TERM
+    if [ -z "$requeue" ]; then
+        say "$1; not requeued (cluster.requeue=false), the same sbatch goes on from $(newest)"
+        exit "$2"
+    fi
+    if ((restarts >= max_restarts)); then
+        say "$1; not requeued: cluster.max_restarts=$max_restarts are used up"
+        exit "$2"
+    fi
+    # A job that somebody cancelled is not RUNNING any more, and stays cancelled.
+    local state
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    if [ "$state" != RUNNING ]; then
+        say "$1; not requeued by this script: the job is ${state:-gone}"
+        exit "$2"
+    fi
+    say "$1; requeued, the next life goes on from $(newest)"
+    scontrol requeue "$job" && exit 0
+    say "Slurm refuses to requeue; the same sbatch goes on"
+    exit "$2"
+}
+
+crashed() { # exit code
+    local file=$run_dir/slurm-failures was=0 number='' at='' now
+    now=$(newest)
+    [ -r "$file" ] && read -r number was at <"$file"
+    [ "$number" = "$job" ] && [ "$at" = "$now" ] || was=0
+    echo "$job $((was + 1)) $now" >"$file"
+    if [ -z "$requeue_on_failure" ]; then
+        say "ended with exit code $1; not requeued (cluster.requeue_on_failure=false)"
+        exit "$1"
+    fi
+    if ((was + 1 >= max_failures)); then
+        say "ended with exit code $1, the crash number $((was + 1)) in a row without a checkpoint after $now; not requeued (cluster.max_failures=$max_failures)"
+        exit "$1"
+    fi
+    again "ended with exit code $1" "$1"
+}
+
+step=''
+asked=''
+stop() {
+    asked=$1
+    say "$1: telling the ranks to finish the step, save and stop"
+    [ -n "$step" ] && kill -USR1 "$step" 2>/dev/null
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+if ((restarts > max_restarts)); then
+    say "not started: cluster.max_restarts=$max_restarts are used up"
+    exit 1
+fi
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts[0]}
+# Ranks that srun starts choose their port by themselves (megatron_ext/parallel/slurm.py); torchrun is told one by the same rule: by the job's number, so
+# that jobs that share a node differ, below the ports that the system gives out. One that somebody listens on is left out.
+port=$((16384 + SLURM_JOB_ID % 1300 * 12 + 5 * restarts % 12))
+while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+say "${#hosts[@]} nodes (${hosts[0]} first), newest checkpoint: $(newest)"
+
+before
+code=$?
+if [ "$code" = 0 ] && [ -z "$asked" ]; then
+    launch
+    step=$!
+    # A signal ends `wait` early; the step's own exit code is what the last one says.
+    wait "$step"
+    while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+    wait "$step"
+    code=$?
+    # srun and torchrun do not pass on what the first rank to end had to say; it leaves that here (megatron_ext/parallel/failures.py).
+    told=$run_dir/failures/$SLURM_JOB_ID.$restarts/code
+    [ "$code" != 0 ] && [ -r "$told" ] && code=$(<"$told")
+fi
+case $code in
+0) [ -n "$step" ] || again "told to stop before the ranks were started" 75
+   say "done"; exit 0 ;;
+2) say "bad input; not tried again"; exit 2 ;;
+75) again "unfinished" 75 ;;
+*) [ -z "$asked" ] || again "told to stop by $asked, ended with exit code $code" 75
+   crashed "$code" ;;
+esac
