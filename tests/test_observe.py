@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from megatron_ext.observe.events import Events, read_events
 from megatron_ext.observe.gpu import GpuMonitor
 from megatron_ext.observe.metrics import Metrics, read_metrics
 from megatron_ext.observe.progress import Progress, human_count, human_time
-from megatron_ext.observe.track import Tracker
+from megatron_ext.observe.track import Tracker, identity
 
 
 def strict(text):
@@ -291,8 +292,13 @@ def test_by_default_wandb_writes_to_disk_where_it_is_installed(tmp_path, monkeyp
 
 
 class FakeRun:
-    def __init__(self, broken=False):
-        self.logged, self.finished, self.broken = [], None, broken
+    """step: where wandb says that the run stands."""
+
+    def __init__(self, broken=False, step=0):
+        self.logged, self.finished, self.broken, self.step, self.axes = [], None, broken, step, []
+
+    def define_metric(self, name, step_metric):
+        self.axes.append((name, step_metric))
 
     def log(self, fields, step):
         if self.broken:
@@ -318,13 +324,49 @@ def fake_wandb(monkeypatch, run=None, error=None):
 def test_tracking(tmp_path, monkeypatch):
     run = FakeRun()
     calls = fake_wandb(monkeypatch, run)
-    tracker = Tracker(LogConfig(wandb="offline", wandb_project="p"), run_dir=tmp_path / "mine", config=Config(), run_id="abc")
+    tracker = Tracker(LogConfig(wandb="offline", wandb_project="p"), run_dir=tmp_path / "mine", config=Config())
     tracker.log(3, loss=1.5)
     tracker.close(exit_code=1)
     tracker.log(4, loss=1.0)
-    assert run.logged == [(3, {"loss": 1.5})] and run.finished == 1
-    assert (calls["mode"], calls["project"], calls["name"], calls["id"], calls["resume"]) == ("offline", "p", "mine", "abc", "allow")
+    assert run.logged == [(3, {"step": 3, "loss": 1.5})] and run.finished == 1 and run.axes == [("*", "step")]
+    assert (calls["mode"], calls["project"], calls["name"], calls["resume"]) == ("offline", "p", "mine", None)
     assert calls["config"]["optim"]["lr"] == 1e-3
+
+
+def test_every_life_has_the_runs_id_and_a_new_directory_another(tmp_path, monkeypatch):
+    ids = []
+    for folder in ("a", "a", "b"):
+        calls = fake_wandb(monkeypatch, FakeRun())
+        Tracker(LogConfig(wandb="online"), run_dir=tmp_path / folder)
+        ids.append(calls["id"])
+        assert calls["resume"] == "allow"
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert identity(tmp_path / "moved") == ids[0] == ids[1] != ids[2]
+    shutil.rmtree(tmp_path / "moved")
+    (tmp_path / "moved").mkdir()
+    assert identity(tmp_path / "moved") != ids[0]
+
+
+def test_an_offline_life_tells_the_lives_before_it(tmp_path, monkeypatch):
+    """wandb replaces what an earlier life uploaded, so that each life's folder has to be the whole run."""
+    run, past = FakeRun(), [{"step": step, "loss": 10.0 - step} for step in range(1, 4)]
+    fake_wandb(monkeypatch, run)
+    Tracker(LogConfig(wandb="offline"), run_dir=tmp_path, history=lambda: past).log(4, loss=0.0)
+    assert [(at, fields["step"], fields["loss"]) for at, fields in run.logged] == [(1, 1, 9.0), (2, 2, 8.0), (3, 3, 7.0), (4, 4, 0.0)]
+    run, past = FakeRun(), [{"step": step} for step in range(1, 25_001)]
+    fake_wandb(monkeypatch, run)
+    Tracker(LogConfig(wandb="offline"), run_dir=tmp_path, history=lambda: past)
+    assert 8_000 < len(run.logged) <= 10_000 and run.logged[0][0] == 1 and run.logged[-1][0] > 24_990
+
+
+def test_steps_that_are_done_again_are_logged_again(tmp_path, monkeypatch):
+    """wandb drops what is not after its newest step: a resumed run stands at 61 (60 was the last), and this life begins with 51; then it rewinds."""
+    run = FakeRun(step=61)
+    fake_wandb(monkeypatch, run)
+    tracker = Tracker(LogConfig(wandb="online"), run_dir=tmp_path, history=lambda: pytest.fail("online, wandb has it"))
+    for step in (51, 52, 53, 52, 53):
+        tracker.log(step)
+    assert [(at, fields["step"]) for at, fields in run.logged] == [(61, 51), (62, 52), (63, 53), (64, 52), (65, 53)]
 
 
 def test_wandbs_errors_never_stop_the_run(tmp_path, monkeypatch):

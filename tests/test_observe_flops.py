@@ -1,7 +1,7 @@
 """megatron_ext/observe/flops.py against torch's own counter, published throughputs, and the peaks of data sheets."""
 import pytest
 
-from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.schema import ModelConfig, PrecisionConfig
 from megatron_ext.observe.flops import peak_flops, token_flops, utilisation
 
 LLAMA3 = {  # Llama-3 paper (arXiv 2407.21783), table 3
@@ -95,3 +95,44 @@ def test_peaks(name, dtype, tera):
 def test_unknown_means_no_mfu(name, dtype):
     assert peak_flops(name, dtype) is None
     assert utilisation(1e9, tokens_per_second=1.0, devices=1, peak=None) is None
+
+
+# --- mixed peak
+
+SMALL = ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128, activation="swiglu")
+
+
+def test_mixed_peak_by_hand():
+    """Head size 16. A layer: q and output 2 x 64 x 64 each, k and v 2 x 64 x 32 each, three products of 2 x 64 x 128. Edge layers of 1 leave 2 of 4.
+    Peaks: 100 and 200 operations a second."""
+    layer = 2 * 2 * 64 * 64 + 2 * 2 * 64 * 32 + 3 * 2 * 64 * 128  # 73,728
+    attention = 4 * (4 * 64 * 32)  # four layers, 4 x 4 heads x 16 x sequence 32
+    logits = 2 * 64 * 1000
+    flops = token_flops(SMALL, sequence_length=32, vocab_size=1000, precision=PrecisionConfig(dtype="bf16", fp8="current", fp8_edge_layers=1))
+    assert (flops.linear, flops.attention, flops.logits, flops.fp8) == (4 * layer, attention, logits, 2 * layer)
+    seconds = 3 * ((2 * layer + attention + logits) / 100 + 2 * layer / 200)  # that a device at its peaks needs for a token, forward and backward
+    options = {"tokens_per_second": 1e-6 * 8, "devices": 8, "peak": 100.0, "fp8_peak": 200.0}
+    assert utilisation(flops.training, fp8_flops=flops.training_fp8, **options) == pytest.approx(1e-6 * seconds, rel=1e-12)
+    again = seconds + (2 * layer + attention) / 100 + 2 * layer / 200  # all layers once more, the logits not
+    assert utilisation(flops.hardware("full"), fp8_flops=flops.hardware_fp8("full"), **options) == pytest.approx(1e-6 * again, rel=1e-12)
+    selective = seconds + attention / 100  # scores are not in FP8
+    assert utilisation(flops.hardware("selective"), fp8_flops=flops.hardware_fp8("selective"), **options) == pytest.approx(1e-6 * selective, rel=1e-12)
+
+
+def test_mixed_peak_lies_between_the_two_plain_ones():
+    flops = token_flops(LLAMA3["8B"], sequence_length=8192, vocab_size=128256, precision=PrecisionConfig(dtype="bf16", fp8="blockwise"))
+    bf16, fp8 = (peak_flops("NVIDIA H100 80GB HBM3", dtype) for dtype in ("bf16", "fp8"))
+    options = {"tokens_per_second": 14_451, "devices": 1}
+    mixed = utilisation(flops.training, peak=bf16, fp8_flops=flops.training_fp8, fp8_peak=fp8, **options)
+    assert utilisation(flops.training, peak=fp8, **options) < mixed < utilisation(flops.training, peak=bf16, **options)
+
+
+def test_without_fp8_nothing_changes_and_without_its_peak_there_is_none():
+    plain = token_flops(SMALL, sequence_length=32, vocab_size=1000, precision=PrecisionConfig(dtype="bf16"))
+    assert plain == token_flops(SMALL, sequence_length=32, vocab_size=1000) and plain.training_fp8 == plain.hardware_fp8("full") == 0
+    options = {"tokens_per_second": 5.0, "devices": 2, "peak": 312e12}
+    assert utilisation(plain.training, fp8_flops=plain.training_fp8, fp8_peak=None, **options) == utilisation(plain.training, **options)
+    quantised = token_flops(SMALL, sequence_length=32, vocab_size=1000, precision=PrecisionConfig(dtype="bf16", fp8="current"))
+    assert quantised.fp8 == quantised.linear
+    assert utilisation(quantised.training, fp8_flops=quantised.training_fp8, fp8_peak=peak_flops("NVIDIA A100-SXM4-80GB", "fp8"), **options) is None
+    assert utilisation(quantised.training, fp8_flops=quantised.training_fp8, fp8_peak=1.0, tokens_per_second=1.0, devices=1, peak=None) is None
