@@ -255,14 +255,14 @@ def test_ranks_follow_the_launcher(monkeypatch):
         launch.with_ranks(compose(["launch.ranks=2"]), asked=True)
 
 
-def test_slurm_tasks_become_ranks(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+def test_slurm_tasks_become_ranks(monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "OMP_NUM_THREADS", launch.RUN_DIR):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "77",
                         "MASTER_ADDR": "host"}.items():
         monkeypatch.setenv(name, value)
-    assert launch.in_ranks(Config(), [], lambda: int(os.environ["RANK"]) * 100 + int(os.environ["WORLD_SIZE"])) == 304
+    assert launch.in_ranks(compose([f"run.dir={tmp_path}"]), [], lambda: int(os.environ["RANK"]) * 100 + int(os.environ["WORLD_SIZE"])) == 304
     assert os.environ["LOCAL_RANK"] == "1" and 1024 < int(os.environ["MASTER_PORT"]) < 32768
 
 

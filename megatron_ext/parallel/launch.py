@@ -4,7 +4,8 @@ A rank is this same command again, as a subprocess, told who it is by the enviro
 `job.py` starts the ranks and ends them together.
 
 Failure. A rank that fails writes what it has to say into the parent's folder (as torchelastic's error files do) and leaves at once,
-without waiting for collectives that cannot finish.
+without waiting for collectives that cannot finish. Ranks that srun or torchrun started have no such parent: `failures.py` is how they agree on
+which of them failed first.
 
 Death of the parent. Each rank asks Linux to be killed with its parent (PR_SET_PDEATHSIG), then looks whether the parent is still the
 one that started it, so that no moment is left uncovered.
@@ -14,7 +15,6 @@ import ctypes
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -24,17 +24,31 @@ from pathlib import Path
 
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.parallel import slurm
+from megatron_ext.parallel.failures import UNFINISHED, Failures, is_lost_peer
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
 from megatron_ext.redact import redact_text
 
-# ---- in a process that may be a rank -----------------------------------------------------------------------------------------------------------------
+RUN_DIR = "MEGATRON_EXT_RUN_DIR"  # of a rank that srun or torchrun started: where failures are told
 
-def guarded(body: Callable[[], int | None]) -> int:
+# ---- in a process that may be a rank -------------------------------------------------------------------------------------------
+
+def guarded(body: Callable[[], int | None], words: Sequence[str] = ()) -> int:
     """Runs `body()` as a whole process and returns its exit code: its own, 2 for a UserError (one line, no traceback), 130 when
-    interrupted, 1 with the traceback for anything else. A rank tells its parent, which prints the first failure of the job once."""
+    interrupted, 1 with the traceback for anything else. The first failure of a job is printed once, by the parent of its ranks or, where srun or
+    torchrun started them, by the rank that failed first; the others leave with its code.
+
+    Args:
+        words: the command line; its `run.dir` is where ranks without a parent of ours tell one another that they have failed.
+    """
     follow_parent()
+    lost = False
     try:
-        return body() or 0
+        if launched_ranks(os.environ) is not None and PARENT not in os.environ:
+            named = [word.partition("=")[2] for word in words if word.lstrip("+").startswith("run.dir=")]
+            os.environ[RUN_DIR] = os.path.abspath(named[-1] if named else Config().run.dir)
+            _adopt_slurm()
+        return _ended(body() or 0)
     except UserError as error:
         code, text = 2, str(error)
     except RunFailed as error:
@@ -44,12 +58,34 @@ def guarded(body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `check | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave(1)
-    except Exception:  # noqa: BLE001 whatever it is, a rank has to tell its parent
-        code, text = 1, traceback.format_exc()
+    except Exception as error:  # noqa: BLE001 whatever it is, a rank has to tell its parent
+        code, text, lost = 1, traceback.format_exc(), is_lost_peer(error)
+        if "EADDRINUSE" in text and "SLURM_JOB_ID" in os.environ:
+            where = f"port {os.environ.get('MASTER_PORT')} of {os.environ.get('MASTER_ADDR')}"
+            code, text = UNFINISHED, f"{where} is in use by another program; the job's next life takes another"
     text = redact_text(text)
+    shared = _shared()
+    if shared is not None:
+        return leave(shared.end(code, text, lost=lost))
     if not report_failure(code, text):
         print(f"error: {text}" if code == 2 else text.rstrip(), file=sys.stderr)
     return leave(code)
+
+
+def _ended(code: int) -> int:
+    """The exit code of a body that returned. torchrun takes every code but 0 for a crash: there the file alone says that the run is unfinished."""
+    shared = _shared() if code == UNFINISHED else None
+    if shared is None:
+        return code
+    shared.unfinished()
+    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code
+
+
+def _shared() -> Failures | None:
+    """Where this rank's failure is told, where it has no parent of ours."""
+    if RUN_DIR not in os.environ or "RANK" not in os.environ or PARENT in os.environ:
+        return None
+    return Failures.of(Path(os.environ[RUN_DIR]), os.environ)
 
 
 def follow_parent() -> None:
@@ -65,7 +101,12 @@ def follow_parent() -> None:
 
 
 def report_failure(code: int, text: str) -> bool:
-    """In a rank that we started: leaves `text` and the exit code for the parent to print. False where there is no such parent."""
+    """Sees to it that `text` is told where it is the first failure of the job: by the parent that started us, or here. False where this process is
+    no rank of several: then the caller prints it."""
+    shared = _shared()
+    if shared is not None:
+        shared.end(code, text)
+        return True
     folder = os.environ.get(FAILURES)
     if folder is None:
         return False
@@ -121,6 +162,13 @@ def in_ranks(config: Config, argv: Sequence[str], body: Callable[[], int | None]
     """
     if launched_ranks(os.environ) is not None:
         _adopt_slurm()
+        if config.launch.master_port and "TORCHELASTIC_RUN_ID" not in os.environ and PARENT not in os.environ:
+            os.environ["MASTER_PORT"] = str(config.launch.master_port)
+        if config.launch.threads:
+            os.environ["OMP_NUM_THREADS"] = str(config.launch.threads)
+        if PARENT not in os.environ:
+            os.environ[RUN_DIR] = os.path.abspath(config.run.dir)
+            _shared().watch()
         return body() or 0
     check_machine(config)
     if config.launch.ranks == 1:
@@ -155,21 +203,10 @@ def launched_ranks(environment: Mapping[str, str]) -> int | None:
     """Ranks of the job that this process was launched into; None when it was not launched as a rank."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
-    if "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:  # srun; a batch script itself has no step
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
-        return tasks if tasks > 1 else None
-    return None
+    return slurm.step_ranks(environment)
 
 
 def _adopt_slurm() -> None:
-    if "RANK" in os.environ:
-        return
-    environ = os.environ
-    environ["RANK"] = environ["SLURM_PROCID"]
-    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
-    environ["WORLD_SIZE"] = str(launched_ranks(environ))
-    if "MASTER_ADDR" not in environ:
-        hosts = ["scontrol", "show", "hostnames", environ.get("SLURM_STEP_NODELIST", environ["SLURM_JOB_NODELIST"])]
-        environ["MASTER_ADDR"] = subprocess.run(hosts, check=True, capture_output=True, text=True).stdout.split()[0]
-    # Every rank has to know the port without talking: one that follows from the job and step, below the ephemeral range.
-    environ.setdefault("MASTER_PORT", str(20000 + (int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % 12000))
+    """In a task of srun: what torch reads, said by Slurm."""
+    if "RANK" not in os.environ:
+        slurm.adopt(os.environ)
