@@ -94,9 +94,10 @@ if [ "$code" = 0 ] && [ -z "$asked" ]; then
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
     wait "$step"
     code=$?
-    # srun and torchrun do not pass on what the first rank to end had to say; it leaves that here (megatron_ext/parallel/failures.py).
+    # srun and torchrun do not pass on what the first rank to end had to say; it leaves that here (megatron_ext/parallel/failures.py). Ranks that saved
+    # and left say 0 to torchrun, which would take 75 for a crash.
     told=$run_dir/failures/$SLURM_JOB_ID.$restarts/code
-    [ "$code" != 0 ] && [ -r "$told" ] && code=$(<"$told")
+    [ -s "$told" ] && code=$(<"$told")
 fi
 case $code in
 0) [ -n "$step" ] || again "told to stop before the ranks were started" 75
