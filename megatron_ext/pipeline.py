@@ -17,6 +17,7 @@ from pathlib import Path
 from megatron_ext.chain import Chain
 from megatron_ext.checkpoint.manifest import CHAIN
 from megatron_ext.config.schema import Config
+from megatron_ext.observe.allocation import STARTED
 from megatron_ext.parallel.job import PARENT
 
 
@@ -127,7 +128,7 @@ def command(*words: str, capture: bool = False) -> str:
     """Runs `python -m megatron_ext *words`, forwards signals to it, returns what it printed (with `capture`). Raises StepFailed."""
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_ext", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if capture else None, text=True,
-        env={**os.environ, PARENT: str(os.getpid())}, start_new_session=True,
+        env={**os.environ, PARENT: str(os.getpid()), STARTED: repr(time.time())}, start_new_session=True,
     )
     asked: list[int] = []
 

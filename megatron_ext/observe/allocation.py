@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_ext.parallel.job import PARENT
+
 STARTED = "MEGATRON_EXT_STARTED"  # seconds since 1970: set by what runs several stages in one allocation, for each of them
-PARENT = "MEGATRON_EXT_PARENT"  # of parallel/job.py
 
 
 def allocation_times(environ: Mapping[str, str] | None = None, *, timeout: float = 10.0) -> tuple[float | None, float | None]:
