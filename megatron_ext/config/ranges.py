@@ -72,12 +72,13 @@ RANGES: dict[str, str] = {
     **dict.fromkeys(("ppo.gamma", "ppo.lam"), "[0,1]"),
     "ppo.label_smoothing": "[0,0.5)",
     "stop.reward_accuracy": "(0.5,1]",  # a coin is right half the time
-    **dict.fromkeys(("stop.length_drift", "stop.reward_disagreement"), "(1,inf)"),
+    **dict.fromkeys(("stop.length_drift", "stop.reward_disagreement", "health.straggler_factor"), "(1,inf)"),
     "model.rotary_percent": "(0,1]",
     "generate.top_p": "(0,1]",
     **dict.fromkeys(("parallel.vpp", "stop.window"), "[2,inf)"),
     "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
     "launch.master_port": "[0,65536)",
+    **dict.fromkeys(("health.hang_timeout", "health.straggler_window"), "[1,inf)"),
     "cluster.signal_lead": "[0,65536)",  # what Slurm takes
 }
 

@@ -178,6 +178,15 @@ class LaunchConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What is noticed while a job runs: one that hangs, and ranks that are slow."""
+
+    hang_timeout: float | None = 300.0  # seconds without progress after which the job ends and says whom it waits for (at most half of launch.timeout); null = off
+    straggler_factor: float | None = 1.5  # a rank that computes this many times as long as its peers is named; null = off
+    straggler_window: int = 50  # steps between two such looks
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every: int = 1  # steps between progress lines
     wandb: str = "auto"  # auto (offline where wandb is installed) | disabled | offline | online
@@ -378,6 +387,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
