@@ -44,7 +44,7 @@ def write(job: Finished) -> Path:
         },
         "samples": [{"prompt": one["prompt"], "completion": one["completion"]} for one in job.completions],
     }
-    report.publish(directory, [json.dumps(facts, indent=1, ensure_ascii=False)], FACTS)
+    report.publish(directory, [json.dumps(facts, indent=1)], FACTS)
     return render(directory, job.stages)
 
 
