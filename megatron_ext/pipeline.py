@@ -19,6 +19,8 @@ from megatron_ext.checkpoint.manifest import CHAIN
 from megatron_ext.config.schema import Config
 from megatron_ext.observe.allocation import STARTED
 from megatron_ext.parallel.job import PARENT
+from megatron_ext.private import make_directory
+from megatron_ext.redact import redact
 
 
 class StepFailed(Exception):
@@ -78,19 +80,21 @@ class Job(Chain):
 
     def _stage(self, stage: str, prepared) -> None:
         words = self.stage_words(stage, prepared.directory, lambda: self._domain(prepared))
+        kept = redact(words)
+        make_directory(Path(self.config.run.dir), private=self.config.run.private)
         chain = Path(self.config.run.dir) / CHAIN
         done = json.loads(chain.read_text(encoding="utf-8")) if chain.exists() else {}
-        if done.get(stage) == words and (self.folder(stage) / "checkpoints").is_dir():
+        if done.get(stage) == kept and (self.folder(stage) / "checkpoints").is_dir():
             _say(f"{stage}: done before")
             return
-        if stage in done and done[stage] != words:
+        if stage in done and done[stage] != kept:
             _say(f"{stage}: was done with other words. What is done stays; only steps that are left are done with the new ones. To do all of it "
                  f"again, remove {self.folder(stage)} and the folders of the stages after it")
         _say(f"{stage}; everything of it goes to {self.folder(stage)}")
         command("train", f"stage={stage}", *words)
         draft = chain.with_suffix(".tmp")
         later = self.config.run.stages[self.config.run.stages.index(stage) :]
-        draft.write_text(json.dumps({name: said for name, said in done.items() if name not in later} | {stage: words}, indent=1), encoding="utf-8")
+        draft.write_text(json.dumps({name: said for name, said in done.items() if name not in later} | {stage: kept}, indent=1), encoding="utf-8")
         os.replace(draft, chain)
 
     def _prepare(self):

@@ -7,14 +7,19 @@ exist are left as they are. With `run.private=false` the umask of the user or si
 import os
 from pathlib import Path
 
+from megatron_ext.errors import UserError
+
 UMASK = 0o077
 
 
 def make_directory(path: Path, *, private: bool) -> None:
-    """Makes a run directory where it is missing; its parents are made as the umask says, since other runs will lie there. Raises OSError."""
+    """Makes a run directory where it is missing; its parents are made as the umask says, since other runs will lie there. Raises UserError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700 if private else 0o777, exist_ok=True)
+    except OSError as error:
+        raise UserError("run.dir", path, f"cannot be written: {error.strerror}") from None
 
 
 def own_files(*, private: bool) -> int:
