@@ -130,7 +130,7 @@ def resources(run: Run) -> dict:
         _, values = plots.column(run.records, key)
         if values:
             out[name] = shown.format(sorted(values)[len(values) // 2]).replace("%", " %")
-    _, memory = plots.column(run.records, "gpu_memory_used")
+    memory = plots.column(run.records, "gpu_memory_used_max")[1] or plots.column(run.records, "gpu_memory_used")[1]  # of several ranks, or of one
     if memory:
         out["GPU memory, most"] = f"{max(memory):.1f} GiB"
     bad = sum(1 for r in run.records if isinstance(r.get("loss"), float) and not math.isfinite(r["loss"]))
