@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from rlhf_small import make_chain
+from slurm_lab import lab  # noqa: F401 a fixture
 from small import prepare_text
 
 os.environ.setdefault("WANDB_MODE", "disabled")  # a second a run; tests/test_observe.py tests the tracker by itself

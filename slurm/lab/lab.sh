@@ -10,11 +10,10 @@ recorded() { [ -s "$LAB/run/$1.daemon" ] && read -r pid started namespace <"$LAB
 
 runs() { local pid started namespace; recorded "$1" && [ "$(start_time "$pid")" = "$started" ]; }
 
-members() { # of the namespace $1; never those of our own
-    local entry
+members() { # processes of the namespace $1, such as uts:[4026532193]; never those of our own
     [ "$1" != "$(readlink /proc/self/ns/uts)" ] || return 0
-    for entry in /proc/[0-9]*; do [ "$(readlink "$entry/ns/uts" 2>/dev/null)" = "$1" ] && echo "${entry#/proc/}"; done
-    return 0
+    local pattern=${1//[/\\[}; pattern=${pattern//]/\\]}
+    find /proc/[0-9]*/ns/uts -maxdepth 0 -lname "$pattern" 2>/dev/null | cut -d/ -f3
 }
 
 crash() { # ends a daemon and everything in its namespace at once

@@ -5,8 +5,9 @@
 #   sudo slurm/lab/stop.sh vn2           crashes one node; start.sh brings it back
 #   sudo slurm/lab/stop.sh               ends everything and removes the folder
 #
-# Environment: LAB (folder, default /tmp/megatron-ext-slurm), NODES (4), CPUS (4) and GPUS (4) a node, PORT (14800, and the NODES after it),
-# INSTALL (yes; no: missing packages are not installed), SLURMD_TIMEOUT (10 seconds until a silent node is down).
+# Environment: LAB (folder, default /tmp/megatron-ext-slurm), NODES (4), CPUS (4) and GPUS (4) a node, PORT (of the controller, the NODES after it;
+# default: the first free ones from 14800), INSTALL (yes; no: missing packages are not installed), SLURMD_TIMEOUT (10: seconds until a silent node is
+# taken for down).
 # Exit status: 0 every node is up; 3 it cannot be started here, with the reason; 1 it failed.
 #
 # It listens on 127.0.0.1 only and writes nothing outside LAB, but for Debian's packages where they are missing. No systemd, no cgroups.
@@ -15,7 +16,7 @@
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 . "$here/lab.sh"
-NODES=${NODES:-4} CPUS=${CPUS:-4} GPUS=${GPUS:-4} PORT=${PORT:-14800} INSTALL=${INSTALL:-yes}
+NODES=${NODES:-4} CPUS=${CPUS:-4} GPUS=${GPUS:-4} PORT=${PORT:-} INSTALL=${INSTALL:-yes}
 MEMORY=4000  # MB a node says it has; nothing is limited
 began=$SECONDS
 
@@ -25,6 +26,8 @@ retry() { # SECONDS COMMAND...
     local end=$((SECONDS + $1)); shift
     until "$@" >/dev/null 2>&1; do [ $SECONDS -lt $end ] || return 1; sleep 0.1; done
 }
+listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+free() { local i; for ((i = 0; i <= NODES; i++)); do ! listens $(($1 + i)) || return 1; done; }
 
 # ---- whether it can be ---------------------------------------------------------------------------------------------------------
 [ "$(uname)" = Linux ] || cannot "needs Linux"
@@ -43,7 +46,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     policy=/usr/sbin/policy-rc.d made=
     if [ ! -e $policy ]; then made=yes; printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; fi
     status=0
-    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null || status=$?
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -q && apt-get install -y -q --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null || status=$?
     [ -z "$made" ] || rm -f $policy
     if [ $status != 0 ]; then tail -20 "$log" >&2; rm -f "$log"; fail "apt-get could not install ${missing[*]}"; fi
     rm -f "$log"
@@ -58,6 +62,8 @@ mkdir -p "$LAB"/{etc,run,log,state,spool,dev,munge}
 chmod 755 "$LAB" "$LAB/run"; chmod 700 "$LAB/munge"
 
 # ---- configuration -------------------------------------------------------------------------------------------------------------
+if [ -z "$PORT" ] && [ -s "$LAB/etc/slurm.conf" ]; then PORT=$(sed -n 's/^SlurmctldPort=//p' "$LAB/etc/slurm.conf"); fi
+if [ -z "$PORT" ]; then PORT=14800; until free "$PORT"; do PORT=$((PORT + 100)); done; fi
 nodes=(); for ((i = 1; i <= NODES; i++)); do nodes+=("$PREFIX$i"); done
 export SLURM_CONF=$LAB/etc/slurm.conf
 [ -s "$LAB/munge/key" ] || (umask 077; head -c 1024 /dev/urandom >"$LAB/munge/key")
@@ -150,7 +156,8 @@ launch() { # NAME HOST COMMAND...: starts it in namespaces of its own, unless it
 LAB_FUNCTIONS=$(cd "$here" && pwd)/lab.sh
 export LAB_FUNCTIONS LAB
 
-launch munged ${PREFIX}ctl munged -F --socket="$LAB/run/munge.socket" --key-file="$LAB/munge/key" --log-file="$LAB/munge/munged.log" \
+# --force: munged refuses a socket that only root can reach, and only root uses this one.
+launch munged ${PREFIX}ctl munged -F --force --socket="$LAB/run/munge.socket" --key-file="$LAB/munge/key" --log-file="$LAB/munge/munged.log" \
     --pid-file="$LAB/munge/munged.pid" --seed-file="$LAB/munge/seed" --origin=127.0.0.1
 retry 5 munge -S "$LAB/run/munge.socket" -n || { tail -5 "$LAB/log/munged.out" >&2; fail "munged does not answer"; }
 launch slurmctld ${PREFIX}ctl slurmctld -D -f "$SLURM_CONF"
@@ -160,7 +167,7 @@ for node in "${nodes[@]}"; do
 done
 
 # ---- until every node is up ----------------------------------------------------------------------------------------------------
-listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }  # a controller that comes back says "idle" before the nodes have answered
+# A controller that comes back says "idle" before the nodes have answered.
 for ((i = 0; i <= NODES; i++)); do
     retry 10 listens $((PORT + i)) || { tail -5 "$LAB"/log/*.log >&2; fail "nothing listens on port $((PORT + i))"; }
 done
