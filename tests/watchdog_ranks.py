@@ -1,6 +1,7 @@
-"""A rank that does nothing but all_reduces under a watchdog, for tests/test_watchdog.py and benchmarks/hang_trials.py: `watchdog_ranks.py RUN_DIR`.
+"""A rank that does nothing but all_reduces under a watchdog, for tests/test_hangs.py and benchmarks/hang_trials.py: `watchdog_ranks.py RUN_DIR`.
 
-Environment: HANG_TIMEOUT in seconds; STUCK_RANK: the rank that is stuck in Python at step 30.
+Environment: HANG_TIMEOUT in seconds; STUCK_RANK: the rank that is stuck in Python at step 30; LONG_PHASE: seconds that rank 0 spends in a
+checkpoint while the others wait for it.
 """
 import os
 import sys
@@ -32,7 +33,7 @@ def main() -> None:
     numbers, parts = torch.ones(1000), torch.ones(1000 * ranks)
     with dog.phase("checkpoint"):
         if rank == 0:
-            time.sleep(1.25 * timeout)  # the others wait in the barrier for longer than the limit
+            time.sleep(float(os.environ.get("LONG_PHASE", "0")))
         dist.barrier()
     step = 0
     while True:

@@ -1,7 +1,7 @@
 """Which collective of which group each thread of this process is inside, and how long steps wait in them.
 
 Every collective of Python code, megatron-core's too, goes through a method of torch's ProcessGroup, whichever name it was imported under, and
-waits in Work.wait. Both are wrapped while `Collectives` is installed: a call costs about a microsecond more (benchmarks/hang_trials.py --overhead
+waits in Work.wait. Both are wrapped while `Collectives` is installed: a call costs about a microsecond more (benchmarks/watchdog_overhead.py
 measures it). A stack alone would not do: of `handle.wait()` it tells neither the collective nor the group.
 
 Under NCCL the host does not wait in collectives: it queues them, and waits for the device later. What it waits for is then found in

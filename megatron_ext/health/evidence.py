@@ -1,7 +1,7 @@
 """What is kept of a hang: all Python stacks, native ones where py-spy is installed, torch's flight recorder, the state of processes.
 
     rank_N.stacks        faulthandler: every thread of rank N
-    rank_N.pyspy         py-spy dump --native
+    rank_N.pyspy         py-spy dump: native stacks of living ranks, Python's of one that is stopped
     rank_N.flight.json   torch's flight recorder: the last collectives of all groups with sizes and states
 """
 import faulthandler
@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import main_thread
 from typing import TYPE_CHECKING
@@ -32,11 +33,21 @@ def record_flight() -> None:
 
 def keep(directory: Path, rank: int) -> None:
     """Writes what this process knows. A disk that fails takes away evidence, not the end of the job."""
-    for write in (_stacks, _flight, _py_spy):
-        try:
-            write(Path(directory), rank)
-        except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-            os.write(2, f"watchdog: no {write.__name__.strip('_')} of rank {rank}: {error}\n".encode())
+    for write in (_stacks, _flight, _native):
+        _try(write, Path(directory), rank)
+
+
+def keep_of(directory: Path, record: Heartbeat, host: str) -> None:
+    """Of a rank on this host that can no longer write its own stacks: what py-spy reads in its memory."""
+    if process_state(record, host) not in (None, "gone"):
+        _try(lambda: _py_spy(Path(directory), record.rank, record.pid, "--nonblocking"))
+
+
+def _try(write: Callable, *arguments: object) -> None:
+    try:
+        write(*arguments)
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        os.write(2, f"watchdog: evidence is missing: {error}\n".encode())
 
 
 def _stacks(directory: Path, rank: int) -> None:
@@ -50,14 +61,16 @@ def _flight(directory: Path, rank: int) -> None:
         (directory / f"rank_{rank}.flight.json").write_bytes(content)
 
 
-def _py_spy(directory: Path, rank: int) -> None:
+def _native(directory: Path, rank: int) -> None:
+    _py_spy(directory, rank, os.getpid(), "--native")
+
+
+def _py_spy(directory: Path, rank: int, pid: int, option: str) -> None:
     command = shutil.which("py-spy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
     if command is not None:
+        words = [command, "dump", option, "--pid", str(pid)]
         with open(directory / f"rank_{rank}.pyspy", "wb") as file:
-            subprocess.run(
-                [command, "dump", "--native", "--nonblocking", "--pid", str(os.getpid())], stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                timeout=PY_SPY_LIMIT, check=False,
-            )
+            subprocess.run(words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=PY_SPY_LIMIT, check=False)
 
 
 def flight() -> bytes | None:

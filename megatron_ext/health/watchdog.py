@@ -35,7 +35,7 @@ from megatron_ext.observe.events import Events
 from megatron_ext.parallel.launch import report_failure
 
 # Multiples of `timeout` that a rank may be still in a phase, between two beats or collectives. Phases not named here: LONG.
-ALLOWANCES = {"step": 1.0, "data": 2.0, "evaluation": 2.0, "rollout": 2.0, "checkpoint": 4.0}
+ALLOWANCES = {"step": 1.0, "data": 2.0, "evaluation": 2.0, "rollout": 4.0, "checkpoint": 4.0}
 LONG = 6.0  # start (preparation, loading, process groups), compile (the first step), and all else
 GROWTH = 3.0  # times the longest stillness of a phase
 TICKS = 20  # looks in one time limit
@@ -216,6 +216,9 @@ class Watchdog:
         self._last_resort(text)
         self._write(stage=DUMP)
         evidence.keep(self.directory, self.rank)
+        for suspect in diagnosis.suspects if diagnosis.kind == "silent" else ():
+            if (record := self._seen[suspect.rank].record) is not None:
+                evidence.keep_of(self.directory, record, self._own.host)
         self._wait_for(lambda: all(self._has_kept(rank) for rank in range(self.ranks)))
         events = Events(self.directory.parent / "events.jsonl")
         events.write("hang", **diagnosis.event())
