@@ -10,11 +10,11 @@ from megatron_ext.config import stages
 from megatron_ext.config.placement import layout_key, placed
 from megatron_ext.config.schema import ClusterConfig, Config
 from megatron_ext.errors import UserError
+from megatron_ext.redact import is_secret_key, redact_text
 
 ENDLESS = ("unlimited", "infinite")
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<last>\d+))$")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
-_SECRET = re.compile(r"(TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH)", re.IGNORECASE)
 _OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "gpus-per-node", "job-name", "kill-on-invalid-dep", "mail-type", "no-requeue", "nodes",
          "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "partition", "requeue", "signal", "time", "wait", "wrap")
 
@@ -89,14 +89,21 @@ def options_are_not_ours(config: Config) -> Iterator[UserError]:
             yield UserError("cluster.options", option, "is set from the other keys of cluster")
 
 
-def environment_is_public(config: Config) -> Iterator[UserError]:
+def environment_is_named(config: Config) -> Iterator[UserError]:
     for entry in config.cluster.env:
         name, equals, _ = entry.partition("=")
         if not equals or not _NAME.match(name):
-            yield UserError("cluster.env", entry if not _SECRET.search(name) else name, "must be NAME=VALUE, such as NCCL_DEBUG=INFO")
-        elif _SECRET.search(name):
-            yield UserError("cluster.env", name, "looks like a secret, which would stand in the script and in config.yaml: export it before `submit`, and "
-                                                 "sbatch passes it on")
+            yield UserError("cluster.env", redact_text(entry), "must be NAME=VALUE, such as NCCL_DEBUG=INFO")
+
+
+def nothing_is_secret(config: Config) -> Iterator[UserError]:
+    """The script and config.yaml can be read by others, and are kept."""
+    for name, value in vars(config.cluster).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            secret = isinstance(text, str) and (redact_text(text) != text or name == "env" and is_secret_key(text.partition("=")[0], environment=True))
+            if secret:
+                yield UserError(f"cluster.{name}", text.partition("=")[0] if name == "env" else redact_text(text),
+                                "looks like a secret, and would stand in the script: export it before `submit`, sbatch passes the environment on")
 
 
 def container_is_whole(config: Config) -> Iterator[UserError]:
@@ -127,4 +134,4 @@ def tensor_parallel_stays(config: Config) -> Iterator[UserError]:
                                                           "cluster.cross_node_tp=true allows it")
 
 
-CLUSTER = (times_fit, nodes_fit, texts_are_lines, options_are_not_ours, environment_is_public, container_is_whole, tensor_parallel_stays)
+CLUSTER = (times_fit, nodes_fit, texts_are_lines, options_are_not_ours, environment_is_named, nothing_is_secret, container_is_whole, tensor_parallel_stays)

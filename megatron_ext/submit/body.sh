@@ -64,10 +64,16 @@ crashed() { # exit code
 
 step=''
 asked=''
+repeating=''
 stop() {
     asked=$1
     say "$1: telling the ranks to finish the step, save and stop"
     [ -n "$step" ] && kill -USR1 "$step" 2>/dev/null
+    # Under torchrun, ranks that are still starting do not hear it; one that has heard it does not mind.
+    if [ -n "$step" ] && [ -n "$deaf_at_first" ] && [ -z "$repeating" ]; then
+        repeating=yes
+        (trap - USR1 TERM; while sleep 10 && kill -USR1 "$step" 2>/dev/null; do :; done) &
+    fi
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM

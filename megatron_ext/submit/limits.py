@@ -11,6 +11,8 @@ from megatron_ext.submit import slurm
 from megatron_ext.submit.job import Job
 from megatron_ext.submit.slurm import Nodes, Partition
 
+ENFORCED = {"associations", "limits", "qos", "safe", "all", "wckeys"}  # values of AccountingStorageEnforce that ask for an account
+
 
 def beyond(job: Job) -> tuple[list[UserError], list[str]]:
     """What the cluster does not have, and what it has not now. Raises UserError where Slurm is not there or does not answer."""
@@ -94,28 +96,21 @@ def _nodes(cluster: ClusterConfig, partition: Partition, kinds: list[Nodes], not
 
 
 def _account(cluster: ClusterConfig, partition: Partition, settings: dict[str, str]) -> Iterator[UserError]:
-    account, where = cluster.account, f"partition {partition.name}"
+    user, where = getpass.getuser(), f"partition {partition.name}"
+    known = slurm.accounts(user)
+    account = cluster.account or (known[1] if known else None)
     if account is None and partition.accounts is not None:
         yield UserError("cluster.account", "null", f"{where} is for {', '.join(partition.accounts)}: name one")
-        return
-    if account is not None and (partition.accounts is not None and account not in partition.accounts or account in partition.denied):
+    elif account is not None and (partition.accounts is not None and account not in partition.accounts or account in partition.denied):
         whom = f"; it is for {', '.join(partition.accounts)}" if partition.accounts is not None else ""
         yield UserError("cluster.account", account, f"may not use {where}{whom}")
-        return
+    elif known is not None and os.geteuid() and ENFORCED & set(settings.get("AccountingStorageEnforce", "").lower().split(",")):  # root needs none
+        allowed = list(dict.fromkeys(name for name, only in known[0] if only in ("", partition.name)))
+        if account is None or account not in allowed:
+            yours = f"yours for {where}: {', '.join(allowed)}" if allowed else f"{user} has none for {where}"
+            yield UserError("cluster.account", account or "null", f"this cluster charges every job to an account; {yours}")
     if cluster.qos is not None and partition.qos is not None and cluster.qos not in partition.qos:
         yield UserError("cluster.qos", cluster.qos, f"{where} takes {', '.join(partition.qos)}")
-    enforced = settings.get("AccountingStorageEnforce", "none").lower()
-    if not {"associations", "limits", "qos", "safe", "all", "wckeys"} & set(enforced.replace("(null)", "none").split(",")) or os.geteuid() == 0:
-        return  # root needs no association
-    user = getpass.getuser()
-    known = slurm.associations(user)
-    if known is None:
-        return  # sbatch will say
-    allowed = [name for name, only in known if only in ("", partition.name)]
-    if not allowed:
-        yield UserError("cluster.account", account or "null", f"this cluster charges every job to an account, and {user} has none for {where}")
-    elif account is not None and account not in allowed:
-        yield UserError("cluster.account", account, f"is none of yours for {where}: {', '.join(dict.fromkeys(allowed))}")
 
 
 def _clock(length: float) -> str:

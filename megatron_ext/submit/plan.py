@@ -18,6 +18,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import ConfigErrors, problems
 from megatron_ext.errors import UserError
+from megatron_ext.redact import redact_text
 from megatron_ext.submit.job import Job, Run
 from megatron_ext.train.start import adopt
 
@@ -67,7 +68,7 @@ def _run(words: Sequence[str], to_come: Sequence[str] = ()) -> Run:
 def _validated(config: Config, to_come: Sequence[str]) -> None:
     """On every number of nodes that the job may get."""
     found: dict[str, UserError] = {}
-    for nodes in range(config.cluster.min_nodes or config.cluster.nodes, config.cluster.nodes + 1):
+    for nodes in range(min(config.cluster.min_nodes or config.cluster.nodes, config.cluster.nodes), config.cluster.nodes + 1):
         for error in problems(on_nodes(config, nodes), "submit"):
             if error.key in to_come:
                 continue
@@ -83,6 +84,9 @@ def _for_ranks(words: Sequence[str], config: Config) -> tuple[str, ...]:
     if load not in (None, "auto"):
         raise UserError("checkpoint.load", load, "would be loaded again by every life of the job, which has to go on where it was; to start from another run "
                                                  "name checkpoint.start")
+    for word in words:
+        if redact_text(word) != word:
+            raise UserError(key_of(word), redact_text(word).partition("=")[2], "looks like a secret, and would stand in the script: leave it in the environment")
     kept = [word for word in words if key_of(word) not in ("launch.ranks", "checkpoint.load")]
     return (*kept, "checkpoint.load=auto")
 

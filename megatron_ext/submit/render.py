@@ -78,6 +78,7 @@ def _settings(job: Job) -> list[str]:
     lines = [
         f"max_restarts={cluster.max_restarts}",
         f"max_failures={cluster.max_failures}",
+        f"deaf_at_first={'yes' if cluster.launcher == 'torchrun' else ''}",
         f"requeue={'yes' if cluster.requeue else ''}",
         f"requeue_on_failure={'yes' if cluster.requeue and cluster.requeue_on_failure else ''}",
         f"unset {' '.join(FOREIGN)}",
@@ -113,18 +114,21 @@ def _command(job: Job) -> list[str]:
     pyxis, inside = _container(cluster, config, job)
     one = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--cpus-per-task={cluster.cpus_per_task * tasks}", *pyxis]
     lines = ["before() {"]
-    lines += ["    " + _join([*one, *inside, python, "-m", "megatron_ext", *command]) + " || return" for command in job.before] or ["    :"]
+    lines += ["    " + shlex.join([*one, *inside, python, "-m", "megatron_ext", *command]) + " || return" for command in job.before] or ["    :"]
     lines += ["}", "", "launch() {"]
-    ranks = ["srun", "--kill-on-bad-exit=1", "--distribution=block", f"--cpus-per-task={cluster.cpus_per_task * (tasks if cluster.launcher == 'torchrun' else 1)}",
-             *pyxis]
+    a_task_a_node = cluster.launcher == "torchrun"
+    each = 1 if a_task_a_node else tasks
+    # With a range of nodes Slurm's own count of tasks is that of the smallest number.
+    lines += ['    srun --nodes="$SLURM_JOB_NUM_NODES" ' + f"--ntasks=$((SLURM_JOB_NUM_NODES * {each})) --ntasks-per-node={each} \\"]
+    ranks = [f"--cpus-per-task={cluster.cpus_per_task * (tasks if a_task_a_node else 1)}", "--distribution=block", "--kill-on-bad-exit=1", *pyxis]
     program = [*inside, python, "-m"]
-    if cluster.launcher == "torchrun":
+    if a_task_a_node:
         # torchrun would die of USR1, which Slurm gives to every process of a task: the ranks alone have to hear it.
-        lines += ["    " + _join([*ranks, "--ntasks-per-node=1", "bash", "-c", IGNORING, "torchrun", *program, "torch.distributed.run"]) + " \\",
+        lines += ["        " + shlex.join([*ranks, "bash", "-c", IGNORING, "torchrun", *program, "torch.distributed.run"]) + " \\",
                   f'        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={tasks} --master-addr="$MASTER_ADDR" --master-port="$port" \\',
                   '        --max-restarts=0 -m megatron_ext train "${words[@]}" &']
     else:
-        lines += ["    " + _join([*ranks, *program, "megatron_ext", "train"]) + ' "${words[@]}" &']
+        lines += ["        " + shlex.join([*ranks, *program, "megatron_ext", "train"]) + ' "${words[@]}" &']
     return [*lines, "}"]
 
 
@@ -146,7 +150,3 @@ def _mounts(cluster: ClusterConfig, job: Job) -> Iterable[str]:
         if not any(path.is_relative_to(rest[0] if rest else source) for source, *rest in given) and not (
                 path != Path.cwd() and path.is_relative_to(Path.cwd())):
             yield f"{path}:{path}"
-
-
-def _join(words: Iterable[str]) -> str:
-    return shlex.join(words)

@@ -113,34 +113,34 @@ def settings() -> dict[str, str]:
     return {name.strip(): value.strip() for name, value in pairs}
 
 
-def associations(user: str) -> list[tuple[str, str]] | None:
-    """(account, partition or "") that the accounting knows of a user; None where it cannot be asked."""
+def accounts(user: str) -> tuple[list[tuple[str, str]], str | None] | None:
+    """((account, partition or ""), ...) that the accounting knows of a user, and the user's default; None where it cannot be asked."""
     if shutil.which("sacctmgr") is None:
         return None
     try:
         said = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account,partition")
+        default = ask("sacctmgr", "--noheader", "--parsable2", "show", "user", user, "format=defaultaccount").strip()
     except UserError:
         return None
-    return [tuple((line.split("|") + [""])[:2]) for line in said.splitlines() if line.strip()]
+    return [(line.split("|")[0], (line.split("|") + [""])[1]) for line in said.splitlines() if line.strip()], default or None
 
 
-def sbatch(job: Job, after: Sequence[str] = (), *, test: bool = False) -> str:
+def sbatch(job: Job, after: Sequence[str] = ()) -> str:
     """Submits the script of a job (which has been written) and returns its number.
 
     Args:
-        after: numbers of jobs that must have ended well. test: only asks whether Slurm would take it.
+        after: numbers of jobs that must have ended well.
 
     Raises:
         UserError: Slurm's own reason.
     """
-    command = ["sbatch", *dependency(after), *(["--test-only"] if test else ["--parsable"]), str(job.script)]
     try:
-        said = ask(*command)
+        said = ask("sbatch", "--parsable", *dependency(after), str(job.script))
     except UserError as error:
-        reason = error.reason.removeprefix("Slurm says: ").removeprefix("sbatch: error: ").removeprefix("allocation failure: ")
+        reason = re.sub(r"^(Slurm says: |sbatch: |error: |Batch job submission failed: )*", "", error.reason)
         key = next((key for word, key in COMPLAINTS.items() if word in reason.lower()), "sbatch")
         raise UserError(key, _value(job, key), f"Slurm refuses job {job.name}: {reason}") from None
-    return said.strip().split(";")[0]
+    return said.strip().split(";")[0]  # with the cluster's name after a semicolon, where there are several
 
 
 def dependency(after: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import ConfigErrors
 from megatron_ext.errors import UserError
+from megatron_ext.private import make_directory
 from megatron_ext.submit import disk, limits, placement, plan, render, slurm
 from megatron_ext.submit.job import Job
 
@@ -42,12 +43,11 @@ def submit(config: Config, options: Options) -> int:
 def _submit(jobs: Sequence[Job]) -> dict[str, str]:
     """Job name -> number. All of them, or none."""
     for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        make_directory(job.folder, private=job.config.run.private)
         job.script.write_text(render.script(job), encoding="utf-8")
         job.script.chmod(0o700)
         if job.array:
             (job.folder / "sweep.json").write_text(job.points(), encoding="utf-8")
-        slurm.sbatch(job, test=True)
     numbers: dict[str, str] = {}
     try:
         for job in jobs:
