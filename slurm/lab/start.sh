@@ -68,6 +68,8 @@ nodes=(); for ((i = 1; i <= NODES; i++)); do nodes+=("$PREFIX$i"); done
 export SLURM_CONF=$LAB/etc/slurm.conf
 [ -s "$LAB/munge/key" ] || (umask 077; head -c 1024 /dev/urandom >"$LAB/munge/key")
 : >"$LAB/etc/plugstack.conf"
+version=$(slurmd -V | grep -oE '[0-9]+\.[0-9]+' | head -n 1)
+if [ "${version/./}" -ge 2405 ]; then echo "CgroupPlugin=disabled" >"$LAB/etc/cgroup.conf"; fi  # before, nothing asks for cgroups with the plugins below
 
 gres() { # slurmd counts a GPU only where File= is a character device: copies of /dev/null
     echo "AutoDetect=off"
