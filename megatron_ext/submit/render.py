@@ -4,7 +4,7 @@ Everything that comes from the configuration is quoted by shlex; nothing of it i
 """
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,6 +26,16 @@ def script(job: Job) -> str:
     parts += [_settings(job), _runs(job), _command(job)]
     body = files("megatron_ext.submit").joinpath("body.sh").read_text(encoding="utf-8")
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n\n" + body
+
+
+def submission(jobs: Sequence[Job]) -> str:
+    """The scripts of a chain, submitted by hand: the same dependencies as a shell script."""
+    lines = ["#!/bin/bash", "# The chain of stages: each starts when the runs that it reads have ended well, and is dropped when they cannot any more.", "set -euo pipefail"]
+    for number, job in enumerate(jobs):
+        after = ":".join(f"${{job_{[one.name for one in jobs].index(name)}%%;*}}" for name in job.after)
+        held = f'--dependency="afterok:{after}" --kill-on-invalid-dep=yes ' if after else ""
+        lines += [f"job_{number}=$(sbatch --parsable {held}{shlex.quote(str(job.script))})", f'echo {shlex.quote(job.name)} "${{job_{number}%%;*}}"']
+    return "\n".join(lines) + "\n"
 
 
 # ---- what Slurm reads ---------------------------------------------------------------------------------------------------------------

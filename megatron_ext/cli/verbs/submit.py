@@ -48,6 +48,8 @@ def _submit(jobs: Sequence[Job]) -> dict[str, str]:
         job.script.chmod(0o700)
         if job.array:
             (job.folder / "sweep.json").write_text(job.points(), encoding="utf-8")
+    if len(jobs) > 1:
+        (jobs[0].folder.parent / "submit.sh").write_text(render.submission(jobs), encoding="utf-8")
     numbers: dict[str, str] = {}
     try:
         for job in jobs:
