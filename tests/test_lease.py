@@ -163,8 +163,11 @@ def test_a_damaged_or_very_old_lease_is_nobodys(tmp_path, job):
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, job):
-    with pytest.raises(UserError, match="cannot be written"), taken(tmp_path / "none", []):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), taken(tmp_path / "file" / "run", []):
         pass
+    with taken(tmp_path / "new" / "run", []) as held:
+        assert held.path == tmp_path / "new" / "run" / "lease.json"
 
 
 def test_the_defaults_outlast_a_slow_file_system():

@@ -97,7 +97,7 @@ def _machine() -> str:
 @contextlib.contextmanager
 def hold(run_dir: Path, *, say: Callable[[str], None] = lambda text: print(text, flush=True), leave: Callable[[str], None] | None = None,
          beat: float = BEAT, stale: float = STALE) -> Iterator["Lease"]:
-    """Holds the lease of `run_dir`, which exists, until the context ends. For rank 0 alone, before the ranks meet: it may wait.
+    """Holds the lease of `run_dir`, which is made where it is not there, until the context ends. For rank 0 alone, before the ranks meet: it may wait.
 
     Args:
         say: takes a line when there is something to wait for or to take over.
@@ -129,6 +129,7 @@ class Lease:
     def take(self) -> None:
         """Waits where it has to. Raises UserError."""
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._create():
                 holder = self.read()
                 if holder is not None and not self.mine.later_than(holder):
