@@ -1,6 +1,20 @@
 """Slurm's commands as small shell scripts on PATH: they print what a test says a cluster has, and write down what they are told."""
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+from megatron_ext.submit import plan
+from megatron_ext.submit.job import Job
+
+CPU = ("cluster=slurm_cpu", "train.steps=20", "optim.warmup_steps=5", "checkpoint.every=5")
+GPU = ("cluster=slurm_gpu", "cluster.partition=gpu", "cluster.account=nlp", "model=llama3_8b", "precision=bf16", "train.global_batch_size=384",
+       "train.micro_batch_size=1")
 
 PARTITIONS = """\
 PartitionName=lab AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=YES QoS=N/A DefaultTime=NONE MaxNodes=UNLIMITED \
@@ -29,7 +43,7 @@ echo "$n" >"$FAKE/number"
 { printf 'sbatch'; printf ' %s' "$@"; echo; } >>"$FAKE/log"
 echo "$n;fake"''',
     "scancel": 'echo "scancel $*" >>"$FAKE/log"',
-    "squeue": 'cat "$FAKE/state" 2>/dev/null || echo RUNNING',
+    "squeue": 'cat "$FAKE/state" 2>/dev/null || echo RUNNING None',
     "srun": '''{ printf 'srun'; printf ' %q' "$@"; echo; } >>"$FAKE/log"
 exec bash "$FAKE/step"''',
 }
@@ -66,3 +80,60 @@ class FakeSlurm:
         self.say(accounts=accounts, default=default)
         (self.bin / "sacctmgr").write_text(f'#!/bin/bash\ncase "$*" in *associations*) cat {self.folder}/accounts ;; *) cat {self.folder}/default ;; esac\n')
         (self.bin / "sacctmgr").chmod(0o755)
+
+
+def jobs(*words: str, sweep: tuple[str, ...] = ()) -> tuple[Job, ...]:
+    """What `submit WORDS --sweep SWEEP` would submit."""
+    return plan.jobs(SimpleNamespace(overrides=words, sweeps=sweep))
+
+
+def without(words: tuple[str, ...], given: tuple[str, ...]) -> list[str]:
+    """`words`, but for the keys that `given` set."""
+    keys = {word.partition("=")[0] for word in given}
+    return [word for word in words if word.partition("=")[0] not in keys]
+
+
+def sbatch_options(text: str) -> dict[str, str]:
+    """The #SBATCH lines as sbatch reads them: up to the first line that is a command."""
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            break
+        if line.startswith("#SBATCH "):
+            (word,) = shlex.split(line.removeprefix("#SBATCH "))
+            name, _, value = word.removeprefix("--").partition("=")
+            assert name not in found
+            found[name] = value
+    return found
+
+
+def shell(text: str, *, tail: str, **environment: str) -> str:
+    """What bash prints when it reads the settings of a script (all before the common part), then `tail`."""
+    head = text.partition("# ---- the same in all scripts")[0]
+    done = subprocess.run(["bash", "-c", head + tail], capture_output=True, text=True, check=True, timeout=20,
+                          env={"PATH": os.environ["PATH"], **environment})
+    return done.stdout
+
+
+def life(fake: FakeSlurm, script: Path, step: str, *, signals: Sequence[str] = (), **environment: str) -> tuple[int, str, list[str]]:
+    """Runs a script as Slurm would, with `step` in the place of what srun starts.
+
+    Args:
+        signals: sent to the script one after the other, each once the step has made $FAKE/there anew.
+
+    Returns:
+        The exit code, what was printed, and what Slurm was told (but for srun).
+    """
+    there = fake.folder / "there"
+    there.unlink(missing_ok=True)
+    fake.say(step=f"FAKE={fake.folder}\n{step}", log="")
+    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n1,n2", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0"}
+    process = subprocess.Popen(["bash", str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={"PATH": os.environ["PATH"], **slurm, **environment})
+    for name in signals:
+        while not there.exists() and process.poll() is None:
+            time.sleep(0.01)
+        there.unlink(missing_ok=True)
+        process.send_signal(getattr(signal, name))
+    said = process.communicate(timeout=20)[0]
+    return process.returncode, said, [line for line in fake.log() if not line.startswith("srun")]

@@ -15,8 +15,8 @@ from megatron_ext.redact import is_secret_key, redact_text
 ENDLESS = ("unlimited", "infinite")
 _TIME = re.compile(r"(?:(?P<days>\d+)-(?P<hours>\d+)(?::(?P<minutes>\d+)(?::(?P<seconds>\d+))?)?|(?:(?:(?P<h>\d+):)?(?P<m>\d+):)?(?P<last>\d+))$")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
-_OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "gpus-per-node", "job-name", "kill-on-invalid-dep", "mail-type", "no-requeue", "nodes",
-         "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "partition", "requeue", "signal", "time", "wait", "wrap")
+_OURS = ("array", "chdir", "cpus-per-task", "dependency", "error", "export-file", "gpus-per-node", "job-name", "kill-on-invalid-dep", "mail-type",
+         "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "partition", "requeue", "signal", "time", "wait", "wrap")
 
 
 def seconds(text: str) -> float:
@@ -55,7 +55,8 @@ def times_fit(config: Config) -> Iterator[UserError]:
     try:
         limit = seconds(cluster.time)
     except ValueError:
-        yield UserError("cluster.time", cluster.time, "is no time of Slurm's: minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]], such as 1-12")
+        yield UserError("cluster.time", cluster.time, "is no time of Slurm's: minutes, hours:minutes:seconds or days-hours[:minutes[:seconds]], "
+                                                      "such as 1-12")
         return
     if limit <= 0:
         yield UserError("cluster.time", cluster.time, "leaves no time to run")
@@ -68,7 +69,8 @@ def nodes_fit(config: Config) -> Iterator[UserError]:
     if cluster.min_nodes is not None and cluster.min_nodes > cluster.nodes:
         yield UserError("cluster.min_nodes", cluster.min_nodes, f"must be at most cluster.nodes={cluster.nodes}")
     if cluster.gpus_per_node and cluster.tasks_per_node not in (None, cluster.gpus_per_node):
-        yield UserError("cluster.tasks_per_node", cluster.tasks_per_node, f"must be cluster.gpus_per_node={cluster.gpus_per_node}, one rank a GPU, or null")
+        yield UserError("cluster.tasks_per_node", cluster.tasks_per_node, f"must be cluster.gpus_per_node={cluster.gpus_per_node}, one rank a GPU, "
+                                                                          "or null")
     if cluster.gpu_type is not None and not cluster.gpus_per_node:
         yield UserError("cluster.gpu_type", cluster.gpu_type, "asks for no GPU without cluster.gpus_per_node")
 
@@ -85,7 +87,7 @@ def options_are_not_ours(config: Config) -> Iterator[UserError]:
         name = option.partition("=")[0].removeprefix("--")
         if not re.match(r"--[a-z][a-z-]*(=|$)", option):
             yield UserError("cluster.options", option, "is no long option of sbatch, such as --switches=1")
-        elif name in _OURS or name == "export-file":
+        elif name in _OURS:
             yield UserError("cluster.options", option, "is set from the other keys of cluster")
 
 
@@ -100,9 +102,11 @@ def nothing_is_secret(config: Config) -> Iterator[UserError]:
     """The script and config.yaml can be read by others, and are kept."""
     for name, value in vars(config.cluster).items():
         for text in value if isinstance(value, tuple) else (value,):
-            secret = isinstance(text, str) and (redact_text(text) != text or name == "env" and is_secret_key(text.partition("=")[0], environment=True))
-            if secret:
-                yield UserError(f"cluster.{name}", text.partition("=")[0] if name == "env" else redact_text(text),
+            if not isinstance(text, str):
+                continue
+            variable = text.partition("=")[0] if name == "env" else None
+            if redact_text(text) != text or variable is not None and is_secret_key(variable, environment=True):
+                yield UserError(f"cluster.{name}", variable or redact_text(text),
                                 "looks like a secret, and would stand in the script: export it before `submit`, sbatch passes the environment on")
 
 
@@ -111,7 +115,8 @@ def container_is_whole(config: Config) -> Iterator[UserError]:
     if cluster.container == "none":
         for name in ("image", "mounts"):
             if value := getattr(cluster, name):
-                yield UserError(f"cluster.{name}", value if isinstance(value, str) else ",".join(value), "needs cluster.container=pyxis or apptainer")
+                shown = value if isinstance(value, str) else ",".join(value)
+                yield UserError(f"cluster.{name}", shown, "needs cluster.container=pyxis or apptainer")
     elif cluster.image is None:
         yield UserError("cluster.image", "null", f"name the image that cluster.container={cluster.container} starts")
     for mount in cluster.mounts:
@@ -130,8 +135,8 @@ def tensor_parallel_stays(config: Config) -> Iterator[UserError]:
         tp = placed(config, role).parallel.tp
         if tasks % tp:
             right = ", ".join(str(n) for n in range(1, tasks + 1) if tasks % n == 0)
-            yield UserError(f"{layout_key(role)}.tp", tp, f"groups of tensor parallelism would reach over nodes of {tasks} ranks; what stays within: {right}. "
-                                                          "cluster.cross_node_tp=true allows it")
+            yield UserError(f"{layout_key(role)}.tp", tp, f"groups of tensor parallelism would reach over nodes of {tasks} ranks; what stays "
+                                                          f"within: {right}. cluster.cross_node_tp=true allows it")
 
 
 CLUSTER = (times_fit, nodes_fit, texts_are_lines, options_are_not_ours, environment_is_named, nothing_is_secret, container_is_whole, tensor_parallel_stays)

@@ -14,6 +14,9 @@ mkdir -p "$run_dir" || exit 2
 
 say() { echo "job $job, life $((restarts + 1)), $(date +%FT%T): $*"; }
 
+overdue="COMPLETING TimeLimit"
+state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r'; }
+
 newest() { # complete checkpoint, by its name
     local one last=none
     for one in "$run_dir"/checkpoints/step_*/manifest.json; do
@@ -32,40 +35,47 @@ again() { # why, exit code where it is not requeued
         say "$1; not requeued: cluster.max_restarts=$max_restarts are used up"
         exit "$2"
     fi
-    # A job that somebody cancelled is not RUNNING any more, and stays cancelled.
-    local state
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-    if [ "$state" != RUNNING ]; then
-        say "$1; not requeued by this script: the job is ${state:-gone}"
-        exit "$2"
-    fi
+    # A job that somebody cancelled, or that Slurm requeues by itself, is not RUNNING any more.
+    local now
+    now=$(state)
+    case $now in
+    RUNNING* | "$overdue") ;;
+    *) say "$1; not requeued by this script: the job is ${now:-gone}"; exit "$2" ;;
+    esac
     say "$1; requeued, the next life goes on from $(newest)"
     scontrol requeue "$job" && exit 0
     say "Slurm refuses to requeue; the same sbatch goes on"
     exit "$2"
 }
 
-crashed() { # exit code
+lost() { # counts the lives in a row that ended otherwise than they should and made no new checkpoint; prints their number
     local file=$run_dir/slurm-failures was=0 number='' at='' now
     now=$(newest)
     [ -r "$file" ] && read -r number was at <"$file"
     [ "$number" = "$job" ] && [ "$at" = "$now" ] || was=0
     echo "$job $((was + 1)) $now" >"$file"
-    if [ -z "$requeue_on_failure" ]; then
-        say "ended with exit code $1; not requeued (cluster.requeue_on_failure=false)"
-        exit "$1"
+    echo $((was + 1))
+}
+
+crashed() { # why, exit code
+    local number
+    number=$(lost)
+    if ((number >= max_failures)); then
+        say "$1; number $number in a row without a checkpoint after $(newest), not requeued (cluster.max_failures=$max_failures)"
+        exit "$2"
     fi
-    if ((was + 1 >= max_failures)); then
-        say "ended with exit code $1, the crash number $((was + 1)) in a row without a checkpoint after $now; not requeued (cluster.max_failures=$max_failures)"
-        exit "$1"
-    fi
-    again "ended with exit code $1" "$1"
+    again "$1" "$2"
 }
 
 step=''
 asked=''
 repeating=''
 stop() {
+    if [ "$1" = TERM ] && [ "$(state)" = "$overdue" ]; then
+        # This script is ended within KillWait, as are the ranks: no time to wait for them.
+        [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null
+        crashed "the time limit was reached before the ranks had saved and left (a longer cluster.signal_lead gives them time)" 75
+    fi
     asked=$1
     say "$1: telling the ranks to finish the step, save and stop"
     [ -n "$step" ] && kill -USR1 "$step" 2>/dev/null
@@ -111,5 +121,9 @@ case $code in
 2) say "bad input; not tried again"; exit 2 ;;
 75) again "unfinished" 75 ;;
 *) [ -z "$asked" ] || again "told to stop by $asked, ended with exit code $code" 75
-   crashed "$code" ;;
+   if [ -z "$requeue_on_failure" ]; then
+       say "ended with exit code $code; not requeued (cluster.requeue_on_failure=false)"
+       exit "$code"
+   fi
+   crashed "ended with exit code $code" "$code" ;;
 esac

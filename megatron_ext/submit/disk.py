@@ -15,8 +15,8 @@ from megatron_ext.submit.job import Job, Run
 
 MEBIBYTE = 1 << 20
 # Of /proc/mounts: file systems that other nodes can see.
-SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cephfs", "fuse.ceph", "glusterfs", "fuse.glusterfs", "wekafs", "panfs", "pvfs2", "orangefs", "afs", "9p",
-          "virtiofs", "cifs", "smb3", "daos", "fuse.juicefs", "fuse.sshfs")
+SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cephfs", "fuse.ceph", "glusterfs", "fuse.glusterfs", "wekafs", "panfs",
+          "pvfs2", "orangefs", "afs", "9p", "virtiofs", "cifs", "smb3", "daos", "fuse.juicefs", "fuse.sshfs")
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -57,7 +57,8 @@ def problems(job: Job) -> Iterator[UserError]:
         if free < want:
             each = size(checkpoint_bytes(runs[0].config))
             held = f"{runs[0].config.checkpoint.keep or 'all'} checkpoints of about {each}, and one in the making"
-            yield UserError("run.dir", shown, f"has {size(free)} free and will hold up to {size(want)}: " + (f"in each of {len(runs)} points " if len(runs) > 1 else "") + held)
+            points = f"in each of {len(runs)} points " if len(runs) > 1 else ""
+            yield UserError("run.dir", shown, f"has {size(free)} free and will hold up to {size(want)}: {points}{held}")
 
 
 def notes(job: Job) -> Iterator[str]:

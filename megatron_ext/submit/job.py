@@ -55,4 +55,5 @@ class Job:
 
     def points(self) -> str:
         """Of an array: which index is which run, as JSON."""
-        return json.dumps([{"index": index, "run.dir": str(run.directory), "words": list(run.words)} for index, run in enumerate(self.runs)], indent=1)
+        found = [{"index": index, "run.dir": str(run.directory), "words": list(run.words)} for index, run in enumerate(self.runs)]
+        return json.dumps(found, indent=1)

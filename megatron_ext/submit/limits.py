@@ -40,8 +40,8 @@ def _chosen(cluster: ClusterConfig, known: list[Partition]) -> Partition:
     found = next((one for one in known if one.name == cluster.partition), None)
     if found is None:
         close = nearest(cluster.partition, names, count=1)
-        raise UserError("cluster.partition", cluster.partition, "unknown here; " + (f"did you mean {close[0]}? " if close else "") + f"this cluster has "
-                        f"{', '.join(names) or 'none that you may see'}")
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError("cluster.partition", cluster.partition, f"unknown here; {hint}this cluster has {', '.join(names) or 'none that you may see'}")
     return found
 
 
@@ -55,7 +55,8 @@ def _limits(cluster: ClusterConfig, partition: Partition) -> Iterator[UserError]
     if cluster.nodes < partition.min_nodes:
         yield UserError("cluster.nodes", cluster.nodes, f"{where} gives a job at least {partition.min_nodes} nodes")
     if seconds(cluster.time) > partition.max_time:
-        yield UserError("cluster.time", cluster.time, f"is more than the {_clock(partition.max_time)} of {where}; a job that is requeued goes on, so ask for that")
+        yield UserError("cluster.time", cluster.time, f"is more than the {_clock(partition.max_time)} of {where}; ask for that, a job that is requeued "
+                                                      "goes on")
 
 
 def _nodes(cluster: ClusterConfig, partition: Partition, kinds: list[Nodes], notes: list[str]) -> Iterator[UserError]:

@@ -4,9 +4,9 @@
     python -m megatron_ext.submit.multirun --multirun hydra/launcher=submitit_slurm hydra.launcher.nodes=2 hydra.launcher.tasks_per_node=8 \\
         hydra.launcher.gpus_per_node=8 hydra.launcher.timeout_min=60 hydra.launcher.partition=gpu model=tiny optim.lr=1e-3,3e-4
 
-submitit_slurm comes with `pip install hydra-submitit-launcher`; nothing else here needs it. Values are written in Hydra's grammar. Each run is the
-command `train` in hydra.sweep.dir; under submitit_slurm every task of the job is a rank. Such jobs are not told to save before their time limit and do not queue
-again; what shall live longer than one job is an array of `submit --sweep`.
+submitit_slurm comes with `pip install hydra-submitit-launcher`; nothing else here needs it. Values are written in Hydra's grammar. Each run is
+the command `train` in hydra.sweep.dir; under submitit_slurm every task of the job is a rank. Such jobs are not told to save before their time
+limit and do not queue again; what shall live longer than one job is an array of `submit --sweep`.
 """
 import os
 import subprocess

@@ -55,8 +55,9 @@ def notes(config: Config) -> list[str]:
         if "tp" in across:
             found.append(f"tensor parallelism of the {role} reaches over nodes and talks in every layer (cluster.cross_node_tp=true)")
         if "cp" in across:
-            found.append(f"context parallelism of the {role} reaches over nodes: tp x cp = {config.parallel.tp * config.parallel.cp} is more than the "
-                         f"{tasks} ranks of a node, or does not divide them")
+            size = config.parallel.tp * config.parallel.cp
+            found.append(f"context parallelism of the {role} reaches over nodes: tp x cp = {size} is more than the {tasks} ranks of a node, or does "
+                         "not divide them")
     return found
 
 

@@ -1,4 +1,4 @@
-"""From the words of `submit` to jobs: one stage, the chain of stages, or a sweep as an array. Everything is validated here, as `check` does. No torch.
+"""From the words of `submit` to jobs: one stage, the chain of stages, or a sweep as an array, all validated as `check` does. No torch.
 
 The chain is that of the main job (`pipeline.py`): the same words, folders and starting points; what it does one after the other, Slurm's dependencies
 do. Ranks are told `checkpoint.load=auto` always, so that a life that was requeued goes on.
@@ -73,7 +73,8 @@ def _validated(config: Config, to_come: Sequence[str]) -> None:
             if error.key in to_come:
                 continue
             if nodes != config.cluster.nodes:
-                error = UserError(error.key, error.value, f"{error.reason} (on {nodes} nodes, which cluster.min_nodes={config.cluster.min_nodes} allows)")
+                allowed = f"(on {nodes} nodes, which cluster.min_nodes={config.cluster.min_nodes} allows)"
+                error = UserError(error.key, error.value, f"{error.reason} {allowed}")
             found.setdefault(str(error), error)
     if found:
         raise next(iter(found.values())) if len(found) == 1 else ConfigErrors(found.values())
@@ -82,11 +83,12 @@ def _validated(config: Config, to_come: Sequence[str]) -> None:
 def _for_ranks(words: Sequence[str], config: Config) -> tuple[str, ...]:
     load = config.checkpoint.load
     if load not in (None, "auto"):
-        raise UserError("checkpoint.load", load, "would be loaded again by every life of the job, which has to go on where it was; to start from another run "
-                                                 "name checkpoint.start")
+        raise UserError("checkpoint.load", load, "would be loaded again by every life of the job, which has to go on where it was; to start from "
+                                                 "another run name checkpoint.start")
     for word in words:
         if redact_text(word) != word:
-            raise UserError(key_of(word), redact_text(word).partition("=")[2], "looks like a secret, and would stand in the script: leave it in the environment")
+            raise UserError(key_of(word), redact_text(word).partition("=")[2], "looks like a secret, and would stand in the script: leave it in "
+                                                                               "the environment")
     kept = [word for word in words if key_of(word) not in ("launch.ranks", "checkpoint.load")]
     return (*kept, "checkpoint.load=auto")
 
@@ -192,4 +194,5 @@ def _domain(chain: Chain, general: Path, commands: list[tuple[str, ...]]) -> Pat
 
 def _data_words(words: Sequence[str], without: Sequence[str]) -> list[str]:
     told = recipe.with_defaults(words)
-    return [word for word in told if key_of(word).split(".")[0] == "data" and key_of(word) not in ("data.path", "data.paths", "data.weights", *without)]
+    without = ("data.path", "data.paths", "data.weights", *without)
+    return [word for word in told if key_of(word).split(".")[0] == "data" and key_of(word) not in without]

@@ -20,7 +20,8 @@ IGNORING = 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"'
 
 def script(job: Job) -> str:
     """The whole script."""
-    parts = [["#!/bin/bash", f"# {job.name}: rendered by `python -m megatron_ext submit`; submit it again with: sbatch {shlex.quote(str(job.script))}"]]
+    again = f"sbatch {shlex.quote(str(job.script))}"
+    parts = [["#!/bin/bash", f"# {job.name}: rendered by `python -m megatron_ext submit`; submit it again with: {again}"]]
     parts += [[f"# {line}" for line in placement.lines(job.config)]]
     parts += [[f"#SBATCH {option}" for option in options(job)]]
     parts += [_settings(job), _runs(job), _command(job)]
@@ -30,7 +31,8 @@ def script(job: Job) -> str:
 
 def submission(jobs: Sequence[Job]) -> str:
     """The scripts of a chain, submitted by hand: the same dependencies as a shell script."""
-    lines = ["#!/bin/bash", "# The chain of stages: each starts when the runs that it reads have ended well, and is dropped when they cannot any more.", "set -euo pipefail"]
+    lines = ["#!/bin/bash", "# The chain of stages: each starts when the runs that it reads have ended well, and is dropped when they cannot any more.",
+             "set -euo pipefail"]
     for number, job in enumerate(jobs):
         after = ":".join(f"${{job_{[one.name for one in jobs].index(name)}%%;*}}" for name in job.after)
         held = f'--dependency="afterok:{after}" --kill-on-invalid-dep=yes ' if after else ""

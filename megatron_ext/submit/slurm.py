@@ -14,9 +14,9 @@ from megatron_ext.submit.render import FOREIGN
 NEEDED = ("sbatch", "srun", "scontrol", "squeue", "sinfo")
 TIMEOUT = 60.0  # seconds that a command may take
 # What sbatch says -> the key that it is about.
-COMPLAINTS = {"account": "cluster.account", "partition": "cluster.partition", "qos": "cluster.qos", "time limit": "cluster.time", "reservation": "cluster.reservation",
-              "feature": "cluster.constraint", "constraint": "cluster.constraint", "gres": "cluster.gpus_per_node", "memory": "cluster.memory",
-              "node": "cluster.nodes", "cpu": "cluster.cpus_per_task"}
+COMPLAINTS = {"account": "cluster.account", "partition": "cluster.partition", "qos": "cluster.qos", "time limit": "cluster.time",
+              "reservation": "cluster.reservation", "feature": "cluster.constraint", "constraint": "cluster.constraint",
+              "gres": "cluster.gpus_per_node", "memory": "cluster.memory", "node": "cluster.nodes", "cpu": "cluster.cpus_per_task"}
 
 
 @dataclass(frozen=True)
