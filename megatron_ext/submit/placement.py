@@ -39,7 +39,7 @@ def lines(config: Config) -> list[str]:
         across = crossing(grid, tasks)
         parts = [f"{kind.upper()} {size} {'across' if kind in across else 'within'} nodes" for kind in KINDS if (size := getattr(grid, kind)) > 1]
         who = f"{', '.join(roles)}: " if len(seen) > 1 else ""
-        found.append(f"{who}{grid.ranks} ranks = {cluster.nodes} nodes x {tasks}" + "".join(f"; {part}" for part in parts))
+        found.append(f"{who}{grid.ranks} ranks = {cluster.nodes} node{'s' if cluster.nodes > 1 else ''} x {tasks}" + "".join(f"; {part}" for part in parts))
     found += _nodes(next(iter(seen)), cluster.nodes, tasks)
     if cluster.min_nodes is not None and cluster.min_nodes < cluster.nodes:
         fewest = Grid.of(on_nodes(config, cluster.min_nodes))

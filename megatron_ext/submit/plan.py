@@ -27,8 +27,10 @@ TO_COME = ("checkpoint.start", "rewards.models", "critic.load")  # what an earli
 
 def jobs(options: Options) -> tuple[Job, ...]:
     """In the order of submission. Raises UserError, ConfigErrors."""
-    words = list(options.overrides)
-    what = words.pop(0) if words and words[0] in ("train", "run") else "train"
+    bare = [word for word in options.overrides if word in ("train", "run")]
+    if len(set(bare)) > 1:
+        raise UserError("submit", " ".join(bare), "is one of both: train (a stage) or run (the chain of stages)")
+    words, what = [word for word in options.overrides if word not in bare], bare[0] if bare else "train"
     named = [word for word in words if key_of(word) == "stages"]
     if named:  # short for the chain's own key
         value = named[-1].partition("=")[2].strip()
