@@ -146,7 +146,8 @@ def serve(memory: int) -> None:
 
 
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the rank decides: a preempted run still makes its last save
+    # Slurm gives a signal to every process of a task. The rank decides: a preempted run still makes its last save.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file-size limit is an error to report, not a death
     if sys.platform == "linux":
