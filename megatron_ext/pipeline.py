@@ -19,6 +19,7 @@ from megatron_ext.checkpoint.manifest import CHAIN
 from megatron_ext.config.schema import Config
 from megatron_ext.observe.allocation import STARTED
 from megatron_ext.parallel.job import PARENT
+from megatron_ext.parallel.signals import STOPS, UNFINISHED
 from megatron_ext.private import make_directory
 from megatron_ext.redact import redact
 
@@ -140,14 +141,15 @@ def command(*words: str, capture: bool = False) -> str:
         asked.append(number)
         process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *STOPS)}
     try:
         printed = process.communicate()[0]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked and asked[0] in STOPS and process.returncode in (0, UNFINISHED):
+        raise StepFailed(UNFINISHED)  # it saved and stopped as it should: the next life goes on
     if process.returncode or asked:
-        # Told to stop: a step that saved and stopped as it should is still not the whole job.
         raise StepFailed(128 + asked[0] if asked else process.returncode if process.returncode > 0 else 128 - process.returncode)
     return printed or ""
 

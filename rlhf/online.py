@@ -15,7 +15,9 @@ import torch
 from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed
+from megatron_ext.parallel.signals import Interrupted, heard
 from megatron_ext.platform import Platform
+from megatron_ext.train.life import Life
 from megatron_ext.train.record import data_identity
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport
@@ -62,6 +64,8 @@ class Online:
     """A stage (megatron_ext/train/stage.py)."""
 
     training_flops = False
+    samples_move_on = False
+    life = Life()
 
     def __init__(self, config: Config, platform: Platform, algorithm: Algorithm):
         self.config, self.platform = config, platform
@@ -88,18 +92,21 @@ class Online:
         config, settings, count = self.config, self.config.ppo, self.config.rollout.prompts * self.config.rollout.samples
         clock = Clock(self.platform)
         questions = choose(self.prompts.training, first=position.steps * config.rollout.prompts, count=config.rollout.prompts, seed=config.data.seed)
-        with self.cast.generating() as engine:
+        with self.life.phase("rollout"), self.cast.generating() as engine:
             rollouts = roll_out(engine, questions, config.generate, samples=config.rollout.samples, first=position.steps * count,
-                                tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end)
+                                tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end, leave=heard)
+        self._may_leave()
         clock.lap("rollout")
         kept = self._kept()
         wanted = passes(count, config, iteration=position.steps, reshuffle=kept is None)
         steps = settings.epochs * settings.minibatches
         extra = self._ptx(first=position.steps * steps, steps=steps, count=count // settings.minibatches)
         judged = self.cast.judge(rollouts)
+        self._may_leave()
         policy = Trainer(self.cast.policy.engine, config, rollouts.sequences, rollouts.offsets, extra, parts=steps)
         critic = Trainer(self.cast.critic.engine, config, rollouts.sequences, rollouts.offsets) if self.cast.critic else None
         found = self._score(rollouts, judged.scores, policy, critic, wanted[0], kept)
+        self._may_leave()
         numbers = self._look(found) | judged.numbers
         self._hold(numbers)
         divergence = kl.estimate(found.old, found.reference, settings.kl)
@@ -124,6 +131,11 @@ class Online:
         applied = all([numbers.pop("applied"), numbers.pop("critic_applied", True)])
         return StepReport(numbers["policy_loss"], norm, lr, samples=count, tokens=sum(len(one.tokens) for one in rollouts.sequences),
                           applied=applied, numbers=numbers)
+
+    def _may_leave(self) -> None:
+        """Raises Interrupted where the job was told to stop: nothing has been learnt from these rollouts yet, and they can be made again."""
+        if self.life.asked():
+            raise Interrupted
 
     def _score(self, rollouts: Rollouts, scores: torch.Tensor, policy: Trainer, critic: Trainer | None, first: list[tuple[int, ...]],
                kept: dict | None) -> Experience:

@@ -14,6 +14,7 @@ from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.config.schema import Config
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
+from megatron_ext.train.life import Life
 from megatron_ext.train.loop import Outcome, run
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport, layout_of
@@ -38,6 +39,8 @@ class RewardModelling:
     """A stage (megatron_ext/train/stage.py)."""
 
     training_flops = False
+    samples_move_on = True
+    life = Life()
 
     def __init__(self, config: Config, platform: Platform):
         self.config, self.platform, self.layout, self.steps = config, platform, layout_of(config), config.train.steps

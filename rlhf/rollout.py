@@ -3,7 +3,7 @@
 Every response has a number of its own for the whole run, and draws from a generator seeded by (generate.seed, number): what is drawn
 depends on neither the layout nor the other responses, never repeats from one iteration to the next, and is the same after a resume.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -71,15 +71,15 @@ class Rollouts:
 
 
 def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateConfig, *, samples: int, first: int, tokenizer: Tokenizer | None,
-             eod: int | None = None) -> Rollouts:
+             eod: int | None = None, leave: Callable[[], object] | None = None) -> Rollouts:
     """`samples` responses to each question. Collective over the engine's ranks; the same on all of them.
 
     Args:
-        first: number of the first response. eod: the token that ends a turn; the tokenizer's where None.
+        first: number of the first response. eod: the token that ends a turn; the tokenizer's where None. leave: see `generate`.
     """
     count = len(questions) * samples
     completions = generate(engine, [question.tokens for question in questions], replace(settings, samples=samples), tokenizer=tokenizer, eod=eod,
-                           sample_ids=range(first, first + count), pack=False)
+                           sample_ids=range(first, first + count), pack=False, leave=leave)
     offsets = np.cumsum([0, *(len(one.tokens) for one in completions)]).tolist()
     return Rollouts(
         [question for question in questions for _ in range(samples)], completions, torch.arange(len(questions)).repeat_interleave(samples),

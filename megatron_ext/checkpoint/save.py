@@ -144,6 +144,11 @@ class Checkpoints:
         return True
 
     @property
+    def failed(self) -> int | None:
+        """The step whose save failed, where none has succeeded since; the same on all ranks."""
+        return self._failed.step if self._failed else None
+
+    @property
     def pending(self) -> int | None:
         """The step of the save in flight."""
         return self._pending.step if self._pending else None

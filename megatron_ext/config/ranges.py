@@ -57,7 +57,7 @@ RANGES: dict[str, str] = {
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
-        "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl", "cluster.gpus_per_node", "cluster.max_restarts",
+        "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl", "cluster.gpus_per_node", "cluster.max_restarts", "recovery.max_rewinds",
     ), "[0,inf)"),
     **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
     **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "stop.wall_time", "launch.timeout",
@@ -72,10 +72,10 @@ RANGES: dict[str, str] = {
     **dict.fromkeys(("ppo.gamma", "ppo.lam"), "[0,1]"),
     "ppo.label_smoothing": "[0,0.5)",
     "stop.reward_accuracy": "(0.5,1]",  # a coin is right half the time
-    **dict.fromkeys(("stop.length_drift", "stop.reward_disagreement", "health.straggler_factor"), "(1,inf)"),
+    **dict.fromkeys(("stop.length_drift", "stop.reward_disagreement", "health.straggler_factor", "recovery.spike_factor"), "(1,inf)"),
     "model.rotary_percent": "(0,1]",
     "generate.top_p": "(0,1]",
-    **dict.fromkeys(("parallel.vpp", "stop.window"), "[2,inf)"),
+    **dict.fromkeys(("parallel.vpp", "stop.window", "recovery.window"), "[2,inf)"),
     "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
     "launch.master_port": "[0,65536)",
     **dict.fromkeys(("health.hang_timeout", "health.straggler_window"), "[1,inf)"),

@@ -161,6 +161,7 @@ class CheckpointConfig:
     average: bool = False  # load, start: the averaged weights of ppo (ppo.ema) instead of the newest ones
     best: bool = False  # also keep the checkpoint with the best validation; a later stage starts from it
     every: int = 0  # steps; 0 = only at the end
+    auto: bool = False  # save every sqrt(2 MTTF x write time) by the goodput ledger (docs/goodput.md); until that is known, by `every`
     keep: int = 3  # newest complete checkpoints kept; 0 = all
     background: bool = True  # write while training goes on
     format: str = "fully_reshardable"  # | dp_reshardable: faster, resumes only at the same layout
@@ -175,6 +176,16 @@ class LaunchConfig:
     timeout: float = 600.0  # seconds that a collective may take
     device: str = "auto"  # auto | cpu | cuda
     master_port: int = 0  # 0 = a free one
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """What becomes of a step whose loss or gradient is not finite, or whose loss jumps (docs/faults.md)."""
+
+    skip: tuple[str, ...] = ()  # samples FIRST:LAST, counted from 0 in the order of training, that are left out
+    spike_factor: float | None = None  # a loss above this many times the median of the last `window`: back to the newest checkpoint; null = off
+    window: int = 50  # steps
+    max_rewinds: int = 4  # of a run; beyond, it stops
 
 
 @dataclass(frozen=True)
@@ -387,6 +398,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)

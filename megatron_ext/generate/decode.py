@@ -10,7 +10,7 @@ Rows that are done leave their group. Each sample draws from a generator of its 
 rows nor on the layout (logits agree to rounding: a draw that falls on the boundary of two words to seven digits may still differ).
 """
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -41,7 +41,7 @@ class Completion:
         raw_logprobs: of each token under the model (temperature 1, nothing cut).
         words: how many words top-k and top-p left for each token to be drawn from: they are the most probable ones.
         text: of `tokens` without end of document, stop string, and an incomplete last character; None without a tokenizer.
-        stop: eod | stop_string | max_tokens | max_sequence_length
+        stop: eod | stop_string | max_tokens | max_sequence_length | interrupted
     """
 
     sample: int
@@ -70,7 +70,8 @@ class Row:
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: GenerateConfig, *, tokenizer: Tokenizer | None = None,
-             eod: int | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False, pack: bool = True) -> list[Completion]:
+             eod: int | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False, pack: bool = True,
+             leave: Callable[[], object] | None = None) -> list[Completion]:
     """Continues each prompt `settings.samples` times. Collective over the engine's ranks; all get all completions, in order.
 
     Args:
@@ -82,6 +83,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
             generator seeded by (settings.seed, i).
         modules_only: single tokens go through megatron-core's modules too (slower, to compare with).
         pack: see `packed.Linear`; False where logprobs are compared with those of training.
+        leave: asked after each token on the ranks that draw; something true ends every sample there with the stop `interrupted`.
 
     Raises:
         UserError: a layout, setting or prompt that cannot work.
@@ -97,7 +99,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
     with ExitStack() as stack:
         stack.enter_context(engine.complete_weights())
         stack.enter_context(decoding(engine.models[0]))
-        run = _Run(engine, settings, tokenizer, eod, modules_only, pack)
+        run = _Run(engine, settings, tokenizer, eod, modules_only, pack, leave)
         run.all(mine)
         done = run.wire.share([run.completion(row) for row in mine] if run.wire.sampler else None)
     answers = _gathered(engine, list(zip([row.place for row in mine], done)))
@@ -133,11 +135,12 @@ def _gathered(engine: Engine, mine: list[tuple[int, Completion]]) -> list[tuple[
 class _Run:
     """Works through one replica's rows."""
 
-    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | None, modules_only: bool, pack: bool):
+    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | None, modules_only: bool, pack: bool,
+                 leave: Callable[[], object] | None):
         self.stage = Stage(engine.models[0], engine.platform.device, modules_only=modules_only, pack=pack)
         self.wire = Wire(engine)
         self.hidden_size, self.dtype = engine.core_config.hidden_size, engine.core_config.params_dtype
-        self._settings, self._tokenizer, self._eod, self._stages = settings, tokenizer, eod, engine.layout.pp
+        self._settings, self._tokenizer, self._eod, self._stages, self._leave = settings, tokenizer, eod, engine.layout.pp, leave
         self._stop = text.StopStrings(tokenizer, settings.stop) if tokenizer is not None else None
 
     def all(self, rows: list[Row]) -> None:
@@ -159,7 +162,7 @@ class _Run:
 
     def draw(self, rows: list[Row], logits: Tensor, u: Tensor | None) -> Tensor:
         """Adds a token to each row that goes on. Returns int64 [2, rows] on the CPU: the tokens, and 1 for rows that still go on."""
-        settings = self._settings
+        settings, leaving = self._settings, self._leave is not None and bool(self._leave())
         drawn = sampling.sample(logits, u, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
         tokens, *others = (part.tolist() for part in drawn)
         for row, token, logprob, raw_logprob, words in zip(rows, tokens, *others):
@@ -168,7 +171,7 @@ class _Run:
                 row.logprobs.append(logprob)
                 row.raw_logprobs.append(raw_logprob)
                 row.words.append(words)
-                row.stop = self._why(row)
+                row.stop = self._why(row) or ("interrupted" if leaving else None)
         return torch.tensor([tokens, [int(row.stop is None) for row in rows]])
 
     def _why(self, row: Row) -> str | None:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from megatron_ext.observe.allocation import process_start
 from megatron_ext.parallel import slurm
+from megatron_ext.parallel.signals import UNFINISHED
 
-UNFINISHED = 75  # exit code of a run that has saved and wants to go on (EX_TEMPFAIL of sysexits.h)
 KILLED = 137  # that of a job of which a rank died without a word: 128 + SIGKILL
 FOLDER = "failures"  # in run.dir
 GRACE = 3.0  # seconds that a rank which lost its peer waits for the peer's word: shared file systems show new files late

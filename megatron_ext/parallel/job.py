@@ -24,6 +24,7 @@ from pathlib import Path
 
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
+from megatron_ext.parallel.signals import STOPS, UNFINISHED, held_back
 
 PARENT = "MEGATRON_EXT_PARENT"  # process id of the parent of a rank that we started
 FAILURES = "MEGATRON_EXT_FAILURES"  # folder for what failing ranks have to say
@@ -102,7 +103,7 @@ class _Rank:
         self.tail = b""
         output = None if rank == 0 else subprocess.PIPE
         # A session of its own: Ctrl-C reaches ranks only through us, and a kill reaches what a rank started.
-        with open(stdin or os.devnull, "rb") as source:
+        with open(stdin or os.devnull, "rb") as source, held_back():
             self.process = subprocess.Popen(
                 command, env=environment, stdin=source, stdout=output,
                 stderr=None if rank == 0 else subprocess.STDOUT, start_new_session=True,
@@ -146,16 +147,18 @@ class _Job:
         self.ended: queue.Queue = queue.Queue()
         self.signalled: int | None = None
         self.ranks: list[_Rank] = []
-        self.before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, *STOPS)}
         ours = {PARENT: str(os.getpid()), FAILURES: str(folder)}
         for rank in range(config.launch.ranks):
             environment = {**os.environ, **rank_environment(config, rank, port), **ours}
             self.ranks.append(_Rank(rank, command, environment, self.ended, stdin))
 
     def _on_signal(self, number: int, frame: object) -> None:
-        # The second one does not wait any more.
-        forward = number if self.signalled is None else signal.SIGKILL
-        self.signalled = self.signalled or number
+        forward = number
+        if number != signal.SIGUSR1:  # a warning, which has a time limit of its own
+            # The second one does not wait any more.
+            forward = number if self.signalled is None else signal.SIGKILL
+            self.signalled = self.signalled or number
         for rank in self.ranks:
             if rank.process.poll() is None:
                 rank.signal(forward)
@@ -169,7 +172,7 @@ class _Job:
                 with contextlib.suppress(queue.Empty):
                     rank, code, when = self.ended.get(timeout=0.2)
                     codes[rank] = (code, when)
-                    if code and deadline is None:
+                    if code not in (0, UNFINISHED) and deadline is None:
                         deadline = time.monotonic() + 0.5  # its peers may be writing down the true cause
                 if self.signalled is not None and deadline is None:
                     deadline, sent = time.monotonic() + STOP_GRACE, signal.SIGKILL
@@ -188,9 +191,9 @@ class _Job:
                 rank.signal(number)
 
     def _verdict(self, codes: dict[int, tuple[int, float]]) -> int:
-        failures = [self._failure(rank, code, when) for rank, (code, when) in codes.items() if code]
+        failures = [self._failure(rank, code, when) for rank, (code, when) in codes.items() if code not in (0, UNFINISHED)]
         if not failures:
-            return 0
+            return max(code for code, _ in codes.values())
         if self.signalled is not None:
             return 128 + self.signalled
         first = cause(failures)

@@ -25,8 +25,9 @@ from pathlib import Path
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
 from megatron_ext.parallel import slurm
-from megatron_ext.parallel.failures import UNFINISHED, Failures, is_lost_peer
+from megatron_ext.parallel.failures import Failures, is_lost_peer
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
+from megatron_ext.parallel.signals import UNFINISHED, let_through, listen
 from megatron_ext.redact import redact_text
 
 RUN_DIR = "MEGATRON_EXT_RUN_DIR"  # of a rank that srun or torchrun started: where failures are told
@@ -41,6 +42,9 @@ def guarded(body: Callable[[], int | None], words: Sequence[str] = ()) -> int:
     Args:
         words: the command line; its `run.dir` is where ranks without a parent of ours tell one another that they have failed.
     """
+    if words[:1] == ["train"] and launched_ranks(os.environ) is not None:  # what comes before the first step counts too
+        listen()
+    let_through()
     follow_parent()
     lost = False
     try:
@@ -103,6 +107,7 @@ def follow_parent() -> None:
 def report_failure(code: int, text: str) -> bool:
     """Sees to it that `text` is told where it is the first failure of the job: by the parent that started us, or here. False where this process is
     no rank of several: then the caller prints it."""
+    text = redact_text(text)
     shared = _shared()
     if shared is not None:
         shared.end(code, text)

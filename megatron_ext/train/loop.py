@@ -3,7 +3,8 @@
     step -> journal -> validation -> checkpoint -> stop?
 
 The state of a run is the stage's tensors and a few numbers (steps, samples, tokens, the criteria's counters). Learning rate, order of
-samples and random numbers are functions of them, so that a resume has nothing else to restore.
+samples and random numbers are functions of them, so that a resume has nothing else to restore. What watches over a life is in life.py, steps
+that go wrong in recovery.py, when to save in saves.py.
 """
 import contextlib
 import shutil
@@ -19,10 +20,15 @@ from megatron_ext import checkpoint, platform
 from megatron_ext.config.compose import to_yaml
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.parallel.lease import hold
+from megatron_ext.parallel.signals import Interrupted
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
 from megatron_ext.train.journal import Journal
-from megatron_ext.train.stage import Position, Stage
+from megatron_ext.train.life import Watched
+from megatron_ext.train.recovery import Recovery, bad
+from megatron_ext.train.saves import Saves
+from megatron_ext.train.stage import Position, Stage, StepReport
 from megatron_ext.train.stop import Stop, StopCriteria
 
 
@@ -48,20 +54,36 @@ def run(config: Config, make: Callable[[Config, Platform], Stage], prepare: Call
     Raises:
         UserError: data, checkpoint or layout that cannot work. RunFailed: too many non-finite steps in a row.
     """
-    device = platform.install(config.launch.device)
-    if platform.is_first_rank():
-        prepare(config)
-    platform.connect(device, config.launch.timeout)
-    first = dist.get_rank() == 0
-    stage = make(config, device)
-    run_dir = Path(config.run.dir)
-    if first:
-        claim_run_directory(config, run_dir)
-    dist.barrier()
+    device, run_dir = platform.install(config.launch.device), Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        if platform.is_first_rank():
+            claim_run_directory(config, run_dir)
+            stack.enter_context(hold(run_dir))
+            prepare(config)
+        platform.connect(device, config.launch.timeout)
+        stage = make(config, device)
+        life = Watched(config, stage.layout, device, run_dir)
+        try:
+            outcome = _live(config, stage, life, device, run_dir)
+        except BaseException as error:
+            life.close(f"{type(error).__name__}: {error}".splitlines()[0], clean=False)
+            raise
+        life.close(outcome.stop.reason)
+    if dist.get_rank() == 0 and config.log.report and not outcome.stop.unfinished:
+        try:
+            stage.report(run_dir, outcome.checkpoint)
+        except (OSError, UserError) as error:  # the model is saved: a picture is not worth the run
+            warnings.warn(f"report.md could not be written: {error}", RuntimeWarning, stacklevel=1)
+    return outcome
+
+
+def _live(config: Config, stage: Stage, life: Watched, device: Platform, run_dir: Path) -> Outcome:
+    """From the models to the last checkpoint of this life."""
+    first, stage.life = dist.get_rank() == 0, life
     stage.build()
-    criteria = StopCriteria.from_config(config, steps=stage.steps)
+    recovery, criteria = Recovery(config.recovery), StopCriteria.from_config(config, steps=stage.steps)
     source = checkpoint.find(config.checkpoint.load, run_dir / "checkpoints")
-    position, parent = _restored(stage, source, criteria)
+    position, parent = _restored(stage, source, criteria, recovery)
     if first:  # a refused resume leaves what the run says of itself as it was
         describe_run(config, run_dir, stage.tokenizer)
 
@@ -78,29 +100,26 @@ def run(config: Config, make: Callable[[Config, Platform], Stage], prepare: Call
     if parent:
         saver.protect(parent)
     try:
-        loop = _Loop(config, stage, saver, journal, criteria, position)
+        loop = _Loop(config, stage, life, saver, journal, criteria, recovery, position)
         if parent and parent.absolute() == saver.directory / parent.name and checkpoint.read_record(parent)["sharding"] == config.checkpoint.format:
-            loop.saved = position.steps  # written again it had another hash, which is not the one that later stages know it by
+            loop.saves.done = position.steps  # written again it had another hash, which is not the one that later stages know it by
         outcome = loop.run()
     except BaseException:
         journal.close(exit_code=1)
         raise
     journal.close()
     saver.close()
-    if first and config.log.report:
-        try:
-            stage.report(run_dir, outcome.checkpoint)
-        except (OSError, UserError) as error:  # the model is saved: a picture is not worth the run
-            warnings.warn(f"report.md could not be written: {error}", RuntimeWarning, stacklevel=1)
     return outcome
 
 
 class _Loop:
     """One life of a run."""
 
-    def __init__(self, config: Config, stage: Stage, saver: checkpoint.Checkpoints, journal: Journal, criteria: StopCriteria, position: Position):
-        self.config, self.stage, self.saver, self.journal, self.criteria, self.position = config, stage, saver, journal, criteria, position
-        self.saved: int | None = None
+    def __init__(self, config: Config, stage: Stage, life: Watched, saver: checkpoint.Checkpoints, journal: Journal, criteria: StopCriteria,
+                 recovery: Recovery, position: Position):
+        self.config, self.stage, self.life, self.saver, self.journal = config, stage, life, saver, journal
+        self.criteria, self.recovery, self.position = criteria, recovery, position
+        self.saves = Saves(config, saver)
         self.validation: dict[str, float] = {}
 
     def run(self) -> Outcome:
@@ -108,31 +127,55 @@ class _Loop:
         if self.stage.best is not None and self.stage.best.step is not None and self.saver.protect_step(self.stage.best.step):
             self._name_best()  # a life that ended between the two wrote the checkpoint and not its name
         self.stage.begins(position, self.journal)
+        if self.stage.samples_move_on:
+            position.samples = self.recovery.past(position.samples, config.train.global_batch_size)
         stop = _agreed(self.criteria.budget(steps_done=position.steps, tokens_done=position.tokens), config)
         while stop is None:
             stop = self._step()
-            if stop is None and config.checkpoint.every and position.steps % config.checkpoint.every == 0 and self.saved != position.steps:
+            stop = stop or self.life.told()
+            if stop is None and self.saves.due(position.steps):
                 self._save(config.checkpoint.background)
-        if not stop.failed:
+        if not stop.failed and not stop.unfinished:
             self.stage.ends(position, stop, self.journal)
-        if config.checkpoint.save_at_end and not stop.failed and self.saved != position.steps:
+        if (config.checkpoint.save_at_end or stop.unfinished and position.steps) and not stop.failed and self.saves.done != position.steps:
             self.saver.poll()
             self._save(background=False)
         return self._outcome(stop)
 
+    def _taken(self) -> tuple[StepReport, float]:
+        """One step, and its seconds."""
+        with self.life.step(self.position.steps):
+            began = time.perf_counter()
+            report = self.stage.step(self.position)
+            self.stage.platform.synchronize()
+            return report, time.perf_counter() - began
+
     def _step(self) -> Stop | None:
         config, position, criteria = self.config, self.position, self.criteria
         self.saver.poll()
-        began = time.perf_counter()
-        report = self.stage.step(position)
-        self.stage.platform.synchronize()
-        seconds = time.perf_counter() - began
+        try:
+            report, seconds = self._taken()
+        except Interrupted:
+            return self.life.told()
+        part = (position.samples, position.samples + report.samples)
+        if self.stage.samples_move_on:
+            if bad(report):
+                self._tell_bad("bad_step", report, part)
+                report, seconds = self._taken()
+                if bad(report):
+                    return self._leave_out(part, report)
+                self._blame("hardware", part, "the same step gave finite numbers when it was done once more")
+            elif self.recovery.spikes(report.loss):
+                return self._go_back(part, report)
+            elif self.recovery.cleared(part):
+                self._blame("hardware", part, "the loss did not jump when these samples were trained on once more")
+        elif bad(report):
+            self._tell_bad("skipped_step", report, part)
+        self.recovery.keep(report.loss)
         position.steps += 1
         position.samples += report.samples
         position.tokens += report.tokens
-        if not report.applied:
-            self.journal.event("skipped_step", step=position.steps, loss=str(report.loss), grad_norm=str(report.grad_norm))
-            self.journal.note(f"step {position.steps}: loss {report.loss}, gradient norm {report.grad_norm}: not finite, step skipped")
+        self.life.stepped(position.steps, seconds, self.journal)
         stop = criteria.after_step(steps_done=position.steps, tokens_done=position.tokens, finite=report.applied or report.searching)
         stop = _agreed(stop, config)  # before the ranks validate together, or do not
 
@@ -150,30 +193,78 @@ class _Loop:
             own = criteria.after_validation(steps_done=position.steps, loss=validation["validation_loss"]) or own
         stop = stop if stop and stop.failed else own or stop
         self.journal.step(position.steps, report, seconds=seconds, tokens_done=position.tokens, validation=validation)
+        if self.stage.samples_move_on:
+            position.samples = self.recovery.past(position.samples, report.samples)
         if validation and self.stage.best is not None and self.stage.best.better(position.steps, metrics):
             self._save(background=False)
             if self.saver.protect_step(position.steps):
                 self._name_best()
         return stop
 
+    # ---- steps that go wrong (recovery.py)
+
+    def _tell_bad(self, kind: str, report: StepReport, part: tuple[int, int]) -> None:
+        step = self.position.steps + 1
+        self.journal.event(kind, step=step, samples=list(part), loss=str(report.loss), grad_norm=str(report.grad_norm))
+        self.journal.note(f"step {step}: loss {report.loss}, gradient norm {report.grad_norm} on samples {part[0]} to {part[1] - 1}")
+
+    def _blame(self, whom: str, part: tuple[int, int], why: str) -> None:
+        step = self.position.steps + 1
+        self.journal.event("blame", step=step, samples=list(part), whom=whom, reason=why)
+        self.journal.note(f"step {step}: points to {whom}: {why}")
+
+    def _leave_out(self, part: tuple[int, int], report: StepReport) -> Stop | None:
+        """The samples of a step that changed nothing are skipped, and it counts as none."""
+        self._blame("data", part, f"not finite, and not when it was done once more: samples {part[0]} to {part[1] - 1} are left out")
+        self.recovery.skip.append(part)
+        self.position.samples = self.recovery.past(self.position.samples, report.samples)
+        return self.criteria.not_finite(step=self.position.steps + 1)
+
+    def _go_back(self, part: tuple[int, int], report: StepReport) -> Stop | None:
+        """To the newest checkpoint, since a loss that jumped has changed the weights already."""
+        position, recovery, step = self.position, self.recovery, self.position.steps + 1
+        self._tell_bad("loss_spike", report, part)
+        source = self.saves.settled()
+        if recovery.rewinds >= self.config.recovery.max_rewinds:
+            return Stop(f"the loss jumped to {report.loss:.4g}, and the run has gone back {recovery.rewinds} times (recovery.max_rewinds)", "loss_spike")
+        if source is None:
+            return Stop(f"the loss jumped to {report.loss:.4g} before the first checkpoint", "loss_spike")
+        if recovery.suspected(part):
+            self._blame("data", part, f"the loss jumped twice on samples {part[0]} to {part[1] - 1}: they are left out")
+            recovery.skip.append(part)
+        recovery.rewinds += 1
+        found = _loaded(self.stage, source, self.criteria, recovery)
+        position.steps, position.samples, position.tokens = found.steps, found.samples, found.tokens
+        self.saves.done = position.steps
+        self.life.ledger.rewind(position.steps)
+        self.journal.rewind(position.steps)
+        self.journal.event("rewind", step=position.steps, from_step=step, checkpoint=str(source))
+        self.journal.note(f"back to step {position.steps} ({source.name}) from step {step}")
+        position.samples = recovery.past(position.samples, report.samples)
+        return None
+
+    # ---- validation and checkpoints
+
     def _validate(self) -> dict[str, float]:
         if not self.stage.validates:
             return {}
-        self.validation = self.stage.validate(self.position)
+        with self.life.phase("evaluation"):
+            self.validation = self.stage.validate(self.position)
         self.journal.event("validation", step=self.position.steps, **self.validation)
         return self.validation
 
     def _save(self, background: bool) -> None:
         config, position = self.config, self.position
         own = self.stage.record()
-        with self.stage.complete():
+        with self.life.phase("checkpoint"), self.stage.complete():
             self.saver.save(position.steps, self.stage.state(loading=False), {
                 "samples": position.samples, "tokens": position.tokens, "vocab_size": self.stage.vocab_size,
                 "model": records.architecture(config.model, self.stage.vocab_size), "layout": records.layout(config), "config": asdict(config),
                 "stage": config.stage.name, "stop": self.criteria.state_dict(), "parent": position.parent, "parent_path": position.parent_path,
-                "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None, **own,
+                "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None,
+                "recovery": self.recovery.state_dict(), **own,
             }, background=background)
-        self.saved = position.steps
+        self.saves.done = position.steps
 
     def _name_best(self) -> None:
         best = self.stage.best
@@ -184,7 +275,8 @@ class _Loop:
     def _outcome(self, stop: Stop) -> Outcome:
         position, unsaved = self.position, None
         try:
-            self.saver.wait()
+            with self.life.phase("checkpoint"):
+                self.saver.wait()
         except UserError as error:
             unsaved = error
         newest = self.saver.newest()
@@ -196,6 +288,8 @@ class _Loop:
             raise RunFailed(f"stopped at step {position.steps}: {stop.reason}; {good}")
         if unsaved:
             raise unsaved
+        if stop.unfinished:
+            chosen = newest
         which = "the best checkpoint is" if chosen != newest else "checkpoint"
         self.journal.note(f"stopped at step {position.steps}: {stop.reason}" + (f"; {which} {chosen}" if chosen else ""))
         return Outcome(stop, position.steps, position.samples, position.tokens, chosen, self.validation)
@@ -233,7 +327,7 @@ def describe_run(config: Config, run_dir: Path, tokenizer: Path) -> None:
         raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
 
 
-def _restored(stage: Stage, source: Path | None, criteria: StopCriteria) -> tuple[Position, Path | None]:
+def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recovery: Recovery) -> tuple[Position, Path | None]:
     """Where the run continues from, and the checkpoint that it came from: its own, an earlier stage's, or none. Collective."""
     config = stage.config
     start = checkpoint.find(config.checkpoint.start, Path(config.run.dir) / "checkpoints", key="checkpoint.start", best=True)
@@ -253,13 +347,22 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria) -> tupl
     if own and start is not None and known is not None and checkpoint.checkpoint_hash(start) != known:
         raise UserError("checkpoint.start", start, f"is not what this run began with ({stored.get('parent_path')}, hash {known[:12]}...). To go on with the "
                                                    f"run, name that one; to begin from this one, remove {config.run.dir} or name another run.dir")
+    position = _loaded(stage, source, criteria, recovery)
+    # A run that goes on in its own directory has the parent that it had.
+    position.parent, position.parent_path = (known, stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
+    return position, source
+
+
+def _loaded(stage: Stage, source: Path, criteria: StopCriteria, recovery: Recovery) -> Position:
+    """Takes a checkpoint of the same stage whole. Collective."""
+    config, stored = stage.config, checkpoint.read_record(source)
     expect = {"model": records.architecture(config.model, stage.vocab_size), "layout": records.layout(config), "lora": asdict(config.lora)}
     state = stage.state(loading=True, sharding=stored["sharding"])
     stage.load(checkpoint.load(source, state, expect=expect), stored)
     criteria.load_state_dict(stored["stop"])
+    if stored.get("recovery"):
+        recovery.load_state_dict(stored["recovery"])
     if stage.best is not None and stored.get("best"):
         stage.best.load_state_dict(stored["best"])
-    # A run that goes on in its own directory has the parent that it had.
-    kept = (stored.get("parent"), stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
     tokens = stored.get("tokens", stored["samples"] * config.data.sequence_length)
-    return Position(stored["step"], stored["samples"], tokens, *kept), source
+    return Position(stored["step"], stored["samples"], tokens)

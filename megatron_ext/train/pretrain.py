@@ -16,6 +16,7 @@ from megatron_ext.observe.report import write_report
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
 from megatron_ext.train.engine import Engine
+from megatron_ext.train.life import Life
 from megatron_ext.train.loop import Outcome, run
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stage import Position, StepReport, layout_of
@@ -32,6 +33,8 @@ class Pretraining:
     """The stage: one engine, and samples of fixed length. `sft` is a subclass with samples of its own."""
 
     training_flops = True
+    samples_move_on = True
+    life = Life()
 
     def __init__(self, config: Config, platform: Platform):
         self.config, self.platform, self.layout = config, platform, layout_of(config)
@@ -55,10 +58,11 @@ class Pretraining:
 
     def step(self, position: Position) -> StepReport:
         train, groups = self.config.train, self.engine.groups
-        batches = micro_batches(
-            self.data["train"], position.samples, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size,
-            dp_rank=groups.dp.rank(), dp_size=groups.dp.size(),
-        )
+        with self.life.phase("data"):
+            batches = micro_batches(
+                self.data["train"], position.samples, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size,
+                dp_rank=groups.dp.rank(), dp_size=groups.dp.size(),
+            )
         lr = lr_at(position.steps, self.config.optim, self.steps)
         result = self.engine.step(batches, lr=lr, step=position.steps)
         return StepReport(result.loss, result.grad_norm, lr, samples=train.global_batch_size, applied=result.applied, searching=result.searching,

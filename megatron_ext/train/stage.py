@@ -14,6 +14,7 @@ from megatron_ext.train.stop import Best, Stop
 
 if TYPE_CHECKING:
     from megatron_ext.train.journal import Journal
+    from megatron_ext.train.life import Life
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Stage(Protocol):
         vocab_size: words of the model. tokenizer: the file that made them, kept with the run. identity: what the order of samples depends on.
         validates: whether `validate` has anything to look at. best: chooses among validations, or None.
         training_flops: True where a token costs one forward and one backward pass, so that MFU means something.
+        samples_move_on: the data of a step depends on `Position.samples` alone, so that bad samples can be left out.
+        life: set by the loop: what a stage may ask and say while it works (life.py).
     """
 
     config: Config
@@ -73,6 +76,8 @@ class Stage(Protocol):
     validates: bool
     best: Best | None
     training_flops: bool
+    samples_move_on: bool
+    life: "Life"
 
     def build(self) -> None:
         """Makes the models. Collective."""

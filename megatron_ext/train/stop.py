@@ -17,7 +17,7 @@ from megatron_ext.config.schema import Config, StopConfig
 
 @dataclass(frozen=True)
 class Stop:
-    """`kind`: steps | tokens | wall_time | non_finite | target_loss | plateau, or one of rlhf/stop.py. `reason`: a sentence for people."""
+    """`kind`: steps | tokens | wall_time | non_finite | target_loss | plateau | signal | loss_spike, or one of rlhf/stop.py. `reason`: a sentence for people."""
 
     reason: str
     kind: str
@@ -25,7 +25,12 @@ class Stop:
     @property
     def failed(self) -> bool:
         """True when the run did not end as it was meant to."""
-        return self.kind == "non_finite"
+        return self.kind in ("non_finite", "loss_spike")
+
+    @property
+    def unfinished(self) -> bool:
+        """True when the run was told to stop, and is to be gone on with."""
+        return self.kind == "signal"
 
 
 class StopCriteria:
@@ -66,11 +71,18 @@ class StopCriteria:
         return None
 
     def after_step(self, *, steps_done: int, tokens_done: int, finite: bool = True) -> Stop | None:
-        """`finite`: whether loss and gradient were, so that the step was taken. Skipped steps count as steps: their data is spent."""
-        self.bad_steps = 0 if finite else self.bad_steps + 1
+        """`finite`: whether loss and gradient were, so that the step was taken."""
+        if finite:
+            self.bad_steps = 0
+            return self.budget(steps_done=steps_done, tokens_done=tokens_done)
+        return self.not_finite(step=steps_done) or self.budget(steps_done=steps_done, tokens_done=tokens_done)
+
+    def not_finite(self, *, step: int) -> Stop | None:
+        """A step that was not taken."""
+        self.bad_steps += 1
         if self.max_bad_steps and self.bad_steps >= self.max_bad_steps:
-            return Stop(f"{self.bad_steps} non-finite steps in a row, the last was step {steps_done}", "non_finite")
-        return self.budget(steps_done=steps_done, tokens_done=tokens_done)
+            return Stop(f"{self.bad_steps} non-finite steps in a row, the last was step {step}", "non_finite")
+        return None
 
     def after_validation(self, *, steps_done: int, loss: float) -> Stop | None:
         """`loss`: nats a token. One that is not finite counts as no improvement."""

@@ -9,6 +9,7 @@ from megatron_ext.config import sizes
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import TEXT
 from megatron_ext.parallel import launch
+from megatron_ext.parallel.signals import UNFINISHED, listen
 
 # stage -> "module:function"; the function takes the configuration, in every rank. The front door is the one place that may name rooms above.
 STAGES = {
@@ -36,7 +37,8 @@ def train(config: Config, options: Options) -> int:
 def _rank(config: Config) -> int:
     from megatron_ext import platform
 
+    listen()
     platform.quiet()
     module, function = STAGES[config.stage.name].split(":")
-    getattr(importlib.import_module(module), function)(config)
-    return 0
+    outcome = getattr(importlib.import_module(module), function)(config)
+    return UNFINISHED if outcome.stop.unfinished else 0
