@@ -97,13 +97,13 @@ def test_collectives_are_counted_and_timed():
     from megatron_ext.health.collectives import Collectives
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    original = Work.wait
+    original, bare = Work.__dict__["wait"], Work.wait
     inside = []
 
     def slow(work, *args, **kwargs):
         time.sleep(0.05)
         inside.append(watch.waiting())
-        return original(work, *args, **kwargs)
+        return bare(work, *args, **kwargs)
 
     Work.wait = slow
     watch = Collectives({"tp": (0,)})
@@ -131,6 +131,7 @@ def test_collectives_are_counted_and_timed():
         watch.uninstall()
         assert Work.wait is slow
         Work.wait = original
+        dist.all_reduce(torch.ones(1))  # as before
         dist.destroy_process_group()
 
 

@@ -76,7 +76,7 @@ class Collectives:
         self._originals.clear()
 
     def _replace(self, owner: type, name: str, by: object) -> None:
-        self._originals.append((owner, name, getattr(owner, name)))
+        self._originals.append((owner, name, owner.__dict__[name]))  # getattr would give it unbound from its class
         setattr(owner, name, by)
 
     def _call(self, original, collective: str, method: str):
