@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PROBE = """
 import os, signal, sys, time
-from megatron_ext.config.compose import compose
+from dataclasses import replace
+from megatron_ext.config.schema import Config, RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel import launch
 
@@ -32,7 +33,7 @@ def body():
         raise UserError("data.path", "x", "is not on this node")
     if what == "early":
         time.sleep(1)
-    return launch.in_ranks(compose(words), [], lambda: at_work(rank))
+    return launch.in_ranks(replace(Config(), run=RunConfig(dir=words[0].partition("=")[2])), [], lambda: at_work(rank))
 
 def at_work(rank):
     if what == "raise_1":
@@ -55,7 +56,7 @@ def at_work(rank):
         raise ConnectionResetError("Connection reset by peer")
     if what == "port" and rank == 0:
         raise RuntimeError("The server socket has failed to listen. port: 20000, code: -98, name: EADDRINUSE")
-    if what == "port":
+    if what in ("port", "early"):
         time.sleep(60)
     return 75 if what == "unfinished" else 0
 
@@ -142,7 +143,7 @@ def test_a_run_that_is_done_leaves_nothing(probe, tmp_path):
 
 def test_a_port_in_use_asks_for_another_life(probe, tmp_path):
     codes, said = run(probe, "port", tmp_path / "run", ranks=2)
-    assert codes == [75, 75] and "port 16563 of n1 is in use" in said[0] and "Traceback" not in said[0]  # 16384 + 12 * 12 + 3
+    assert codes == [75, 75] and "port 16531 of n1 is in use" in said[0] and "Traceback" not in said[0]  # 16384 + 12 * 12 + 3
 
 
 def test_every_life_has_its_own_failures(probe, tmp_path):

@@ -1,0 +1,170 @@
+"""Training as jobs of a real Slurm, on the virtual nodes of slurm/lab: whatever happens to a job on its way, its losses are those of a run to which nothing
+happened, to the last bit. Jobs are made by `python -m megatron_ext submit`, as a user makes them; the undisturbed runs by `train`, outside of Slurm.
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_lab import Job, Lab
+from small import TINY, losses, records, train
+
+TWO = ("cluster=slurm_cpu", "cluster.time=10", "cluster.signal_lead=30")  # two nodes, one rank each
+STEPS = ("train.steps=40", "train.global_batch_size=16", "train.micro_batch_size=2", "checkpoint.keep=0")
+OFTEN, ON_SIGNAL = "checkpoint.every=5", "checkpoint.every=0"
+
+
+def words(run: Path, data: Path, *more: str) -> list[str]:
+    last = {word.split("=")[0]: word for word in (*TINY, *STEPS, *TWO, f"data.path={data}", f"run.dir={run}", *more)}
+    return list(last.values())
+
+
+def identical(run: Path, reference: Path) -> None:
+    assert losses(run) == losses(reference)
+
+
+@pytest.fixture(scope="module")
+def reference(small_data, tmp_path_factory) -> Path:
+    """Two data-parallel ranks, undisturbed."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    train(run, small_data, *STEPS, "launch.ranks=2", "launch.device=cpu")
+    assert len(losses(run)) == 40
+    return run
+
+
+def told_to_stop(job: Job, *command: str) -> None:
+    """In mid-training."""
+    job.until(lambda: job.steps() >= 3)
+    job.lab.run(*command)
+
+
+# ---- the chain --------------------------------------------------------------------------------------------------------------------
+
+
+def test_stages_follow_one_another_and_each_starts_from_the_one_before(lab: Lab, reference, small_data, tmp_path):
+    """Two stages over two nodes by srun; the second one waits for the first. One fake GPU a node, so that Slurm hands out devices."""
+    stages = [f"adapt:data.paths=[{small_data}]", "adapt:train.steps=4", "adapt:data.weights=[]"]
+    pretrain, adapt = lab.submit("run", *words(tmp_path / "chain", small_data, "run.stages=[pretrain,adapt]", "cluster.gpus_per_node=1"), *stages)
+    assert "afterok" in lab.show(adapt.number)["Dependency"] and adapt.state == "PENDING"
+    pretrain.ends()
+    assert lab.show(pretrain.number)["NumNodes"] == "2"
+    identical(pretrain.run, reference)
+
+    alone = tmp_path / "adapt"
+    train(alone, small_data, *STEPS, "stage=adapt", "train.steps=4", f"checkpoint.start={reference}", "launch.ranks=2", "launch.device=cpu")
+    adapt.ends()
+    identical(adapt.run, alone)
+    assert len(losses(alone)) == 4 and records(adapt.run, "events")[0]["checkpoint"].startswith(str(pretrain.run))
+
+
+def test_bad_input_is_told_once_not_tried_again_and_ends_the_chain(lab: Lab, small_data, tmp_path):
+    """What was right at submission: the data has gone by the time that the job starts."""
+    data = tmp_path / "data"
+    data.symlink_to(small_data)
+    stages = ["adapt:train.steps=4", f"adapt:data.paths=[{data}]", "adapt:data.weights=[]", "cluster.options=[--begin=now+3]"]
+    pretrain, adapt = lab.submit("run", *words(tmp_path / "chain", data, "run.stages=[pretrain,adapt]"), *stages)
+    data.unlink()
+    pretrain.ends("FAILED", 60)
+    adapt.ends("CANCELLED", 20)
+    said = pretrain.said()
+    assert said.count("error: ") == said.count(str(data)) == 1 and "Traceback" not in said and "bad input; not tried again" in said
+    assert lab.show(pretrain.number)["ExitCode"] == "2:0" and pretrain.restarts == 0
+
+
+# ---- told to stop ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_usr1_saves_requeues_and_resumes(lab: Lab, reference, small_data, tmp_path, launcher):
+    (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL, f"cluster.launcher={launcher}"))
+    told_to_stop(job, "scancel", "--batch", "--signal=USR1", job.number)
+    job.until(lambda: job.restarts == 1, 60)
+    job.ends()
+    begun = job.lives()
+    assert len(begun) == 2 and begun[0] == 0 and 3 <= begun[1] < 40  # nothing but the signal has saved
+    assert "Traceback" not in job.said() and "unfinished; requeued, the next life goes on from step_" in job.said()
+    identical(job.run, reference)
+
+
+def test_scancel_ends_it_for_good_and_the_same_script_goes_on(lab: Lab, reference, small_data, tmp_path):
+    (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL))
+    told_to_stop(job, "scancel", job.number)
+    job.ends("CANCELLED", 60)
+    job.lab.run("sleep", 1)
+    assert job.restarts == 0 and lab.processes(str(job.run)) == [] and len(losses(job.run)) < 40
+    again = Job(lab, lab.run("sbatch", "--parsable", job.script).strip(), job.script, job.log, job.runs)
+    again.log = Path(str(job.log).replace(job.number, again.number))
+    again.ends()
+    assert len(again.lives()) == 2 and again.lives()[1] >= 3  # SIGTERM has saved
+    identical(job.run, reference)
+
+
+# ---- lost nodes --------------------------------------------------------------------------------------------------------------------
+
+LIVES = """
+import sys, time
+from pathlib import Path
+from megatron_ext.parallel import lease, slurm
+import os
+life = slurm.restarts(os.environ)
+with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/log", "a", buffering=1) as log:
+    for step in range(1000):
+        log.write(f"{life} {time.time()}\\n")
+        if life and step > 20:
+            sys.exit(0)
+        time.sleep(0.1)
+"""
+
+
+def test_lost_nodes(lab: Lab, reference, small_data, tmp_path):
+    """Two jobs, since Slurm takes half a minute to believe that a node is gone. One trains on two nodes, of which the second crashes. Of the other's node
+    only the daemon dies, so that its process lives on while the job starts anew elsewhere: it must leave before the next life begins to work."""
+    (job,) = lab.submit(*words(tmp_path / "run", small_data, OFTEN, "cluster.options=[--nodelist=vn1]"))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (tmp_path / "lives.py").write_text(LIVES)
+    number = lab.run("sbatch", "--parsable", "--exclude=vn1,vn2", "--open-mode=append", f"--output={tmp_path}/lives.log", "--wrap",
+                     f"exec {sys.executable} {tmp_path}/lives.py {shared}").strip()
+    orphan = Job(lab, number, tmp_path / "none", tmp_path / "lives.log", [shared])
+    try:
+        orphan.until(lambda: (shared / "log").exists(), 30)
+        lab.kill_daemon(lab.show(orphan.number)["NodeList"])
+        (second,) = set(re.findall(r"vn[234]", " ".join(lab.run("scontrol", "show", "hostnames", lab.show(job.number)["NodeList"]).split())))
+        job.until(lambda: job.steps() >= 7)
+        lab.crash(second)
+        job.until(lambda: job.restarts >= 1, 90)
+        orphan.ends(seconds=120)
+        job.ends(seconds=120)
+    finally:
+        lab.revive()
+    lives = [(int(life), float(when)) for life, when in (line.split() for line in (shared / "log").read_text().splitlines())]
+    assert {life for life, _ in lives} == {0, 1} and lives == sorted(lives)  # the first one has not written once the second one had begun
+    assert "it is told to leave" in orphan.said() and "has taken over" in orphan.said()
+
+    begun = job.lives()
+    assert len(begun) == 2 and begun[1] >= 5 and begun[1] % 5 == 0 and "Traceback" not in job.said()
+    assert "lost a peer, and no rank says why: one was killed, or its node is gone" in job.said()
+    identical(job.run, reference)
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_array_is_as_many_runs(lab: Lab, small_data, tmp_path):
+    """One rank each, so that both run at once."""
+    (array,) = lab.submit("--sweep", "optim.lr=0.002,0.0005", *words(tmp_path / "sweep", small_data, "cluster.nodes=1", "train.steps=10"))
+    alone = []
+    for lr in ("0.002", "0.0005"):
+        alone.append(tmp_path / f"lr{lr}")
+        train(alone[-1], small_data, *STEPS, "train.steps=10", f"optim.lr={lr}", "launch.device=cpu")
+    for index, reference in enumerate(alone):
+        Job(lab, f"{array.number}_{index}", array.script, array.log, array.runs[index:]).ends()
+        identical(array.runs[index], reference)
+    assert losses(alone[0]) != losses(alone[1])
+
+
+def test_nothing_is_left(lab: Lab):
+    """No job of these tests is still in the queue, and Slurm is well."""
+    assert lab.run("squeue", "--noheader", "--format=%i") == ""
+    assert subprocess.run(["scontrol", "ping"], env=lab.environment, capture_output=True, check=False, timeout=10).returncode == 0
