@@ -3,6 +3,7 @@ import collections
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -191,18 +192,27 @@ def test_input_that_changes_meanwhile_is_refused(tmp_path, monkeypatch):
 
 
 def test_another_process_that_was_faster(tmp_path, monkeypatch):
-    source = write_jsonl(tmp_path / "a.jsonl")
+    """What it left is taken where it is the same, refused where it is not, and never overwritten."""
+    source, other = write_jsonl(tmp_path / "a.jsonl"), write_jsonl(tmp_path / "b.jsonl", [*TEXTS, "one more"])
+    prepare(DATA, str(source), tmp_path / "same")
+    prepare(DATA, str(other), tmp_path / "other")
     describe = prepare_module.describe_files
 
-    def late(directory):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "prepared.json").touch()
-        return describe(directory)
+    def faster(theirs):
+        def late(directory):
+            shutil.copytree(theirs, tmp_path / "out")
+            return describe(directory)
+        return late
 
-    monkeypatch.setattr(prepare_module, "describe_files", late)
-    with pytest.raises(UserError, match="was written by another process meanwhile"):
+    monkeypatch.setattr(prepare_module, "describe_files", faster(tmp_path / "same"))
+    before = (tmp_path / "same" / "prepared.json").read_bytes()
+    assert prepare(DATA, str(source), tmp_path / "out").directory == tmp_path / "out"
+    assert (tmp_path / "out" / "prepared.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(prepare_module, "describe_files", faster(tmp_path / "other"))
+    with pytest.raises(UserError, match="was written by another process meanwhile, from other text"):
         prepare(DATA, str(source), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "other", "out", "same"]
 
 
 def test_tokenizer_changed_or_files_elsewhere(tmp_path):

@@ -94,8 +94,11 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
             "versions": _versions(),
         }
         (made / FILE).write_text(json.dumps(fields, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        if not publish(made, output):
-            raise UserError("output", output, "was written by another process meanwhile; start again to use it")
+        if not publish(made, output):  # another process was first: the same text and settings give the same tokens
+            existing = _existing(output, settings)
+            if existing is None or existing.corpus_sha256 != scan.corpus_sha256:
+                raise UserError("output", output, "was written by another process meanwhile, from other text; give another directory")
+            return existing
     except OSError as error:  # a full disk; what concerns the input is a UserError already
         raise UserError("output", output, f"cannot be written: {error.strerror}") from error
     finally:

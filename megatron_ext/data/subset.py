@@ -5,6 +5,8 @@ As `split.py` does for text: u = sha256(tokens as little-endian int32), so the s
 import hashlib
 import json
 import os
+import secrets
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +63,8 @@ def _key(file: TokenFile, fractions: tuple[float, ...]) -> str:
 
 
 def _write(path: Path, codes: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Ranks of other nodes may have our process id, and write the same file at this moment.
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:

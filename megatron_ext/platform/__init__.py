@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 
 from megatron_ext.errors import UserError
+from megatron_ext.platform.caches import keep_local
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,28 @@ def quiet() -> None:
     logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
+def choose(device: str = "auto") -> Platform:
+    """The device that `install` takes, made this process's own. Patches nothing and imports no megatron-core.
+
+    Args:
+        device: auto | cpu | cuda. `auto` takes CUDA where torch sees a GPU.
+    Raises:
+        UserError: cuda was asked for and there is none.
+    """
+    if torch.version.cuda is not None:
+        keep_local(os.environ)
+    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise UserError("launch.device", device, "torch sees no CUDA device here; use launch.device=cpu or auto")
+    if not has_cuda or device == "cpu":
+        return Platform(torch.device("cpu"), "gloo")
+    # One hardware queue: collectives start in the order they were issued, beside the matrix products they overlap with.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return Platform(torch.device("cuda", index), "nccl")
+
+
 def install(device: str = "auto") -> Platform:
     """Chooses the device and applies the patches it needs. Safe to call again.
 
@@ -56,30 +79,20 @@ def install(device: str = "auto") -> Platform:
         UserError: cuda was asked for and there is none, or another device is installed already.
     """
     global _installed
-    has_cuda = torch.version.cuda is not None and torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise UserError("launch.device", device, "torch sees no CUDA device here; use launch.device=cpu or auto")
-    wanted = "cuda" if has_cuda and device != "cpu" else "cpu"
+    chosen = choose(device)
     if _installed is not None:
-        if _installed.device.type != wanted:
+        if _installed.device.type != chosen.device.type:
             raise UserError("launch.device", device, f"this process already runs on {_installed.device.type}")
         return _installed
 
     from megatron_ext.platform import cuda_on_cpu, megatron
 
-    if wanted == "cpu":
+    if not chosen.is_cuda:
         for patch in cuda_on_cpu.PATCHES:
             patch.apply()
     for patch in megatron.PATCHES:
         patch.apply()
-    if wanted == "cuda":
-        # One hardware queue: collectives start in the order they were issued, beside the matrix products they overlap with.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
-        torch.cuda.set_device(index)
-        _installed = Platform(torch.device("cuda", index), "nccl")
-    else:
-        _installed = Platform(torch.device("cpu"), "gloo")
+    _installed = chosen
     return _installed
 
 
