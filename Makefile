@@ -7,7 +7,7 @@ PY := .venv/bin/python
 ARGS ?=
 export PYTHON
 
-.PHONY: help setup run test test-fast test-312 campaign bench lint clean
+.PHONY: help setup run test test-fast test-312 campaign bench wheelhouse lint clean
 
 help:
 	@grep -E '^# make|^## ' Makefile | sed 's/^#* //'
@@ -40,6 +40,10 @@ campaign: setup
 	KERNEL_GRID=full OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_*norm.py tests/test_*glu.py tests/test_bias_gelu.py tests/test_rope.py \
 	    tests/test_gae.py tests/test_fp8.py tests/test_attention.py tests/test_adamw_triton.py tests/test_wgrad_accumulate.py \
 	    tests/test_linear_cross_entropy*.py tests/test_context_parallel.py -m "campaign or not campaign" || status=1; exit $$status
+
+## make wheelhouse everything that the project needs as wheels, for machines without a network (DEVICE=cpu, EXTRAS=cuda,dev; slurm/wheelhouse says more)
+wheelhouse:
+	@slurm/wheelhouse $(ARGS)
 
 ## make lint       ruff
 lint: setup
