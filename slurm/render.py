@@ -12,13 +12,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 ROOT = "/shared/megatron-ext"  # where a cluster may have the checkout
 SITE = ("cluster=slurm_gpu", "cluster.partition=gpu", "cluster.account=my_project", "cluster.python=.venv/bin/python",
-        "cluster.env=[NCCL_DEBUG=WARN,NCCL_SOCKET_IFNAME=ib0]", "data.path=data/tokens")
-STAGE = (*SITE, "cluster.nodes=4", "stage=pretrain", "model=llama3_8b", "precision=bf16", "parallel.tp=4", "parallel.sp=true",
+        "cluster.env=[NCCL_DEBUG=WARN,NCCL_SOCKET_IFNAME=ib0]")
+STAGE = (*SITE, "cluster.nodes=4", "stage=pretrain", "data.paths=[data/tokens]", "model=llama3_8b", "precision=bf16", "parallel.tp=4", "parallel.sp=true",
          "data.sequence_length=8192", "train.tokens=100000000000", "train.global_batch_size=256", "train.micro_batch_size=1",
          "checkpoint.every=500", "run.dir=runs/llama3_8b")
-SWEEP = (*SITE, "cluster.array_limit=4", "stage=pretrain", "model=llama32_1b", "precision=bf16", "train.tokens=2000000000",
+SWEEP = (*SITE, "cluster.array_limit=4", "stage=pretrain", "data.paths=[data/tokens]", "model=llama32_1b", "precision=bf16", "train.tokens=2000000000",
          "train.global_batch_size=512", "train.micro_batch_size=8", "checkpoint.every=500", "run.dir=runs/sweep")
-CHAIN = (*SITE, "cluster.nodes=2", "model=llama32_1b", "precision=bf16", "parallel=single", "train.micro_batch_size=4",
+CHAIN = (*SITE, "cluster.nodes=2", "input=corpus.jsonl.zst", "output=tokens", "model=llama32_1b", "precision=bf16", "parallel=single", "train.micro_batch_size=4",
          "train.global_batch_size=256", "checkpoint.every=500", "pretrain:train.tokens=20000000000",
          "pretrain:optim.warmup_steps=500", "run.stages=[pretrain,sft,reward,ppo]", "run.dir=runs/llama32_1b")
 
@@ -27,16 +27,14 @@ def texts() -> dict[str, str]:
     """File name -> what it has to hold."""
     from types import SimpleNamespace
 
-    from megatron_ext.config.compose import compose
-    from megatron_ext.data.prepare import prepare
     from megatron_ext.submit import plan, render
 
     before, found = Path.cwd(), {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            Path("text.jsonl").write_text("".join(f'{{"text": "line {i} of some text"}}\n' for i in range(200)), encoding="utf-8")
-            prepare(compose(["data.vocab_size=300", "data.workers=1"]).data, "text.jsonl", "data/tokens", progress=False)
+            Path("corpus.jsonl.zst").touch()
+            Path("data/tokens").mkdir(parents=True)
 
             def jobs(*words: str, sweeps: tuple[str, ...] = ()):
                 return plan.jobs(SimpleNamespace(overrides=words, sweeps=sweeps))

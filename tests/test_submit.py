@@ -4,6 +4,8 @@ Slurm's commands are fakes here (fake_slurm.py); tests/test_slurm.py has a real 
 """
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.geometry import Grid
 from megatron_ext.errors import UserError
 from megatron_ext.submit import limits, placement
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -66,6 +70,11 @@ def test_times_are_slurms(text, expected):
     (("train.stepz=3",), "did you mean train.steps"),
     (("stage=sft",), "checkpoint.start=null: stage=sft goes on from an earlier stage"),
     (("checkpoint.start=/no/such",), "checkpoint.start=/no/such"),
+    (("data.path=/no/such",), "data.path=/no/such"),
+    (("data.paths=[/no/such]",), "data.paths=/no/such: is not there"),
+    (("run", "data.path=/no/such", "cluster.nodes=1", "cluster.tasks_per_node=2"), "data.path=/no/such"),
+    (("run", "input=/no/such", "cluster.nodes=1", "cluster.tasks_per_node=2"), "input=/no/such: is not there"),
+    (("run", "train"), "submit=run train: is one of both"),
     (("cluster.nodes=6", "cluster.min_nodes=4", "train.global_batch_size=48", "train.micro_batch_size=1"),
      "(on 5 nodes, which cluster.min_nodes=4 allows)"),
 ])
@@ -195,3 +204,24 @@ def test_what_is_said_after_submission(fake, tmp_path, capsys):
     assert "submitted   pretrain: job 101" in said and f"log         tail -F '{tmp_path}/my run/slurm-101.log'" in said
     assert "squeue --jobs=101" in said and "scancel 101" in said and "2 ranks = 2 nodes x 1; DP 2 across nodes" in said
     assert fake.log() == [f"sbatch --parsable {tmp_path}/my run/pretrain.sbatch"]
+
+
+def test_the_examples_are_what_submit_renders():
+    done = subprocess.run([sys.executable, ROOT / "slurm/render.py", "--check"], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, ""), "python slurm/render.py makes them anew" + done.stderr
+    assert (ROOT / "slurm/chain/submit.sh").read_text().count("--dependency=") == 3
+
+
+def test_multirun_is_hydras(tmp_path, monkeypatch):
+    """Keys that conf/ does not name, groups and lists; each run is a command with a folder of its own."""
+    from megatron_ext.submit import multirun
+
+    ran: list[list[str]] = []
+    monkeypatch.setattr(multirun.subprocess, "run", lambda command, **_: ran.append(command[3:]))
+    monkeypatch.setattr(sys, "argv", ["multirun"])
+    multirun.main(["--multirun", f"hydra.sweep.dir={tmp_path}", "model=tiny,micro_llama", "optim.lr=1e-3,3e-4", "data.split=[0.9,0.1,0]"])
+    assert len(ran) == 4 and ran[2] == ["train", "model=micro_llama", "++optim.lr=0.001", "++data.split=[0.9,0.1,0]", f"run.dir={tmp_path}/2", "checkpoint.load=auto"]
+    config = compose(ran[2][1:])
+    assert config.model.name == "micro_llama" and config.optim.lr == 1e-3 and config.run.dir == f"{tmp_path}/2"
+    with pytest.raises(UserError, match="hydra.sweep.dir"):
+        multirun.main(["--multirun", "run.dir=here"])

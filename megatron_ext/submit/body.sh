@@ -67,6 +67,9 @@ crashed() { # why, exit code
     again "$1" "$2"
 }
 
+# srun and torchrun do not pass on what the first rank to end had to say; it leaves its exit code here (megatron_ext/parallel/failures.py).
+# Ranks that saved and left say 0 to torchrun, which would take 75 for a crash.
+told=$run_dir/failures/$SLURM_JOB_ID.$restarts/code
 step=''
 asked=''
 repeating=''
@@ -82,7 +85,7 @@ stop() {
     # Under torchrun, ranks that are still starting do not hear it; one that has heard it does not mind.
     if [ -n "$step" ] && [ -n "$deaf_at_first" ] && [ -z "$repeating" ]; then
         repeating=yes
-        (trap - USR1 TERM; while sleep 10 && kill -USR1 "$step" 2>/dev/null; do :; done) &
+        (trap - USR1 TERM; while sleep 10 && [ ! -e "$told" ] && kill -USR1 "$step" 2>/dev/null; do :; done) &
     fi
 }
 trap 'stop USR1' USR1
@@ -110,9 +113,6 @@ if [ "$code" = 0 ] && [ -z "$asked" ]; then
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done
     wait "$step"
     code=$?
-    # srun and torchrun do not pass on what the first rank to end had to say; it leaves that here (megatron_ext/parallel/failures.py). Ranks that saved
-    # and left say 0 to torchrun, which would take 75 for a crash.
-    told=$run_dir/failures/$SLURM_JOB_ID.$restarts/code
     [ -s "$told" ] && code=$(<"$told")
 fi
 case $code in

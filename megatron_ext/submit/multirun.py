@@ -15,13 +15,17 @@ from collections.abc import Sequence
 
 from megatron_ext.config.build import key_types
 from megatron_ext.config.overrides import conf_dir
+from megatron_ext.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Hands the words to Hydra; keys that conf/ does not name are in the schema all the same."""
+    """Hands the words to Hydra; keys that conf/ does not name are in the schema all the same. Raises UserError: run.dir, which each run has its own of."""
     import hydra
 
     words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        if word.lstrip("+").startswith("run.dir="):
+            raise UserError("run.dir", word.partition("=")[2], "is a folder below hydra.sweep.dir for each run; set that")
     sys.argv[1:] = [f"++{word}" if word.partition("=")[0] in key_types() else word for word in words]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run)()
 
@@ -31,10 +35,11 @@ def run(_: object) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     found = HydraConfig.get()
-    words = [word for word in found.overrides.task if not word.lstrip("+").startswith("run.dir=")]
-    command = [sys.executable, "-m", "megatron_ext", "train", *words, f"run.dir={found.runtime.output_dir}", "checkpoint.load=auto"]
+    command = [sys.executable, "-m", "megatron_ext", "train", *found.overrides.task, f"run.dir={found.runtime.output_dir}", "checkpoint.load=auto"]
     subprocess.run(command, check=True, env={**os.environ, "HYDRA_FULL_ERROR": "1"})
 
 
 if __name__ == "__main__":
-    main()
+    from megatron_ext.parallel.launch import guarded
+
+    sys.exit(guarded(main))

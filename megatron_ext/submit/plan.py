@@ -63,6 +63,9 @@ def _run(words: Sequence[str], to_come: Sequence[str] = ()) -> Run:
     if config.data.path is None or Path(config.data.path).exists() or not to_come:
         vocab = vocabulary.words(config)
     if not to_come:
+        for path in config.data.paths:
+            if not Path(path).exists() and not Path(f"{path}.bin").exists():
+                raise UserError("data.paths", path, "is not there; name directories that `prepare` wrote, or prefixes of Megatron's .bin and .idx")
         cast.members(config, vocab or sizes.vocab_size(config))
     return Run(_for_ranks(words, config), config)
 
@@ -178,7 +181,10 @@ def _prepared(chain: Chain, commands: list[tuple[str, ...]]) -> Path:
     """Where the tokens are; adds the command that makes them, where nobody has named them."""
     data = chain.config.data
     if data.path is not None:
+        vocabulary.words(chain.config)  # that it is there
         return Path(data.path)
+    if chain.config.input is not None and not Path(chain.config.input).exists():
+        raise UserError("input", chain.config.input, "is not there; name a text, .jsonl(.gz|.zst) or .parquet file, or a directory of them")
     name = Path(chain.config.input).stem if chain.config.input else data.corpus
     output = Path(chain.config.output or Path(data.cache) / f"{name}-{data.vocab_size}")
     source = (f"input={chain.config.input}",) if chain.config.input else ()
