@@ -1,6 +1,6 @@
-"""The command line, in a process that ends by SIGKILL in the middle of an iteration.
+"""The command line, in a process that is sent a signal in the middle of an iteration, SIGKILL unless another is named.
 
-    python tests/rlhf_killed.py PHASE:ITERATION train stage=ppo ...      PHASE: rollout | scoring | policy | critic
+    python tests/rlhf_killed.py PHASE:ITERATION[:SIGNAL] train stage=ppo ...      PHASE: rollout | scoring | policy | critic
 """
 import os
 import signal
@@ -8,7 +8,8 @@ import sys
 
 
 def main() -> int:
-    phase, _, iteration = sys.argv[1].partition(":")
+    phase, iteration, *named = sys.argv[1].split(":")
+    number = signal.Signals[named[0]] if named else signal.SIGKILL
     from megatron_ext import platform
 
     platform.quiet()
@@ -30,8 +31,8 @@ def main() -> int:
         def called(*arguments, **settings):
             if reached["iteration"] == int(iteration):
                 calls["here"] += 1
-                if calls["here"] > after:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                if calls["here"] == after + 1:
+                    os.kill(os.getpid(), number)
             return function(*arguments, **settings)
 
         return called

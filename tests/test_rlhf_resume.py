@@ -43,6 +43,19 @@ def test_a_kill_in_any_phase_changes_nothing(chain, whole, tmp_path, moment):
     assert mine["kl"]["value"] != 0.02  # the controller has moved, so that losing it would show
 
 
+@pytest.mark.parametrize(("moment", "done"), [("rollout:2:SIGUSR1", 1), ("scoring:2:SIGTERM", 1), ("policy:2:SIGUSR1", 2)])
+def test_a_run_that_is_told_to_stop_saves_what_is_whole_and_goes_on(chain, whole, tmp_path, moment, done):
+    """In rollout and scoring nothing has been learnt yet: the iteration is left, and done again. An update is finished first."""
+    directory, words = tmp_path / "run", ppo_words(chain, *STATE, "checkpoint.every=0", "checkpoint.load=auto")
+    run("ppo", directory, *words, code=75, script=(str(Path(__file__).with_name("rlhf_killed.py")), moment))
+    assert len(records(directory)) == done and newest(directory).name == f"step_{done:08d}"
+    (stop,) = [event for event in records(directory, "events") if event["kind"] == "stop"]
+    assert stop["criterion"] == "signal" and moment.split(":")[2] in stop["reason"]
+    run("ppo", directory, *words)
+    assert numbers(directory) == numbers(whole)
+    assert compare(newest(directory), newest(whole)) == []
+
+
 def test_iterations_draw_new_responses(whole):
     """A fixed seed at each rollout would give an iteration with the same prompts the same responses; here rewards and lengths differ."""
     assert len({one["reward"] for one in records(whole)}) == 3

@@ -1,12 +1,12 @@
-"""The loop itself, on one rank in this process: steps that are skipped, what stops a run, what a loss means, what is refused, a full disk.
+"""The loop itself, on one rank in this process: what stops a run, what a loss means, what is refused, a full disk.
 
 Every run goes through the command line's `main`, which returns the exit code that a shell would see.
 """
-import itertools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.geometry import steps_of
 from megatron_ext.data.build import build_datasets
 from megatron_ext.data.prepared import Prepared
+from megatron_ext.parallel import signals
 from megatron_ext.train import pretrain
 from megatron_ext.train.schedule import lr_at
 from megatron_ext.train.stop import StopCriteria
@@ -77,73 +78,12 @@ def watch(monkeypatch, before=None, after=None) -> None:
     monkeypatch.setattr(pretrain, "Engine", Watched)
 
 
-# ---- steps that are skipped ----------------------------------------------------------------------------------------------------------
-
-
-def faulty(monkeypatch, faults: dict[int, str]) -> list[bool]:
-    """Spoils steps (numbers from 1): "loss" makes it infinite, "gradient" puts one NaN into one weight's. Whether weights changed, by step."""
-    hooks, weights, changed = [], [], []
-
-    def before(engine, step):
-        weights[:] = [weight.detach().clone() for weight in engine.models[0].parameters()]
-        kind = faults.get(step + 1)
-        if kind == "loss":
-            hooks.append(engine.models[0].register_forward_hook(lambda module, given, out: tuple(part * math.inf for part in out)))
-        elif kind == "gradient":
-            def spoil(gradient):
-                gradient = gradient.clone()
-                gradient.view(-1)[7] = math.nan
-                return gradient
-
-            # A norm's: those of the linear layers are added to the main gradients on the way, past such a hook.
-            hooks.append(dict(engine.models[0].named_parameters())["decoder.layers.0.input_layernorm.weight"].register_hook(spoil))
-
-    def after(engine, step, result):
-        while hooks:
-            hooks.pop().remove()
-        changed.append(any(not torch.equal(old, new) for old, new in zip(weights, engine.models[0].parameters(), strict=True)))
-
-    watch(monkeypatch, before, after)
-    return changed
-
-
-@pytest.mark.both
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(go, monkeypatch, dtype):
-    changed = faulty(monkeypatch, {1: "gradient", 3: "loss", 4: "gradient"})
-    run = go(*FLAT, *EACH, "train.steps=6", f"precision={dtype}")
-    found = records(run)
-    assert [record["applied"] for record in found] == [False, True, False, False, True, True] == changed
-    assert found[2]["loss"] == "Infinity" and math.isfinite(found[3]["loss"]) and found[3]["grad_norm"] == "NaN"
-    assert [(event["step"], event["loss"]) for event in events(run, "skipped_step")][1:] == [(3, "inf"), (4, str(found[3]["loss"]))]
-    saved = checkpoints_in(run / "checkpoints")
-    same = [compare(one, two) == [] for one, two in itertools.pairwise(saved)]  # weights, main weights, moments, step count
-    assert len(saved) == 5  # the end saves by another key
-    assert same[:4] == [False, True, True, False]
-    assert all(math.isfinite(loss) for step, loss in losses(run).items() if step != 3)
-    assert events(run, "stop")[0]["criterion"] == "steps"
-
-
-def test_too_many_in_a_row_stop_the_run_and_the_last_good_checkpoint_is_named(go, monkeypatch):
-    """Also where the validation, of weights that stand still, finds its plateau at the same step."""
-    faulty(monkeypatch, {1: "loss", 3: "gradient", 4: "loss"})
-    error = go(*FLAT, "checkpoint.every=2", "train.steps=9", "train.max_bad_steps=2", "validation.every=1", "validation.samples=4",
-               "stop.plateau_patience=2", code=1)
-    (run,) = {Path(line.split("the last good checkpoint is ")[1].strip()).parents[1] for line in error.splitlines() if "last good" in line}
-    assert newest(run).name == "step_00000002" and str(newest(run)) in error
-    assert "error: stopped at step 4: 2 non-finite steps in a row, the last was step 4" in error
-    verify(newest(run))
-    (stop,) = events(run, "stop")
-    assert (stop["criterion"], stop["step"], stop["checkpoint"]) == ("non_finite", 4, str(newest(run)))
-    assert len(events(run, "skipped_step")) == 3
+# ---- what stops a run ----------------------------------------------------------------------------------------------------------------
 
 
 def test_weights_that_explode_end_the_command_without_a_traceback(small_data, tmp_path):
     done = small.train(tmp_path / "run", small_data, *QUIET, *FLAT, "optim.lr=1e30", "train.max_bad_steps=2", "train.steps=9", code=1)
     assert "2 non-finite steps in a row" in done.stderr and "no checkpoint was written" in done.stderr and "Traceback" not in done.stderr
-
-
-# ---- what stops a run ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -333,3 +273,49 @@ def test_a_full_disk_does_not_end_training_and_loses_nothing(go, tmp_path):
         assert losses(run) == before and newest(run).name == "step_00000005"
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_save_that_failed_is_tried_again_before_the_next_is_due(go, tmp_path, monkeypatch):
+    """The disk is full at step 20, and is not any more at step 22: a tenth of the interval."""
+    disk = tmp_path / "run" / "checkpoints"
+
+    def before(engine, step):
+        if step in (19, 21):  # a file in the way of the directory that a save makes: as good as a full disk, without one
+            disk.chmod(0o700)
+            blocked = disk / "blocked"
+            blocked.touch() if step == 19 else blocked.unlink()
+
+    from megatron_ext.checkpoint import staging
+
+    send = staging.Writer.send
+
+    def sent(writer, job):
+        if job["do"] == "write" and (disk / "blocked").exists():
+            job = job | {"directory": str(disk / "blocked" / "under")}
+        return send(writer, job)
+
+    monkeypatch.setattr(staging.Writer, "send", sent)
+    watch(monkeypatch, before)
+    run = go(*FLAT, "checkpoint.every=20", "train.steps=25", "checkpoint.background=false", "checkpoint.keep=0")
+    assert [event["step"] for event in events(run, "save_failed")] == [20]
+    assert [event["step"] for event in events(run, "save")] == [22]
+    verify(newest(run))
+
+
+# ---- told to stop ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_and_the_next_life_goes_on(go, monkeypatch, number):
+    words = (*FLAT, *DROPOUT, "train.steps=8", "checkpoint.save_at_end=true")
+    whole = go(*words, run="whole")
+    with monkeypatch.context() as patched:
+        watch(patched, lambda engine, step: os.kill(os.getpid(), number) if step == 4 else None)
+        patched.setattr(signals, "_heard", [])
+        error = go(*words, code=75)
+    assert "error" not in error
+    run = whole.parent / "run"
+    assert list(losses(run)) == [1, 2, 3, 4, 5] and newest(run).name == "step_00000005"
+    assert events(run, "stop")[0]["criterion"] == "signal" and signal.Signals(number).name in events(run, "stop")[0]["reason"]
+    go(*words, "checkpoint.load=auto")
+    assert losses(run) == losses(whole) and compare(newest(run), newest(whole)) == []

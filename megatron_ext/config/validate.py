@@ -13,6 +13,7 @@ from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
 from megatron_ext.config.precision import attention_serves, fp8_fits
 from megatron_ext.config.ranges import check_values
+from megatron_ext.config.recovery import parse_range
 from megatron_ext.config.rlhf import RLHF
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import PACKED
@@ -183,9 +184,17 @@ def load_is_given(config: Config) -> Iterator[UserError]:
         yield UserError("checkpoint.load", "null", "name the checkpoint or run directory to read, such as checkpoint.load=outputs/run")
 
 
+def skips_are_ranges(config: Config) -> Iterator[UserError]:
+    for text in config.recovery.skip:
+        try:
+            parse_range(text)
+        except UserError as error:
+            yield error
+
+
 COMMON: tuple[Rule, ...] = (split_is_whole, weights_fit_paths, run_dir_is_no_file, load_exists, tokenizer_exists)
 TRAIN: tuple[Rule, ...] = (
     stage_is_known, fp8_fits, attention_serves, batch_divides, sequence_parallel_fits, sequence_fits_positions, schedule_fits, checkpoint_fits,
-    figures_can_be_published, *RLHF, *STOPPING,
+    figures_can_be_published, skips_are_ranges, *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
