@@ -34,6 +34,8 @@ COMMANDS = {
 "show config") cat "$FAKE/config" ;;
 "show hostnames "*) printf '%s\\n' "$3" | tr , '\\n' ;;
 requeue*) echo "scontrol $*" >>"$FAKE/log"; exit "$(cat "$FAKE/requeue_code" 2>/dev/null || echo 0)" ;;
+"show job --oneliner "*) echo "JobId=$4 ReqNodeList=(null) ExcNodeList=n7 Features=(null)" ;;
+update*) echo "scontrol $*" >>"$FAKE/log" ;;
 *) echo "scontrol: unknown $*" >&2; exit 1 ;;
 esac''',
     "sinfo": '''for word; do case $word in --partition=*) cat "$FAKE/nodes_${word#--partition=}" ;; esac; done''',

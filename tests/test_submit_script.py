@@ -165,3 +165,15 @@ def test_what_runs_before_the_ranks(fake, tmp_path):
     assert next(line for line in fake.log() if "prepare" in line).startswith("srun --nodes=1 --ntasks=1 ") and len(fake.log()) == 2
     code, _, _ = life(fake, script, "exit 2")
     assert code == 2 and not any(" train " in line for line in fake.log())
+
+
+def test_a_node_that_falls_short_is_left_out(fake, tmp_path):
+    assert front.run(["submit", *CPU, f"run.dir={tmp_path}/run", "cluster.node_check=true", "cluster.max_restarts=2"]) == 0
+    script, bad = tmp_path / "run/pretrain.sbatch", f"echo n2 >{tmp_path}/run/node_check.bad; exit 1"
+    code, said, told = life(fake, script, bad)
+    assert (code, told) == (0, ["scontrol requeue 42", "scontrol update JobId=42 ExcNodeList=n7,n2"]), said
+    check = next(line for line in fake.log() if "node_check" in line)
+    assert check.startswith("srun --nodes=2 --ntasks=2 ") and "--kill-on-bad-exit=0" in check and check.endswith(f"--device cpu --dir {tmp_path}/run")
+    assert life(fake, script, bad, SLURM_RESTART_COUNT="2")[0::2] == (1, [])
+    code, _, told = life(fake, script, "exit 0")
+    assert code == 0 and [" train " in line for line in fake.log()] == [False, True]

@@ -379,6 +379,7 @@ class ClusterConfig:
     max_restarts: int = 100  # lives after the first
     requeue_on_failure: bool = True  # also after a crash (bad input, exit code 2, never)
     max_failures: int = 3  # crashes in a row without a new checkpoint after which it is left alone
+    node_check: bool = False  # look at every node first (slurm/node_check); the job queues again without one that falls short
     array_limit: int | None = None  # points of a sweep that run at once; null = all
     cross_node_tp: bool = False  # let tensor-parallel groups reach over nodes, which is slow
 

@@ -43,7 +43,10 @@ again() { # why, exit code where it is not requeued
     *) say "$1; not requeued by this script: the job is ${now:-gone}"; exit "$2" ;;
     esac
     say "$1; requeued, the next life goes on from $(newest)"
-    scontrol requeue "$job" && exit 0
+    if scontrol requeue "$job"; then
+        if declare -F leave_out >/dev/null; then leave_out "$job" "$run_dir"; fi
+        exit 0
+    fi
     say "Slurm refuses to requeue; the same sbatch goes on"
     exit "$2"
 }
@@ -103,6 +106,7 @@ port=$((16384 + SLURM_JOB_ID % 1300 * 12 + 5 * restarts % 12))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 say "${#hosts[@]} nodes (${hosts[0]} first), newest checkpoint: $(newest)"
 
+check
 before
 code=$?
 if [ "$code" = 0 ] && [ -z "$asked" ]; then

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ext.config.cluster import tasks_per_node
 from megatron_ext.config.schema import ClusterConfig, Config
+from megatron_ext.contact import hook
 from megatron_ext.submit import placement
 from megatron_ext.submit.job import Job, Run
 
@@ -127,7 +128,7 @@ def _command(job: Job) -> list[str]:
     one = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--cpus-per-task={cluster.cpus_per_task * tasks}", *pyxis]
     lines = ["before() {"]
     lines += ["    " + shlex.join([*one, *inside, python, "-m", "megatron_ext", *command]) + " || return" for command in job.before] or ["    :"]
-    lines += ["}", "", "launch() {"]
+    lines += ["}", "", *_node_check(job, [*pyxis], [*inside, python, "-m", "megatron_ext.contact.node_check"]), "launch() {"]
     a_task_a_node = cluster.launcher == "torchrun"
     each = 1 if a_task_a_node else tasks
     # With a range of nodes Slurm's own count of tasks is that of the smallest number.
@@ -142,6 +143,19 @@ def _command(job: Job) -> list[str]:
     else:
         lines += ["        " + shlex.join([*ranks, *program, "megatron_ext", "train"]) + ' "${words[@]}" &']
     return [*lines, "}"]
+
+
+def _node_check(job: Job, pyxis: list[str], program: list[str]) -> list[str]:
+    """`check`: a node that falls short ends this life, and the next one does without it (megatron_ext/contact/hook.sh)."""
+    cluster, tasks = job.cluster, tasks_per_node(job.cluster)
+    if not cluster.node_check:
+        return ["check() {", "    :", "}", ""]
+    gpus = ["--gpus", str(cluster.gpus_per_node)] if cluster.gpus_per_node else ["--device", "cpu"]
+    ranks = [f"--ntasks-per-node={tasks}", f"--cpus-per-task={cluster.cpus_per_task}", "--distribution=block", "--kill-on-bad-exit=0", *pyxis]
+    return [*hook.text().rstrip().splitlines(), "", "check() {",
+            f'    check_nodes "$run_dir" {cluster.max_restarts if cluster.requeue else 0} \\',
+            f'        srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * {tasks})) {shlex.join(ranks)} \\',
+            f'        {shlex.join([*program, *gpus])} --dir "$run_dir"', "}", ""]
 
 
 def _container(cluster: ClusterConfig, config: Config, job: Job) -> tuple[list[str], list[str]]:
