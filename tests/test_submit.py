@@ -56,6 +56,7 @@ def test_times_are_slurms(text, expected):
     (("cluster.gpu_type=h100",), "asks for no GPU"),
     (("cluster.partition=a\nb",), r"cluster.partition='a\nb': must be one line"),
     (("cluster.account= ",), "cluster.account=' ': must be one line"),
+    (("run.dir=a\\b",), "in the name of a log Slurm takes no backslash"),
     (("cluster.options=[-N4]",), "cluster.options=-N4: is no long option"),
     (("cluster.options=[--output=/tmp/x]",), "cluster.options=--output=/tmp/x: is set from the other keys"),
     (("cluster.env=[NCCL_DEBUG]",), "must be NAME=VALUE"),
@@ -79,7 +80,7 @@ def test_times_are_slurms(text, expected):
      "(on 5 nodes, which cluster.min_nodes=4 allows)"),
 ])
 def test_mistakes_are_refused(tmp_path, words, message):
-    assert message in refused(*without(CPU, words), f"run.dir={tmp_path}/run", *words)
+    assert message in refused(*without((*CPU, f"run.dir={tmp_path}/run"), words), *words)
 
 
 @pytest.mark.parametrize("word", ["cluster.env=[WANDB_API_KEY=0123456789abcdef0123]", "cluster.env=[DB_PASSWORD=hunter2hunter2]",

@@ -35,12 +35,12 @@ def test_what_slurm_is_told(tmp_path):
 
 def test_hostile_values_reach_the_ranks_as_they_are(tmp_path, fake):
     """bash itself says what it makes of the script."""
-    hostile = "$(touch pwned) `id` 'q' \"d\" \\ ; & | < > * ~ 한국어 #"
-    (job,) = jobs(*CPU, f"run.dir={tmp_path}/{hostile}", f"cluster.env=[FABRIC={hostile}]", f"cluster.comment={hostile}", "cluster.launcher=torchrun")
+    hostile = "$(touch pwned) `id` 'q' \"d\" ; & | < > * ~ 한국어 #"
+    (job,) = jobs(*CPU, f"run.dir={tmp_path}/{hostile}", f"cluster.env=[FABRIC={hostile}]", f"cluster.comment=\\ {hostile}", "cluster.launcher=torchrun")
     said = shell(script_of(job), tail='printf "%s\\0" "$run_dir" "$FABRIC" "${words[@]}"').split("\0")[:-1]
     assert said[0] == str(tmp_path / hostile) and said[1] == hostile and said[2:] == list(job.runs[0].words)
     assert f"run.dir={tmp_path}/{hostile}" in said and "checkpoint.load=auto" in said
-    assert not Path("pwned").exists() and sbatch_options(script_of(job))["comment"] == hostile
+    assert not Path("pwned").exists() and sbatch_options(script_of(job))["comment"] == f"\\ {hostile}"
 
 
 @pytest.mark.parametrize(("words", "wanted"), [

@@ -82,6 +82,11 @@ def texts_are_lines(config: Config) -> Iterator[UserError]:
                 yield UserError(f"cluster.{name}", repr(text), "must be one line of visible text; leave it out for the site's default")
 
 
+def log_can_be_named(config: Config) -> Iterator[UserError]:
+    if "\\" in config.run.dir or not config.run.dir.isprintable():
+        yield UserError("run.dir", repr(config.run.dir), "the job's log lies there, and in the name of a log Slurm takes no backslash or invisible character")
+
+
 def options_are_not_ours(config: Config) -> Iterator[UserError]:
     for option in config.cluster.options:
         name = option.partition("=")[0].removeprefix("--")
@@ -139,4 +144,4 @@ def tensor_parallel_stays(config: Config) -> Iterator[UserError]:
                                                           f"within: {right}. cluster.cross_node_tp=true allows it")
 
 
-CLUSTER = (times_fit, nodes_fit, texts_are_lines, options_are_not_ours, environment_is_named, nothing_is_secret, container_is_whole, tensor_parallel_stays)
+CLUSTER = (times_fit, nodes_fit, texts_are_lines, log_can_be_named, options_are_not_ours, environment_is_named, nothing_is_secret, container_is_whole, tensor_parallel_stays)
