@@ -11,11 +11,20 @@ from test_observe_report import png_size, run, table
 
 from megatron_ext.cli.main import main
 from megatron_ext.config.compose import compose, to_yaml
-from megatron_ext.observe import timeline
+from megatron_ext.observe import plots, timeline
 from megatron_ext.observe.goodput import Ledger, Span, read_goodput
 from rlhf import chain_report
 
+PICTURES = ("plot_loss", "plot_throughput", "plot_optimizer")
 GOODPUT = 36 / (16 + 12.5 + 36 + 10 + 6 + 65 + 10.5 + 25)  # of the campaign of test_goodput.py, by hand: 19.9 %
+
+
+@pytest.fixture
+def quick(monkeypatch) -> None:
+    """Pictures are drawn by nobody: half a second each."""
+    for module, names in ((timeline, ("plot_timeline",)), (plots, PICTURES)):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda path, *_, **__: path.write_bytes(b"a picture") > 0)
 
 
 @pytest.fixture
@@ -54,22 +63,22 @@ def test_a_stage_is_rendered_again(trained, capsys):
     text = (trained / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# tiny, adapt\n\nStopped because all 40 steps are done.")
     assert "![Where the time went](timeline.png)" in text and min(png_size(trained / "timeline.png")) > 500
-    assert "2 lives failed: a mean time to failure of 1m 41s." in text  # 201.75 s of lives / 2
-    assert "A save takes 2.00s, so that one every 20s (20 steps) would cost least" in text  # sqrt(2 x 100.875 x 2) = 20.09 s
+    assert "2 lives failed: a mean time to failure of 1m 28s." in text  # lives of 65.75, 47.75, 31.25 and 31.25 s: 176 s / 2
+    assert "A save takes 2.00s, so that one every 19s (21 steps) would cost least" in text  # sqrt(2 x 88 x 2) = 18.76 s, of 0.9 s a step
     rows = table(text)
     assert rows["queue"] == "3m 41s | not allocated" and rows["lost work"] == "10s | 5.8 %" and rows["step"] == "36s | 19.9 %"
     assert rows["2"] == "48s | 21 to 33 | 9.00s | 3.50s | died" and rows["3"].endswith("| 31 to 35 | 4.00s | 0.00s | SIGUSR1: saved")
     assert "bits per byte" in text and "loss.png" in text
 
 
-def test_figures_for_programs(trained, capsys):
+def test_figures_for_programs(trained, quick, capsys):
     assert main(["report", "--json", f"run.dir={trained}"]) == 0
     found = json.loads(capsys.readouterr().out)["runs"]["trained"]
-    assert found["goodput"] == pytest.approx(GOODPUT) and found["failures"] == 2 and found["lives"] == 4 and found["interval_steps"] == 20
+    assert found["goodput"] == pytest.approx(GOODPUT) and found["failures"] == 2 and found["lives"] == 4 and found["interval_steps"] == 21 and found["mttf"] == 88
     assert {name: seconds for name, seconds in found["seconds"].items() if seconds} == HAND
 
 
-def test_a_run_that_goes_on(tmp_path, capsys):
+def test_a_run_that_goes_on(tmp_path, quick, capsys):
     clock = Clock()
     ledger = Ledger(tmp_path / "goodput.jsonl", clock=clock)
     ledger.begin(life=1)
@@ -85,7 +94,7 @@ def test_a_run_that_goes_on(tmp_path, capsys):
     (lambda path: path, "holds no run; name the run.dir of a `train`"),
     (lambda path: (path / "report.md.tmp").mkdir() or (path / "events.jsonl").touch() or path, "report.md cannot be written there: Is a directory"),
 ])
-def test_where_there_is_nothing_to_report(tmp_path, capsys, make, message):
+def test_where_there_is_nothing_to_report(tmp_path, quick, capsys, make, message):
     assert main(["report", f"run.dir={make(tmp_path)}"]) == 2
     assert message in capsys.readouterr().err
 
@@ -119,7 +128,7 @@ def finished(directory: Path) -> SimpleNamespace:
     )
 
 
-def test_a_job_is_rendered_again_as_it_was_written(folder, capsys):
+def test_a_job_is_rendered_again_as_it_was_written(folder, quick, capsys):
     page = chain_report.write(finished(folder))
     files = {path: path.read_bytes() for path in (page, folder / "pretrain" / "report.md", folder / "sft" / "report.md")}
     text = page.read_text(encoding="utf-8")
@@ -138,7 +147,7 @@ def test_a_job_is_rendered_again_as_it_was_written(folder, capsys):
 
 
 @pytest.mark.parametrize("facts", [None, "", "[]", '{"summary": {}}', '{"summary": 1, "samples": 2}'])
-def test_a_job_that_goes_on_or_whose_facts_are_broken(folder, facts):
+def test_a_job_that_goes_on_or_whose_facts_are_broken(folder, quick, facts):
     if facts is not None:
         (folder / "report.json").write_text(facts)
     text = chain_report.render(folder).read_text(encoding="utf-8")

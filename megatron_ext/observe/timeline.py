@@ -41,13 +41,14 @@ def plot_timeline(path: Path, goodput: Goodput) -> bool:
         return False
     unit, name = next((each for each in ((86400, "days"), (3600, "hours"), (60, "minutes")) if width * COLUMNS > 3 * each[0]), (1, "seconds"))
     plt, figure, (axis, below) = plots.figure_of(2, 5.0)
-    places = [(number + 0.5) * width / unit for number in range(COLUMNS)]
+    edges = [number * width / unit for number in range(COLUMNS + 1)]
     base = [0.0] * COLUMNS
     for kind in ORDER:
         shares = [100 * seconds / width for seconds in table[kind]]
         if any(shares):
-            axis.bar(places, shares, width / unit, bottom=base, color=COLOURS[kind], label=kind, linewidth=0)
-            base = [one + share for one, share in zip(base, shares, strict=True)]
+            top = [one + share for one, share in zip(base, shares, strict=True)]
+            axis.stairs(top, edges, baseline=base, fill=True, color=COLOURS[kind], label=kind, linewidth=0)
+            base = top
     _ends(axis, goodput.lives, lambda moment: (moment - start) / unit)
     axis.set(ylim=(0, 108), ylabel="share of the time, %")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.24), ncols=6, frameon=False, fontsize=9, columnspacing=1.2, handlelength=1.2)
@@ -56,9 +57,8 @@ def plot_timeline(path: Path, goodput: Goodput) -> bool:
         useful += table[STEP][number]
         allocated += sum(table[kind][number] for kind in CLASSES if kind != QUEUE)
         shown.append(100 * useful / allocated if allocated else None)
-    edges = [place + 0.5 * width / unit for place in places]
-    below.plot([x for x, y in zip(edges, shown, strict=True) if y is not None], [y for y in shown if y is not None], color=COLOURS[STEP], linewidth=1.8)
-    below.set(ylim=(0, 102), ylabel="goodput so far, %", xlabel=f"{name} since the start", xlim=(0, COLUMNS * width / unit))
+    below.plot([x for x, y in zip(edges[1:], shown, strict=True) if y is not None], [y for y in shown if y is not None], color=COLOURS[STEP], linewidth=1.8)
+    below.set(ylim=(0, 102), ylabel="goodput so far, %", xlabel=f"{name} since the start", xlim=(0, edges[-1]))
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True
