@@ -115,8 +115,8 @@ def test_a_full_disk_is_refused(fake, tmp_path, monkeypatch, free, there, refuse
     for step in range(there):
         (tmp_path / f"run/checkpoints/step_0000000{step}").mkdir(parents=True)
         (tmp_path / f"run/checkpoints/step_0000000{step}/manifest.json").touch()
-    found = [str(error) for error in disk.problems(job)]
-    assert bool(found) == refuses and all("free and will hold up to" in text for text in found)
+    found = [str(error) for error in disk.problems([job])]
+    assert bool(found) == refuses and all("free, and the run will hold up to" in text for text in found)
     if refuses:
         with pytest.raises(UserError):
             front.run(["submit", *CPU, f"run.dir={tmp_path}/run"])
@@ -125,8 +125,19 @@ def test_a_full_disk_is_refused(fake, tmp_path, monkeypatch, free, there, refuse
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     (job,) = jobs(*CPU, "run.dir=/proc/sys/run")
-    assert "run.dir=/proc/sys/run: cannot be written (/proc/sys: " in str(next(disk.problems(job)))
+    assert "run.dir=/proc/sys/run: cannot be written (/proc/sys: " in str(next(disk.problems([job])))
     with pytest.raises(UserError, match="is a file, or lies below one"):
         jobs(*CPU, f"run.dir={__file__}/run")
     (job,) = jobs(*CPU, f"run.dir={tmp_path}/a/b")
-    assert list(disk.problems(job)) == [] and list(tmp_path.iterdir()) == []  # nothing stays behind
+    assert list(disk.problems([job])) == [] and list(tmp_path.iterdir()) == []  # nothing stays behind
+
+
+def test_all_runs_of_a_submission_share_the_disk(tmp_path, monkeypatch):
+    """Five stages of tiny: pretrain in bf16 (14 bytes a parameter), adapt, sft and reward in fp32 (12), ppo with a critic as large as the policy (24); each up to
+    three checkpoints and one in the making."""
+    stages = jobs("run", "cluster=slurm_cpu", "cluster.nodes=1", "cluster.tasks_per_node=2", f"run.dir={tmp_path}/run")
+    want = 4 * (14 + 12 + 12 + 12 + 24) * 4_262_144
+    for free, number in ((want, 0), (want - 1, 1)):
+        monkeypatch.setattr(os, "statvfs", lambda _, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        found = [str(error) for error in disk.problems(stages)]
+        assert len(found) == number and all("and 5 runs will hold up to" in text for text in found)

@@ -5,7 +5,7 @@ precision (2 bytes); a full disk is met while a new one is written beside the `c
 """
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ext.config import sizes, stages
@@ -39,26 +39,26 @@ def needed(run: Run) -> int:
     return checkpoint_bytes(run.config) * max(1, kept + 1 - there)
 
 
-def problems(job: Job) -> Iterator[UserError]:
-    """Directories that cannot be written or do not hold the run. Nothing that was not there stays behind."""
-    parents: dict[Path, list[Run]] = {}
-    for run in job.runs:
-        parents.setdefault(existing(run.directory), []).append(run)
-    for folder, runs in parents.items():
-        shown = runs[0].config.run.dir
+def problems(jobs: Sequence[Job]) -> Iterator[UserError]:
+    """Directories that cannot be written, or do not hold all that the jobs will write there. Nothing that was not there stays behind."""
+    disks: dict[int, list[tuple[Path, Run]]] = {}
+    for run in (run for job in jobs for run in job.runs):
+        folder = existing(run.directory)
         try:
             with tempfile.TemporaryFile(dir=folder) as probe:
                 probe.write(b"x")
                 probe.flush()
         except OSError as error:
-            yield UserError("run.dir", shown, f"cannot be written ({folder}: {error.strerror})")
+            yield UserError("run.dir", run.config.run.dir, f"cannot be written ({folder}: {error.strerror})")
             continue
-        free, want = free_bytes(folder), sum(map(needed, runs))
+        disks.setdefault(folder.stat().st_dev, []).append((folder, run))
+    for held in disks.values():
+        (folder, first), many = held[0], len(held)
+        free, want = free_bytes(folder), sum(needed(run) for _, run in held)
         if free < want:
-            each = size(checkpoint_bytes(runs[0].config))
-            held = f"{runs[0].config.checkpoint.keep or 'all'} checkpoints of about {each}, and one in the making"
-            points = f"in each of {len(runs)} points " if len(runs) > 1 else ""
-            yield UserError("run.dir", shown, f"has {size(free)} free and will hold up to {size(want)}: {points}{held}")
+            one = f"{first.config.checkpoint.keep or 'all'} checkpoints of about {size(checkpoint_bytes(first.config))}, and one in the making"
+            yield UserError("run.dir", first.config.run.dir, f"has {size(free)} free, and {f'{many} runs' if many > 1 else 'the run'} will hold up to "
+                                                             f"{size(want)}: {'the first ' if many > 1 else ''}{one}")
 
 
 def notes(job: Job) -> Iterator[str]:

@@ -17,7 +17,7 @@ from megatron_ext.submit.job import Job
 def submit(config: Config, options: Options) -> int:
     """`config` is not read: a stage, each stage of the chain, or each point of a sweep has one of its own. Raises UserError."""
     jobs = plan.jobs(options)
-    errors = [error for job in jobs for error in disk.problems(job)]
+    errors = list(disk.problems(jobs))
     said = [line for job in jobs for run in job.runs[:1] for line in (*config_notes(run.config, run.words), *placement.notes(run.config), *disk.notes(job))]
     if not options.dry_run or not slurm.missing():
         try:
@@ -83,6 +83,8 @@ def _tell(jobs: Sequence[Job], numbers: dict[str, str], options: Options) -> Non
         after = f", after {', '.join(numbers[name] for name in job.after)}" if job.after else ""
         print(f"submitted   {job.name}: job {number}{after}" + (f", {len(job.runs)} points (sweep.json says which)" if job.array else ""))
         print(f"script      {job.script}\nlog         tail -F {shlex.quote(str(job.log(number, '0')))}")
+    if len(jobs) > 1:
+        print(f"report      python -m megatron_ext report run.dir={shlex.quote(str(jobs[0].folder.parent))}   (at any time)")
     together = ",".join(numbers.values())
     print(f"watch       squeue --jobs={together}\nend         scancel {' '.join(numbers.values())}   (scancel --batch --signal=USR1 {' '.join(numbers.values())}: "
           "save, stop, and queue again)")
