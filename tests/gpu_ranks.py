@@ -42,31 +42,28 @@ class Pretended(Platform):
     is_cuda = True
 
 
-class Device:
-    """torch.device("cpu") has no index."""
-
-    type, index = "cpu", RANK
-
-
 def main() -> None:
     directory = Path(sys.argv[1])
     connect(Platform(torch.device("cpu"), "gloo"), 60.0)
     invent_gpus()
     config = compose([f"run.dir={directory}", "model.num_layers=1", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
-                      "model.ffn_hidden_size=128", "data.sequence_length=32", "precision.dtype=bf16", "precision.fp8=current", "log.gpu_every=2"])
+                      "model.ffn_hidden_size=128", "data.sequence_length=32", "precision.dtype=bf16", "precision.fp8=current", "log.gpu_every=2",
+                      f"log.prometheus_dir={directory / 'collector'}"])
     if RANK == 0:
+        (directory / "collector").mkdir()
         Events(directory / "events.jsonl").write("start")  # an earlier life
-    import megatron_ext.train.journal as module
-
-    gathered = module.gathered
-    module.gathered = lambda row, device: gathered(row, torch.device("cpu"))
-    journal = Journal(config, Pretended(Device(), "gloo"), writes=RANK == 0, steps=4, done=0, ranks=2, vocab_size=100)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(RANK)
+    journal = Journal(config, Pretended(torch.device("cpu"), "gloo"), writes=RANK == 0, steps=4, done=0, ranks=2, vocab_size=100)
     for step in range(1, 5):
         if step == 4 and RANK == 0:
             journal._publisher._every = 0.0
         journal.step(step, StepReport(2.0, 1.0, 1e-3, 2, 64), seconds=1.0, tokens_done=64 * step, validation={})
     if RANK == 0:
-        (directory / "before_the_end.prom").write_text((directory / "metrics.prom").read_text())
+        collected, = (directory / "collector").glob("megatron_ext_*.prom")
+        (directory / "before_the_end.prom").write_text(collected.read_text())
+        (directory / "step_4.json").write_text((directory / "metrics.jsonl").read_text().splitlines()[-1])
+    journal.rewind(2)
+    journal.step(3, StepReport(1.5, 1.0, 1e-3, 2, 64), seconds=1.0, tokens_done=192, validation={})
     journal.close()
     disconnect()
 

@@ -196,7 +196,7 @@ def test_a_run_of_two_lives_with_planted_secrets(small_data, tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = tmp_path / "team" / "run"
-    words = ["train.steps=2", "log.wandb=offline", f"chat.system='ask {typed[0]} with {typed[1]}'", f"rewards.functions=['judge:password={typed[2]}']",
+    words = ["train.steps=2", "optim.warmup_steps=1", "log.wandb=offline", f"chat.system='ask {typed[0]} with {typed[1]}'", f"rewards.functions=['judge:password={typed[2]}']",
              "log.report=true", "validation.at_end=true", "validation.samples=8"]
     before = os.umask(0o022)
     try:
