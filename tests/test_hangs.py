@@ -52,7 +52,7 @@ def test_a_stopped_rank_ends_the_job(tmp_path):
         stopped = time.monotonic()
         ranks[0].send_signal(signal.SIGSTOP)
         assert ranks[1].wait(timeout=30) == 1
-        assert time.monotonic() - stopped < 3 * 2
+        assert time.monotonic() - stopped < 2 + 10  # the limit, and what evidence may take
     finally:
         for rank in ranks:
             rank.kill()
