@@ -86,9 +86,18 @@ def test_made_here_installed_there(project, tmp_path):
     assert refused.returncode != 0 and "DO NOT MATCH THE HASHES" in refused.stderr
 
 
+def test_the_build_for_cpus_is_no_answer_to_cuda(project, tmp_path):
+    """Some indices have only that; the folder would be found useless where there is no network to mend it."""
+    index = tmp_path / "index"
+    shutil.copytree(project / "index", index, ignore=lambda folder, names: [name for name in names if name.startswith("torch-") and "+cpu" not in name])
+    made = run(project, "slurm/wheelhouse", str(tmp_path / "wheels"), DEVICE="cuda", EXTRAS="", PIP_FIND_LINKS=str(index))
+    assert made.returncode != 0 and "gives torch for CPUs alone" in made.stderr and not (tmp_path / "wheels" / "requirements.txt").exists()
+    assert not list((tmp_path / "wheels").glob("tool_of_tests*"))  # EXTRAS="": none
+
+
 def test_an_older_folder_is_not_mixed_with_a_new_one(project, tmp_path):
     stand_in(tmp_path, "torch", "1.0")
-    made = run(project, "slurm/wheelhouse", str(tmp_path), DEVICE="cuda")
+    made = run(project, "slurm/wheelhouse", str(tmp_path), DEVICE="cpu")
     assert made.returncode != 0 and "several versions of torch" in made.stderr
 
 
