@@ -4,7 +4,9 @@ Two things make it so: the directory itself is made with mode 700, and the proce
 that it or its children (the checkpoint writer, wandb) make is 600 or 700, also in a directory that was there before. Directories and files that
 exist are left as they are. With `run.private=false` the umask of the user or site decides, as a team's shared tree wants it (umask 007).
 """
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.errors import UserError
@@ -25,9 +27,19 @@ def make_directory(path: Path, *, private: bool) -> None:
 def own_files(*, private: bool) -> int:
     """From now on this process makes files for its owner alone (`private`), or as it did. Returns the umask that held before.
 
-    To be called once caches that runs share (prepared data) are made.
+    To be called once the run directory is made. Caches that runs share (prepared data) are made inside `umask(before)`.
     """
     before = os.umask(UMASK)
     if not private:
         os.umask(before)
     return before
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """What is made inside has modes without the bits of `mask`."""
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)

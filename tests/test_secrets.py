@@ -13,7 +13,7 @@ from megatron_ext.config.build import key_types
 from megatron_ext.config.compose import compose, from_yaml, to_yaml
 from megatron_ext.errors import UserError
 from megatron_ext.observe.events import Events, read_events
-from megatron_ext.private import make_directory, own_files
+from megatron_ext.private import make_directory, own_files, umask
 from megatron_ext.redact import MARK, Redactor, environment_secrets, is_secret_key
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -159,7 +159,11 @@ def test_directories_are_private_and_their_parents_are_not(tmp_path):
         assert own_files(private=True) == 0o022
         (tmp_path / "there" / "file").write_text("")
         (tmp_path / "there" / "folder").mkdir()
-        assert [mode(tmp_path / name) for name in ("team/shared/file", "there/file", "there/folder")] == ["644", "600", "700"]
+        with umask(0o022):
+            (tmp_path / "team" / "cache").write_text("")
+        (tmp_path / "there" / "later").write_text("")
+        made = ("team/shared/file", "there/file", "there/folder", "team/cache", "there/later")
+        assert [mode(tmp_path / name) for name in made] == ["644", "600", "700", "644", "600"]
         with pytest.raises(UserError, match="run.dir=.*/there/file: cannot be written: File exists"):
             make_directory(tmp_path / "there" / "file", private=True)
     finally:
@@ -196,8 +200,8 @@ def test_a_run_of_two_lives_with_planted_secrets(small_data, tmp_path, monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     run = tmp_path / "team" / "run"
-    words = ["train.steps=2", "optim.warmup_steps=1", "log.wandb=offline", f"chat.system='ask {typed[0]} with {typed[1]}'", f"rewards.functions=['judge:password={typed[2]}']",
-             "log.report=true", "validation.at_end=true", "validation.samples=8"]
+    words = ["train.steps=2", "optim.warmup_steps=1", "log.wandb=offline", f"chat.system='ask {typed[0]} with {typed[1]}'",
+             f"rewards.functions=['judge:password={typed[2]}']", "log.report=true", "validation.at_end=true", "validation.samples=8"]
     before = os.umask(0o022)
     try:
         said = [train(run, small_data, *words), train(run, small_data, *words, "train.steps=4", "checkpoint.load=auto")]
