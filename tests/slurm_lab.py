@@ -108,18 +108,18 @@ class Job:
         found = re.findall(r'"step": ?(\d+)', path.read_text()) if path.exists() else []
         return int(found[-1]) if found else 0
 
-    def until(self, condition: Callable[[], object], seconds: float = 90, poll: float = 0.2) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = 180, poll: float = 0.1) -> None:
         """Waits; fails with the end of the log when it takes longer, or the job ends before."""
-        end = time.monotonic() + seconds
+        begin = asked = time.monotonic()
         while not condition():
-            ended = self.state in ENDED
-            if ended and condition():
-                return
-            assert not ended, f"job {self.number} is {self.state}\n{self.said()[-4000:]}"
-            assert time.monotonic() < end, f"job {self.number} ({self.state}) took more than {seconds} s\n{self.said()[-4000:]}"
+            now = time.monotonic()
+            if now - asked > 1:
+                asked, state = now, self.state
+                assert state not in ENDED or condition(), f"job {self.number} is {state}\n{self.said()[-4000:]}"
+                assert now - begin < seconds, f"job {self.number} ({state}) took more than {seconds} s\n{self.said()[-4000:]}"
             time.sleep(poll)
 
-    def ends(self, state: str = "COMPLETED", seconds: float = 120) -> None:
+    def ends(self, state: str = "COMPLETED", seconds: float = 240) -> None:
         """Waits until it is in this state."""
         self.until(lambda: self.state == state, seconds, poll=0.3)
 

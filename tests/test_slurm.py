@@ -67,10 +67,11 @@ def test_bad_input_is_told_once_not_tried_again_and_ends_the_chain(lab: Lab, sma
     stages = ["adapt:train.steps=4", f"adapt:data.path={data}", "adapt:data.weights=[]", "cluster.options=[--begin=now+3]"]
     pretrain, adapt = lab.submit("run", *words(tmp_path / "chain", data, "run.stages=[pretrain,adapt]"), *stages)
     data.unlink()
-    pretrain.ends("FAILED", 60)
-    adapt.ends("CANCELLED", 20)
+    pretrain.ends("FAILED")
+    adapt.ends("CANCELLED", 60)
     said = pretrain.said()
-    assert len(re.findall(r"(?m)^error: data\.", said)) == said.count("\nerror: ") == 1 and "Traceback" not in said and "bad input; not tried again" in said
+    assert len(re.findall(r"(?m)^error: data\.", said)) == said.count("\nerror: ") == 1 and "Traceback" not in said
+    assert "bad input; not tried again" in said
     assert lab.show(pretrain.number)["ExitCode"] == "2:0" and pretrain.restarts == 0
 
 
@@ -81,7 +82,7 @@ def test_bad_input_is_told_once_not_tried_again_and_ends_the_chain(lab: Lab, sma
 def test_usr1_saves_requeues_and_resumes(lab: Lab, reference, small_data, tmp_path, launcher):
     (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL, f"cluster.launcher={launcher}"))
     told_to_stop(job, "scancel", "--batch", "--signal=USR1", job.number)
-    job.until(lambda: job.restarts == 1, 60)
+    job.until(lambda: job.restarts == 1)
     job.ends()
     begun = job.lives()
     assert len(begun) == 2 and begun[0] == 0 and 3 <= begun[1] < 40  # nothing but the signal has saved
@@ -90,11 +91,11 @@ def test_usr1_saves_requeues_and_resumes(lab: Lab, reference, small_data, tmp_pa
 
 
 def test_scancel_ends_it_for_good_and_the_same_script_goes_on(lab: Lab, reference, small_data, tmp_path):
-    (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL))
+    (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL, "cluster.launcher=torchrun"))
     told_to_stop(job, "scancel", job.number)
-    job.ends("CANCELLED", 60)
+    job.ends("CANCELLED")
     job.lab.run("sleep", 1)
-    assert job.restarts == 0 and lab.processes(str(job.run)) == [] and len(losses(job.run)) < 40
+    assert job.restarts == 0 and lab.processes(str(job.run)) == [] and len(losses(job.run)) < 40 and "Traceback" not in job.said()
     again = Job(lab, lab.run("sbatch", "--parsable", job.script).strip(), job.script, job.log, job.runs)
     again.log = Path(str(job.log).replace(job.number, again.number))
     again.ends()
@@ -122,22 +123,23 @@ with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/log", "a", buffering=1)
 def test_lost_nodes(lab: Lab, reference, small_data, tmp_path):
     """Two jobs, since Slurm takes half a minute to believe that a node is gone. One trains on two nodes, of which the second crashes. Of the other's
     node only the daemon dies, so that its process lives on while the job starts anew elsewhere: it must leave before the next life begins to work."""
-    (job,) = lab.submit(*words(tmp_path / "run", small_data, OFTEN, "cluster.options=[--nodelist=vn1]"))
+    (job,) = lab.submit(*words(tmp_path / "run", small_data, OFTEN))
     shared = tmp_path / "shared"
     shared.mkdir()
     (tmp_path / "lives.py").write_text(LIVES)
-    number = lab.run("sbatch", "--parsable", "--exclude=vn1,vn2", "--open-mode=append", f"--output={tmp_path}/lives.log", "--wrap",
+    job.until(lambda: job.state == "RUNNING")
+    first, second = lab.run("scontrol", "show", "hostnames", lab.show(job.number)["NodeList"]).split()
+    number = lab.run("sbatch", "--parsable", f"--exclude={first},{second}", "--open-mode=append", f"--output={tmp_path}/lives.log", "--wrap",
                      f"exec {sys.executable} {tmp_path}/lives.py {shared}").strip()
     orphan = Job(lab, number, tmp_path / "none", tmp_path / "lives.log", [shared])
     try:
-        orphan.until(lambda: (shared / "log").exists(), 30)
+        orphan.until(lambda: (shared / "log").exists())
         lab.kill_daemon(lab.show(orphan.number)["NodeList"])
-        (second,) = set(re.findall(r"vn[234]", " ".join(lab.run("scontrol", "show", "hostnames", lab.show(job.number)["NodeList"]).split())))
         job.until(lambda: job.steps() >= 7)
         lab.crash(second)
-        job.until(lambda: job.restarts >= 1, 90)
-        orphan.ends(seconds=120)
-        job.ends(seconds=120)
+        job.until(lambda: job.restarts >= 1)
+        orphan.ends()
+        job.ends()
     finally:
         lab.revive()
     lives = [(int(life), float(when)) for life, when in (line.split() for line in (shared / "log").read_text().splitlines())]

@@ -16,7 +16,7 @@ from megatron_ext.submit.job import Job, Run
 
 # Of the shell that submitted: a job that is submitted from inside a job, or from a rank, must not take them for its own.
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MEGATRON_EXT_PARENT", "MEGATRON_EXT_FAILURES")
-IGNORING = 'trap "" USR1; export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"'
+IGNORING = 'trap "" USR1 TERM; export PET_NODE_RANK="$SLURM_NODEID" PET_SIGNALS_TO_HANDLE=SIGINT; exec "$@"'
 
 
 def script(job: Job) -> str:
@@ -47,12 +47,14 @@ def options(job: Job) -> list[str]:
     """The options of sbatch, each quoted as its parser reads them."""
     cluster, tasks = job.cluster, tasks_per_node(job.cluster)
     a_task_a_node = cluster.launcher == "torchrun"
-    nodes = str(cluster.nodes) if cluster.min_nodes in (None, cluster.nodes) else f"{cluster.min_nodes}-{cluster.nodes}"
+    ranged = cluster.min_nodes not in (None, cluster.nodes)
     values = {
         "job-name": job.name,
-        "nodes": nodes,
-        "ntasks-per-node": 1 if a_task_a_node else tasks,
-        "cpus-per-task": cluster.cpus_per_task * (tasks if a_task_a_node else 1),
+        "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if ranged else cluster.nodes,
+        # Tasks a node would be multiplied into a number of tasks at the first start, and a job that is requeued would wait for as many nodes again.
+        "mincpus": cluster.cpus_per_task * tasks if ranged else None,
+        "ntasks-per-node": None if ranged else 1 if a_task_a_node else tasks,
+        "cpus-per-task": None if ranged else cluster.cpus_per_task * (tasks if a_task_a_node else 1),
         "gpus-per-node": ":".join([*([cluster.gpu_type] if cluster.gpu_type else []), str(cluster.gpus_per_node)]) if cluster.gpus_per_node else None,
         "mem": cluster.memory,
         "partition": cluster.partition,
@@ -91,6 +93,7 @@ def _settings(job: Job) -> list[str]:
     lines = [
         f"max_restarts={cluster.max_restarts}",
         f"max_failures={cluster.max_failures}",
+        f"fits=({' '.join(map(str, job.nodes))})",
         f"deaf_at_first={'yes' if cluster.launcher == 'torchrun' else ''}",
         f"requeue={'yes' if cluster.requeue else ''}",
         f"requeue_on_failure={'yes' if cluster.requeue and cluster.requeue_on_failure else ''}",
@@ -132,13 +135,13 @@ def _command(job: Job) -> list[str]:
     a_task_a_node = cluster.launcher == "torchrun"
     each = 1 if a_task_a_node else tasks
     # With a range of nodes Slurm's own count of tasks is that of the smallest number.
-    lines += ['    srun --nodes="$SLURM_JOB_NUM_NODES" ' + f"--ntasks=$((SLURM_JOB_NUM_NODES * {each})) --ntasks-per-node={each} \\"]
+    lines += [f'    srun --nodes="$nodes" --relative=0 --ntasks=$((nodes * {each})) --ntasks-per-node={each} \\']
     ranks = [f"--cpus-per-task={cluster.cpus_per_task * (tasks if a_task_a_node else 1)}", "--distribution=block", "--kill-on-bad-exit=1", *pyxis]
     program = [*inside, python, "-m"]
     if a_task_a_node:
-        # torchrun would die of USR1, which Slurm gives to every process of a task: the ranks alone have to hear it.
+        # torchrun would die of USR1, and end its ranks at TERM; Slurm gives both to every process of a task, and the ranks alone have to hear them.
         lines += ["        " + shlex.join([*ranks, "bash", "-c", IGNORING, "torchrun", *program, "torch.distributed.run"]) + " \\",
-                  f'        --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={tasks} --master-addr="$MASTER_ADDR" --master-port="$port" \\',
+                  f'        --nnodes="$nodes" --nproc-per-node={tasks} --master-addr="$MASTER_ADDR" --master-port="$port" \\',
                   '        --max-restarts=0 -m megatron_ext train "${words[@]}" &']
     else:
         lines += ["        " + shlex.join([*ranks, *program, "megatron_ext", "train"]) + ' "${words[@]}" &']
