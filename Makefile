@@ -34,9 +34,11 @@ test-312:
 bench: setup
 	@$(PY) benchmarks/run_all.py $(ARGS)
 
-## make campaign   what takes longer than a test run should: docs/parity.md, docs/resume.md, the full grids of the kernels (40 minutes on two cores)
+## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, the full grids of the kernels; docs/learning.md where outputs/run is there
 campaign: setup
 	@status=0; for each in parity kills; do $(PY) benchmarks/campaign_$$each.py || status=1; done; \
+	$(PY) benchmarks/fault_campaign.py || status=1; \
+	if [ -d outputs/run/ppo ]; then $(PY) benchmarks/campaign_learn.py outputs/run || status=1; fi; \
 	KERNEL_GRID=full OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_*norm.py tests/test_*glu.py tests/test_bias_gelu.py tests/test_rope.py \
 	    tests/test_gae.py tests/test_fp8.py tests/test_attention.py tests/test_adamw_triton.py tests/test_wgrad_accumulate.py \
 	    tests/test_linear_cross_entropy*.py tests/test_context_parallel.py -m "campaign or not campaign" || status=1; exit $$status

@@ -8,9 +8,11 @@ A GPT-2 of 4 layers, hidden 256, 1,024 words (ppo/weights.py) is policy, referen
     full     no response ends early     bars: 1.15 x TRL's episodes/s, 80 % of the ceiling
     early    the mean length is a third of the limit (EOS has the same probability after every token on both sides)    bar: 2.5 x TRL
 
+`ratio_at_ceiling` is what plain PyTorch would reach if it computed the tokens that exist, at the speed that it has with full responses.
+
 Each side is a process that waits for its turn (ppo/turns.py): TRL 0.21's `PPOTrainer.train()` in an environment of its own that is made here
 (ppo/trl_side.py), ours as `train stage=ppo` runs it (ppo/our_side.py), and the ceiling (ppo/ceiling.py; in TRL's environment, whose `generate` is the
-faster one). The first turn of each is not counted. TRL's micro-batch is the faster of two. `ratio` is the median over the pairs of TRL's seconds /
+faster one). The first turn of each is not counted. Each side's micro-batch is the faster of two. `ratio` is the median over the pairs of TRL's seconds /
 ours; `ratio_cpu` the same of processor time, which tells whether a busy machine was to blame (with one thread). key=value: of our configuration.
 Prints one JSON object; exit code 1 where a bar is missed.
 """
@@ -34,7 +36,8 @@ from weights import Shape
 
 BATCH, PROMPT, RESPONSE, EPOCHS, LR = 32, 32, 64, 4, 1e-6
 SHARES = {"full": None, "early": 1 / 3}  # mean length over the limit
-MICRO_BATCHES = (32, 8)  # that TRL may choose from
+MICRO_BATCHES = (32, 8)  # episodes, that TRL may choose from
+BATCH_TOKENS = (8192, 1536)  # that ours may choose from: the same in our terms
 BARS = {"full": {"ratio": 1.15, "of_ceiling": 0.8}, "early": {"ratio": 2.5}}
 ITERATIONS = {"full": 1, "early": 3}  # of a turn: lengths differ from one to the next
 LENGTHS = {"full": (RESPONSE, RESPONSE), "early": (0.27 * RESPONSE, 0.4 * RESPONSE)}  # that a side may report
@@ -48,10 +51,8 @@ def spec(case: str, folder: Path, *, micro_batch: int = BATCH) -> Path:
     return path
 
 
-def fastest_trl(case: str, folder: Path, python: Path, threads: int) -> tuple[Side, int]:
-    """TRL with the micro-batch that is faster here: the lower of two turns each."""
-    sides = {size: Side(f"TRL, micro-batch {size}", [python, HERE / "ppo/trl_side.py", spec(case, folder, micro_batch=size)], threads=threads)
-             for size in MICRO_BATCHES}
+def fastest(sides: dict[int, Side], threads: int) -> tuple[Side, int]:
+    """The side whose micro-batch is the faster one here, by the lower of two turns each, and that micro-batch. The others are closed."""
     for side in sides.values():
         side.turn(1)
     seconds = {size: [] for size in sides}
@@ -70,22 +71,26 @@ def measure(case: str, threads: int, pairs: int, python: Path, words: list[str])
         folder = Path(temporary)
         sides: dict[str, Side] = {}
         try:
-            sides["trl"], micro_batch = fastest_trl(case, folder, python, threads)
-            sides["ours"] = Side("ours", [sys.executable, HERE / "ppo/our_side.py", spec(case, folder), *words], threads=threads)
-            if case == "full":
-                sides["ceiling"] = Side("ceiling", [python, HERE / "ppo/ceiling.py", spec(case, folder)], threads=threads)
-            for name in ("ours", "ceiling"):
-                if name in sides:
-                    sides[name].turn(1)
+            sides["trl"], micro_batch = fastest({
+                size: Side(f"TRL, micro-batch {size}", [python, HERE / "ppo/trl_side.py", spec(case, folder, micro_batch=size)], threads=threads)
+                for size in MICRO_BATCHES
+            }, threads)
+            sides["ours"], batch_tokens = fastest({
+                size: Side(f"ours, {size} tokens", [sys.executable, HERE / "ppo/our_side.py", spec(case, folder), f"rollout.batch_tokens={size}", *words],
+                           threads=threads)
+                for size in BATCH_TOKENS
+            }, threads)
+            sides["ceiling"] = Side("ceiling", [python, HERE / "ppo/ceiling.py", spec("full", folder)], threads=threads)
+            sides["ceiling"].turn(1)
             turns: dict[str, list[dict]] = {name: [] for name in sides}
             for pair in range(pairs):
                 for name in list(sides)[:: 1 if pair % 2 == 0 else -1]:
-                    turns[name].append(sides[name].turn(ITERATIONS[case]))
+                    turns[name].append(sides[name].turn(1 if name == "ceiling" else ITERATIONS[case]))
                     print(f"{case}, {threads} threads, pair {pair + 1}: {name} {statistics.mean(turns[name][-1]['seconds']):.2f} s", file=sys.stderr)
         finally:
             for side in sides.values():
                 side.close()
-    return summary(case, turns) | {"trl_micro_batch": micro_batch}
+    return summary(case, turns) | {"trl_micro_batch": micro_batch, "our_batch_tokens": batch_tokens}
 
 
 def summary(case: str, turns: dict[str, list[dict]]) -> dict:
@@ -101,8 +106,7 @@ def summary(case: str, turns: dict[str, list[dict]]) -> dict:
         }
         if "length" in taken[0]:
             found[name]["length"] = round(statistics.mean(turn["length"] for turn in taken), 2)
-    if "ceiling" in turns:
-        found["ceiling"]["model"] = turns["ceiling"][0]["model"]
+    found["ceiling"]["model"] = turns["ceiling"][0]["model"]
 
     def ratio(other: str, of: Callable[[dict], float]) -> list[float]:
         """The other side's seconds over ours, pair by pair."""
@@ -116,8 +120,11 @@ def summary(case: str, turns: dict[str, list[dict]]) -> dict:
 
     found |= {"ratio": round(statistics.median(ratio("trl", wall)), 3), "ratios": [round(one, 3) for one in ratio("trl", wall)],
               "ratio_cpu": round(statistics.median(ratio("trl", cpu)), 3)}
-    if "ceiling" in turns:
-        found |= {"of_ceiling": round(statistics.median(ratio("ceiling", wall)), 3), "of_ceiling_cpu": round(statistics.median(ratio("ceiling", cpu)), 3)}
+    # The ceiling has full responses. Where they end early it has to do the tokens that exist: their share of its time.
+    share = (PROMPT + found["ours"]["length"]) / (PROMPT + RESPONSE)
+    found |= {"of_ceiling": round(share * statistics.median(ratio("ceiling", wall)), 3),
+              "of_ceiling_cpu": round(share * statistics.median(ratio("ceiling", cpu)), 3)}
+    found["ratio_at_ceiling"] = round(statistics.median(wall(theirs) / wall(bare) for theirs, bare in zip(turns["trl"], turns["ceiling"])) / share, 3)
     low, high = LENGTHS[case]
     for name in ("trl", "ours"):
         if not low <= found[name]["length"] <= high:

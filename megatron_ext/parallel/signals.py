@@ -12,7 +12,7 @@ UNFINISHED = 75  # EX_TEMPFAIL of sysexits.h
 _heard: list[int] = []
 
 
-class Interrupted(Exception):  # noqa: N818 nothing went wrong
+class Interrupted(Exception):
     """Raised inside a step, on every rank at the same place, when the job was told to stop: the models are as they were before the step."""
 
 
