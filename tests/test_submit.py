@@ -76,8 +76,8 @@ def test_times_are_slurms(text, expected):
     (("run", "data.path=/no/such", "cluster.nodes=1", "cluster.tasks_per_node=2"), "data.path=/no/such"),
     (("run", "input=/no/such", "cluster.nodes=1", "cluster.tasks_per_node=2"), "input=/no/such: is not there"),
     (("run", "train"), "submit=run train: is one of both"),
-    (("cluster.nodes=6", "cluster.min_nodes=4", "train.global_batch_size=48", "train.micro_batch_size=1"),
-     "(on 5 nodes, which cluster.min_nodes=4 allows)"),
+    (("cluster.nodes=6", "cluster.min_nodes=5", "train.global_batch_size=48", "train.micro_batch_size=1"),
+     "(on 5 nodes, which cluster.min_nodes=5 allows)"),
 ])
 def test_mistakes_are_refused(tmp_path, words, message):
     assert message in refused(*without((*CPU, f"run.dir={tmp_path}/run"), words), *words)
@@ -124,6 +124,14 @@ def test_every_model_stays_within_its_node():
                                "parallel.tp=2", "reference_layout.tp=4"]))
     assert [error.key for error in tensor_parallel_stays(config)] == ["reference_layout.tp"]
     assert list(tensor_parallel_stays(replace(config, cluster=replace(config.cluster, cross_node_tp=True)))) == []
+
+
+def test_numbers_of_nodes_that_fit():
+    """A batch of 48 over 2 to 8 data ranks: 5 and 7 do not divide it."""
+    (job,) = jobs(*CPU, "cluster.nodes=8", "cluster.min_nodes=2", "train.global_batch_size=48", "train.micro_batch_size=2")
+    assert job.nodes == (2, 3, 4, 6, 8)
+    (job,) = jobs(*CPU, "cluster.nodes=4", "cluster.min_nodes=1", sweep=("train.micro_batch_size=8,4",))
+    assert job.nodes == (1, 2, 4)
 
 
 def test_context_parallelism_over_nodes_is_said():

@@ -53,3 +53,26 @@ exit 0
     said = logs[0].read_text()
     assert f"job {array.number}_0, life 1" in said and "unfinished; requeued" in said and f"job {array.number}_0, life 2" in said
     assert "life 2" not in logs[1].read_text() and HURTS in lab.run("scontrol", "show", "job", array.number)
+
+
+def test_a_restart_takes_fewer_nodes_where_it_may(lab: Lab, tmp_path):
+    """Four nodes in the first life; two of them are taken away, and the second one starts on what is left."""
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/bash
+echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS on $SLURMD_NODENAME, life ${SLURM_RESTART_COUNT:-0}"
+trap 'exit 75' USR1
+[ -n "$SLURM_RESTART_COUNT" ] && exit 0
+for _ in {1..600}; do sleep 0.1; done
+""")
+    python.chmod(0o755)
+    (job,) = lab.submit(*CPU, f"run.dir={tmp_path}/run", f"cluster.python={python}", "cluster.nodes=4", "cluster.min_nodes=2", "cluster.tasks_per_node=2",
+                        "train.micro_batch_size=1")
+    job.until(lambda: job.said().count(", life 0") == 8)
+    lab.run("scontrol", "update", "nodename=vn[2,4]", "state=drain", "reason=test")
+    try:
+        lab.run("scancel", "--batch", "--signal=USR1", job.number)
+        job.ends(seconds=60)
+    finally:
+        lab.run("scontrol", "update", "nodename=vn[2,4]", "state=resume")
+    second = {line for line in job.said().splitlines() if line.endswith(", life 1")}
+    assert second == {f"rank {rank} of 4 on {node}, life 1" for rank, node in enumerate(("vn1", "vn1", "vn3", "vn3"))}

@@ -25,12 +25,15 @@ def test_what_slurm_is_told(tmp_path):
                   "cluster.options=[--switches=1,--licenses=a b]", f"run.dir={tmp_path}/50%")
     text = script_of(job)
     assert sbatch_options(text) == {
-        "job-name": "pretrain", "nodes": "2-4", "ntasks-per-node": "8", "cpus-per-task": "8", "gpus-per-node": "h100:8", "mem": "0",
+        "job-name": "pretrain", "nodes": "2-4", "mincpus": "64", "gpus-per-node": "h100:8", "mem": "0",
         "partition": "gpu", "account": "nlp", "qos": "long", "time": "1-00:00:00", "constraint": "ib&h100", "exclude": "n[3,17]",
         "reservation": "big day", "comment": "it's #1", "chdir": os.getcwd(), "output": f"{tmp_path}/50%%/slurm-%j.log", "open-mode": "append",
         "signal": "B:USR1@600", "mail-type": "NONE", "requeue": "", "exclusive": "", "switches": "1", "licenses": "a b",
     }
     assert "# 32 ranks = 4 nodes x 8; DP 32 across nodes" in text
+    (job,) = jobs(*GPU, "cluster.nodes=4", "cluster.launcher=torchrun", f"run.dir={tmp_path}/run")
+    fixed = sbatch_options(script_of(job))
+    assert (fixed["nodes"], fixed["ntasks-per-node"], fixed["cpus-per-task"]) == ("4", "1", "64") and "mincpus" not in fixed
 
 
 def test_hostile_values_reach_the_ranks_as_they_are(tmp_path, fake):
@@ -55,9 +58,9 @@ def test_how_ranks_are_started(tmp_path, fake, words, wanted):
     (job,) = jobs(*CPU, "cluster.nodes=3", "cluster.tasks_per_node=2", "cluster.cpus_per_task=3", "cluster.python=PY", f"run.dir={tmp_path}/run",
                   "train.global_batch_size=48", *words)
     fake.say(step="exit 0")
-    shell(script_of(job), tail="MASTER_ADDR=n1 port=2000; launch; wait", SLURM_JOB_NUM_NODES="3")
+    shell(script_of(job), tail="MASTER_ADDR=n1 port=2000 nodes=3; launch; wait")
     told = " ".join(shlex.split(*fake.log()))
-    assert told.startswith("srun --nodes=3 ") and wanted.replace("CWD", os.getcwd()).replace("RUN", f"{tmp_path}/run") in told
+    assert told.startswith("srun --nodes=3 --relative=0 ") and wanted.replace("CWD", os.getcwd()).replace("RUN", f"{tmp_path}/run") in told
     if "cluster.launcher=torchrun" in words:
         assert "-m torch.distributed.run --nnodes=3 --nproc-per-node=2 --master-addr=n1 --master-port=2000 --max-restarts=0 -m megatron_ext" in told
 
@@ -138,6 +141,16 @@ def test_crashes_without_progress_end_the_job(fake, script, tmp_path):
     assert life(fake, script, "exit 1", SLURM_JOB_ID="43")[0] == 0  # submitted again after the bug was mended
     fake.say(requeue_code="1\n")
     assert life(fake, script, "exit 75", SLURM_JOB_ID="44")[0] == 75
+
+
+def test_nodes_that_the_layout_does_not_fit_are_idle(fake, tmp_path):
+    """A batch of 8: three nodes of the four that were asked for are two."""
+    words = [*CPU, f"run.dir={tmp_path}/run", "cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch_size=8", "train.micro_batch_size=1"]
+    assert front.run(["submit", *words]) == 0
+    for hosts, used in (("n1", 1), ("n1,n2,n3", 2), ("n1,n2,n3,n4", 4)):
+        code, said, _ = life(fake, tmp_path / "run/pretrain.sbatch", "exit 0", SLURM_JOB_NODELIST=hosts)
+        assert code == 0 and f"srun --nodes={used} --relative=0 --ntasks={used} " in fake.log()[0]
+        assert ("the layout fits 2 of the 3 nodes; the others are idle" in said) == (used == 2)
 
 
 def test_requeueing_can_be_turned_off(fake, tmp_path):

@@ -106,6 +106,11 @@ port=$((16384 + SLURM_JOB_ID % 1300 * 12 + 5 * restarts % 12))
 while (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
 say "${#hosts[@]} nodes (${hosts[0]} first), newest checkpoint: $(newest)"
 
+nodes=0
+for number in "${fits[@]}"; do ((number <= ${#hosts[@]})) && nodes=$number; done
+if [ "$nodes" = 0 ]; then say "the layout fits ${fits[*]} nodes, not ${#hosts[@]}"; exit 2; fi
+if [ "$nodes" -lt "${#hosts[@]}" ]; then say "the layout fits $nodes of the ${#hosts[@]} nodes; the others are idle"; fi
+
 check
 before
 code=$?

@@ -12,6 +12,7 @@ class Run:
 
     words: tuple[str, ...]
     config: Config
+    nodes: tuple[int, ...] = ()  # numbers of nodes that it can run on, ascending; the last is cluster.nodes
 
     @property
     def directory(self) -> Path:
@@ -44,6 +45,11 @@ class Job:
     @property
     def cluster(self) -> ClusterConfig:
         return self.config.cluster
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Numbers of nodes that every run can use, ascending."""
+        return tuple(number for number in self.runs[0].nodes if all(number in run.nodes for run in self.runs))
 
     @property
     def script(self) -> Path:

@@ -43,7 +43,7 @@ def lines(config: Config) -> list[str]:
     found += _nodes(next(iter(seen)), cluster.nodes, tasks)
     if cluster.min_nodes is not None and cluster.min_nodes < cluster.nodes:
         fewest = Grid.of(on_nodes(config, cluster.min_nodes))
-        found.append(f"starts and restarts on {cluster.min_nodes} nodes or more: DP {fewest.dp} at least, the global batch and the losses stay")
+        found.append(f"starts and restarts on {cluster.min_nodes} or more of them: DP {fewest.dp} at least, the global batch and the losses stay")
     return found
 
 

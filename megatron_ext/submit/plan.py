@@ -58,7 +58,7 @@ def _run(words: Sequence[str], to_come: Sequence[str] = ()) -> Run:
     config = on_nodes(config)
     if asked not in (None, config.launch.ranks):
         raise UserError("launch.ranks", asked, f"but cluster.nodes={config.cluster.nodes} nodes hold {config.launch.ranks}; leave launch.ranks out")
-    _validated(config, to_come)
+    fits = _validated(config, to_come)
     vocab = None
     if config.data.path is None or Path(config.data.path).exists() or not to_come:
         vocab = vocabulary.words(config)
@@ -67,22 +67,21 @@ def _run(words: Sequence[str], to_come: Sequence[str] = ()) -> Run:
             if not Path(path).exists() and not Path(f"{path}.bin").exists():
                 raise UserError("data.paths", path, "is not there; name directories that `prepare` wrote, or prefixes of Megatron's .bin and .idx")
         cast.members(config, vocab or sizes.vocab_size(config))
-    return Run(_for_ranks(words, config), config)
+    return Run(_for_ranks(words, config), config, fits)
 
 
-def _validated(config: Config, to_come: Sequence[str]) -> None:
-    """On every number of nodes that the job may get."""
-    found: dict[str, UserError] = {}
-    for nodes in range(min(config.cluster.min_nodes or config.cluster.nodes, config.cluster.nodes), config.cluster.nodes + 1):
-        for error in problems(on_nodes(config, nodes), "submit"):
-            if error.key in to_come:
-                continue
-            if nodes != config.cluster.nodes:
-                allowed = f"(on {nodes} nodes, which cluster.min_nodes={config.cluster.min_nodes} allows)"
-                error = UserError(error.key, error.value, f"{error.reason} {allowed}")
-            found.setdefault(str(error), error)
-    if found:
-        raise next(iter(found.values())) if len(found) == 1 else ConfigErrors(found.values())
+def _validated(config: Config, to_come: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of nodes that the run can use. The smallest and the largest that the job may get have to be among them."""
+    fits, cluster = [], config.cluster
+    for nodes in range(min(cluster.min_nodes or cluster.nodes, cluster.nodes), cluster.nodes + 1):
+        found = [error for error in problems(on_nodes(config, nodes), "submit") if error.key not in to_come]
+        if not found:
+            fits.append(nodes)
+        elif nodes in (cluster.min_nodes, cluster.nodes):
+            where = "" if nodes == cluster.nodes else f" (on {nodes} nodes, which cluster.min_nodes={nodes} allows)"
+            found = [UserError(error.key, error.value, error.reason + where) for error in found]
+            raise found[0] if len(found) == 1 else ConfigErrors(found)
+    return tuple(fits)
 
 
 def _for_ranks(words: Sequence[str], config: Config) -> tuple[str, ...]:
