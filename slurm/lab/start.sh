@@ -43,12 +43,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     command -v apt-get >/dev/null || cannot "${missing[*]}: not installed, and there is no apt-get"
     log=$(mktemp)
     # The packages' init scripts would start daemons of their own; policy-rc.d is how Debian is told not to.
-    policy=/usr/sbin/policy-rc.d made=
-    if [ ! -e $policy ]; then made=yes; printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; fi
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then trap 'rm -f "$policy"' EXIT; printf '#!/bin/sh\nexit 101\n' >$policy; chmod 755 $policy; fi
     status=0
     export DEBIAN_FRONTEND=noninteractive
     { apt-get update -q && apt-get install -y -q --no-install-recommends "${missing[@]}"; } >"$log" 2>&1 </dev/null || status=$?
-    [ -z "$made" ] || rm -f $policy
+    if [ -n "$(trap -p EXIT)" ]; then rm -f $policy; trap - EXIT; fi
     if [ $status != 0 ]; then tail -20 "$log" >&2; rm -f "$log"; fail "apt-get could not install ${missing[*]}"; fi
     rm -f "$log"
     echo "slurm lab: installed ${missing[*]}"
@@ -171,7 +171,7 @@ done
 # ---- until every node is up ----------------------------------------------------------------------------------------------------
 # A controller that comes back says "idle" before the nodes have answered.
 for ((i = 0; i <= NODES; i++)); do
-    retry 10 listens $((PORT + i)) || { tail -5 "$LAB"/log/*.log >&2; fail "nothing listens on port $((PORT + i))"; }
+    retry 10 listens $((PORT + i)) || { tail -n 3 "$LAB"/log/* >&2; fail "nothing listens on port $((PORT + i))"; }
 done
 up() { [ "$(timeout 5 sinfo -h -p lab -N -o %T | grep -cxE 'idle|mixed|allocated|completing')" = "$NODES" ]; }
 if ! retry 15 up; then
