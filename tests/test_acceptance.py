@@ -70,18 +70,46 @@ def test_two_ranks_on_this_machine(tmp_path):
 # What one rank does wrong, by its name; the others are as they are.
 BROKEN = '''
 import os, sys, time
+import torch
 import torch.distributed as dist
 how, *words = sys.argv[1:]
+
+def spoil(engine):
+    with torch.no_grad():  # one weight of this rank's part is off, in the model and in the optimizer
+        next(p for name, p in engine.models[0].named_parameters() if "linear_fc1.weight" in name).view(-1)[7].add_(0.5)
+        engine.optimizer.reload_model_params()
+    return engine
+
 if os.environ["RANK"] == "1":
+    from megatron_ext.contact.acceptance_checks import Checks
+    make = Checks._engine
     if how == "adds":
         reduce = dist.all_reduce
         dist.all_reduce = lambda tensor, *a, **k: (reduce(tensor, *a, **k), tensor.view(-1)[:1].add_(1))
     elif how == "hangs":
         dist.all_to_all_single = lambda *a, **k: time.sleep(600)
+    elif how == "computes":
+        Checks._engine = lambda self, *a, **k: spoil(make(self, *a, **k))
+    elif how == "loads":
+        def engine(self, *a, seed=None, **k):
+            made = make(self, *a, seed=seed, **k)
+            load = made.load_state
+            made.load_state = lambda state: (load(state), spoil(made))
+            return made
+        Checks._engine = engine
 os.environ["SLURMD_NODENAME"] = "n" + os.environ["RANK"]
 from megatron_ext.contact import acceptance
 sys.exit(acceptance.rank(acceptance.options_of(words)))
 '''
+
+
+def broken(tmp_path: Path, how: str, *words: str) -> list[str]:
+    """The lines of an acceptance test over two ranks, one of which is broken."""
+    script, out = tmp_path / "broken.py", tmp_path / "out.txt"
+    script.write_text(BROKEN.replace("sys.exit(", f"sys.stdout = open({str(out)!r} + os.environ['RANK'], 'w')\nsys.exit("))
+    with pytest.raises(AssertionError, match="ended with 1"):
+        spawn([str(script), how, "--device", "cpu", "--dir", str(tmp_path / "run"), *words], 2, timeout=250)
+    return Path(f"{out}0").read_text().splitlines()
 
 
 @pytest.mark.parametrize(("how", "line"), [
@@ -89,13 +117,22 @@ sys.exit(acceptance.rank(acceptance.options_of(words)))
     ("hangs", "BAD   collectives  hung for 6 s on rank(s) 0, 1; what to do:"),
 ])
 def test_what_is_broken_is_said(tmp_path, how, line):
-    script, out = tmp_path / "broken.py", tmp_path / "out.txt"
-    script.write_text(BROKEN.replace("sys.exit(", f"sys.stdout = open({str(out)!r} + os.environ['RANK'], 'w')\nsys.exit("))
-    with pytest.raises(AssertionError, match="ended with 1"):
-        spawn([str(script), how, "--device", "cpu", "--dir", str(tmp_path / "run"), "--checks", "collectives", "bandwidth", "--limit", "6"], 2, timeout=100)
-    said = Path(f"{out}0").read_text().splitlines()
+    said = broken(tmp_path, how, "--checks", "collectives", "bandwidth", "--limit", "6")
     assert said[0] == "good  devices      2 rank(s) on 2 node(s), CPU, gloo" and said[1].startswith(line), said
     assert said[2:] == ["      not run: bandwidth", "acceptance: bad: collectives"]
+
+
+def test_a_rank_that_computes_wrong_is_found_by_each_check_of_the_model(tmp_path):
+    _, kernels, parity, checkpoint, end = broken(tmp_path, "computes", "--checks", "kernels", "parity", "checkpoint")
+    assert kernels.startswith("BAD   kernels      rank 1: its losses differ from those of 1 other ranks, which computed the same")
+    assert parity.startswith("BAD   parity       PP2 has losses ") and "DP2 has losses" in parity and "run slurm/node_check" in parity
+    assert "TP2" not in parity  # the two ranks are two nodes
+    assert checkpoint.startswith("good") and end == "acceptance: bad: kernels, parity"  # wrong in the same way before and after
+
+
+def test_a_checkpoint_that_comes_back_different_is_found(tmp_path):
+    _, checkpoint, _ = broken(tmp_path, "loads", "--checks", "checkpoint")
+    assert checkpoint.startswith("BAD   checkpoint   ") and "losses after the resume are" in checkpoint and "do all nodes see --dir" in checkpoint
 
 
 def test_the_batch_script(tmp_path):
