@@ -26,12 +26,13 @@ from rlhf import kl
 from rlhf.advantages import ADVANTAGES, Episodes
 from rlhf.cast import Cast
 from rlhf.experience import gather
+from rlhf.held_out import answer_held_out
 from rlhf.numbers import Clock, mean, std
 from rlhf.objectives import PolicyObjective, TokenScore, ValueObjective, Values
 from rlhf.policy_losses import VARIANCE_SUMS, explained_variance
 from rlhf.prompts import Prompts
 from rlhf.report import write_report
-from rlhf.rollout import HELD_OUT, Rollouts, choose, roll_out
+from rlhf.rollout import Rollouts, choose, keeps, roll_out
 from rlhf.stop import PolicyCriteria
 from rlhf.update import Trainer, kept_elsewhere, passes, ptx_sequences
 
@@ -97,7 +98,7 @@ class Online:
                                 tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end, leave=heard)
         self._may_leave()
         clock.lap("rollout")
-        kept = self._kept()
+        kept = keeps(config.generate)
         wanted = passes(count, config, iteration=position.steps, reshuffle=kept is None)
         steps = settings.epochs * settings.minibatches
         extra = self._ptx(first=position.steps * steps, steps=steps, count=count // settings.minibatches)
@@ -226,11 +227,6 @@ class Online:
         return {"value_loss": loss / max(count, 1), "value_clip_fraction": clipped / max(count, 1), "explained_variance": explained_variance(first),
                 "critic_grad_norm": sum(norms) / len(norms), "critic_lr": lr, "critic_applied": applied}
 
-    def _kept(self) -> dict | None:
-        """Where the words that top-k and top-p leave are remembered, where they cut any."""
-        settings = self.config.generate
-        return {} if settings.top_k > 0 or settings.top_p < 1 else None
-
     def _ptx(self, *, first: int, steps: int, count: int):
         """Text for each of an iteration's optimizer steps, the first of which has number `first` in the run."""
         if self.ptx is None:
@@ -242,31 +238,12 @@ class Online:
 
     def validate(self, position: Position) -> dict[str, float]:
         """The held-out prompts answered with the same random numbers each time, so that what changes is the policy."""
-        rollouts, judged, divergence = self.answer_held_out()
+        rollouts, judged, divergence = answer_held_out(self.config, self.cast, self.prompts)
         error = std(judged.scores) / len(judged.scores) ** 0.5
         return {
             "validation_reward": mean(judged.scores), "validation_reward_error": error, "validation_kl_k1": mean(divergence),
             "validation_response_length": sum(rollouts.lengths) / len(rollouts.lengths), "validation_eos_rate": sum(rollouts.ended) / len(rollouts.ended),
         }
-
-    def answer_held_out(self):
-        """(rollouts, judgement, KL of each response k1 fp32 [n]). Collective."""
-        config = self.config
-        with self.cast.generating() as engine:
-            rollouts = roll_out(engine, self.prompts.held_out, config.generate, samples=1, first=HELD_OUT, tokenizer=self.prompts.tokenizer, eod=self.prompts.template.end)
-        kept, everyone = self._kept(), range(len(rollouts.completions))
-        temperature = config.generate.temperature
-        if kept is not None:  # which words were left is the policy's to say
-            with self.cast.policy.awake() as engine:
-                policy = Trainer(engine, config, rollouts.sequences, rollouts.offsets)
-                policy.collect(policy.cut(0, everyone), TokenScore(temperature=temperature, keep=kept), {"words": rollouts.words})
-        with self.cast.reference() as engine:
-            trainer = Trainer(engine, config, rollouts.sequences, rollouts.offsets)
-            same = None if kept is None else kept_elsewhere(kept, policy, trainer, [everyone])
-            minibatch = trainer.cut(0, everyone)
-            found = trainer.collect(minibatch, TokenScore(temperature=temperature, keep=same))
-            reference = gather(engine, minibatch.plan, [one[0] for one in found], rollouts.offsets)
-        return rollouts, self.cast.judge(rollouts), kl.sequence_kl(rollouts.generated - reference, rollouts.cu_seqlens)
 
     def verdict(self, metrics: dict[str, float]) -> Stop | None:
         return self.criteria.after_iteration(metrics)
@@ -311,7 +288,7 @@ class Online:
         self.cast.close()
 
     def _samples(self, position: Position, journal) -> None:
-        rollouts, judged, divergence = self.answer_held_out()
+        rollouts, judged, divergence = answer_held_out(self.config, self.cast, self.prompts)
         journal.event("samples", step=position.steps, reward=mean(judged.scores), reward_error=std(judged.scores) / len(judged.scores) ** 0.5,
                       kl_k1=mean(divergence))
         journal.samples({

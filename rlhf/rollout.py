@@ -87,6 +87,11 @@ def roll_out(engine: Engine, questions: Sequence[Question], settings: GenerateCo
     )
 
 
+def keeps(settings: GenerateConfig) -> dict | None:
+    """Where the words that top-k and top-p leave are remembered, where they cut any."""
+    return {} if settings.top_k > 0 or settings.top_p < 1 else None
+
+
 def choose(questions: Sequence[Question], *, first: int, count: int, seed: int) -> list[Question]:
     """Prompts number first .. first + count of an endless order that takes each once an epoch, in a new order each time."""
     found = []

@@ -35,25 +35,40 @@ class Ledger:
     def __init__(self, path: Path | None, *, clock: Callable[[], float] = time.time, every: float = 5.0):
         self._file = None if path is None else LineFile(path)
         self._clock, self._every = clock, round(every * MICRO)
-        self._waiting: list[dict] = []  # lines that a full disk did not take
+        self._waiting: list[dict] = []  # lines that a full disk did not take, or of a life that is not yet `accepted`
+        self._accepted = True
         self._life: int | None = None
 
-    def begin(self, *, life: int, submitted: float | None = None, started: float | None = None, restart: bool = False) -> None:
+    def begin(self, *, life: int, submitted: float | None = None, started: float | None = None, restart: bool = False, held: bool = False) -> None:
         """Starts the life's clock, in the class of start-up, or of restart.
 
         Args:
             life: its number, from 1. restart: whether an earlier life went before.
+            held: nothing is written until the life is `accepted`.
             submitted, started: when the job was handed in and when it got its nodes (allocation.py), where that is known.
         """
         if self._file is None:
             return
-        self._life, self._stack = life, ["start"]
+        self._life, self._stack, self._accepted = life, ["start"], not held
         self._from = self._step_end = self._at = round(self._clock() * MICRO)
         self._done: dict[str, int] = {}  # microseconds of each phase up to the end of the last completed step
         self._open: dict[str, int] = {}  # and after it
         self._first: int | None = None
         self._last = 0
         self._write({"kind": "begin", "life": life, "time": self._at / MICRO, "submitted": submitted, "started": started, "restart": restart})
+
+    def accepted(self) -> None:
+        """The life has begun in earnest: what was held back is written."""
+        if self._life is not None:
+            self._accepted = True
+            self._flush()
+
+    def refused(self) -> None:
+        """The life ended before it began, for bad input: it leaves no trace."""
+        if self._life is not None and not self._accepted:
+            self._waiting.clear()
+            self._file.close()
+            self._life = None
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -106,6 +121,7 @@ class Ledger:
         """Ends the life. clean: False where it failed (an exception, a hang), which counts as a failure in the mean time to failure."""
         if self._life is None:
             return
+        self._accepted = True
         self._tick()
         self._flush()
         self._write({"kind": "close", "life": self._life, "time": self._at / MICRO, "reason": reason, "clean": clean})
@@ -137,5 +153,5 @@ class Ledger:
 
     def _write(self, line: dict) -> None:
         self._waiting.append(line)
-        while self._waiting and self._file.append(self._waiting[0]):
+        while self._accepted and self._waiting and self._file.append(self._waiting[0]):
             del self._waiting[0]

@@ -142,6 +142,8 @@ class Failures:
             return f"error: {text}"
         if first.lost:
             return f"error: {self.who} lost a peer, and no rank says why: one was killed, or its node is gone. What it saw: {text.splitlines()[-1]}"
+        if text.startswith("hang:"):  # whoever leads tells of it, and is not to blame
+            return f"error: {text}"
         return f"error: {self.who} failed first:\n{text}" if self.ranks > 1 else text
 
     def _left(self, first: First) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.signals import STOPS, UNFINISHED, held_back
+from megatron_ext.redact import redact_text
 
 PARENT = "MEGATRON_EXT_PARENT"  # process id of the parent of a rank that we started
 FAILURES = "MEGATRON_EXT_FAILURES"  # folder for what failing ranks have to say
@@ -120,6 +121,13 @@ class _Rank:
         code = self.process.wait()
         ended.put((self.rank, code, time.time()))
 
+    def stopped(self) -> bool:
+        """Whether it was stopped (SIGSTOP): any signal but SIGKILL would wait with it."""
+        try:
+            return Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except OSError:  # gone, or no Linux
+            return False
+
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
@@ -188,7 +196,7 @@ class _Job:
     def _signal_all(self, number: int, codes: Mapping[int, object]) -> None:
         for rank in self.ranks:
             if rank.rank not in codes:
-                rank.signal(number)
+                rank.signal(signal.SIGKILL if rank.stopped() else number)
 
     def _verdict(self, codes: dict[int, tuple[int, float]]) -> int:
         failures = [self._failure(rank, code, when) for rank, (code, when) in codes.items() if code not in (0, UNFINISHED)]
@@ -199,7 +207,8 @@ class _Job:
         first = cause(failures)
         if "EADDRINUSE" in first.text:  # another job took the same port between our look and rank 0's listening
             first = replace(first, code=2, text=f"launch.master_port={self.port}: in use; leave it at 0 and a free port is chosen")
-        if first.code == 2:
+        first = replace(first, text=redact_text(first.text))
+        if first.code == 2 or first.text.startswith("hang:"):  # whoever leads tells of a hang, and is not to blame
             print(f"error: {first.text}", file=sys.stderr)
         else:
             print(f"error: rank {first.rank} of {len(self.ranks)} failed first:\n{first.text.rstrip()}", file=sys.stderr)

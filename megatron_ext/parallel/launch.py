@@ -27,7 +27,7 @@ from megatron_ext.errors import RunFailed, UserError
 from megatron_ext.parallel import slurm
 from megatron_ext.parallel.failures import Failures, is_lost_peer
 from megatron_ext.parallel.job import FAILURES, PARENT, cores, start, threads
-from megatron_ext.parallel.signals import UNFINISHED, let_through, listen
+from megatron_ext.parallel.signals import STOPS, UNFINISHED, let_through, listen
 from megatron_ext.redact import redact_text
 
 RUN_DIR = "MEGATRON_EXT_RUN_DIR"  # of a rank that srun or torchrun started: where failures are told
@@ -81,6 +81,8 @@ def _ended(code: int) -> int:
     shared = _shared() if code == UNFINISHED else None
     if shared is None:
         return code
+    for number in STOPS:  # another one, while Python shuts down, would end this process by itself
+        signal.signal(number, signal.SIG_IGN)
     shared.unfinished()
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else code
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_ext.config.schema import Config
+from megatron_ext.errors import UserError
 from megatron_ext.health.collectives import group_names
 from megatron_ext.health.stragglers import Stragglers, same_work
 from megatron_ext.health.votes import Votes
@@ -48,7 +49,7 @@ class Watched(Life):
         if rank == 0:
             lives = sum(event.get("kind") in ("start", "resume") for event in read_events(run_dir / "events.jsonl"))
             submitted, started = allocation_times()
-            self.ledger.begin(life=lives + 1, submitted=submitted, started=started, restart=lives > 0)
+            self.ledger.begin(life=lives + 1, submitted=submitted, started=started, restart=lives > 0, held=True)
         self.watchdog = Watchdog(run_dir, rank=rank, ranks=ranks, timeout=hang_limit(config), groups=group_names(layout.grid, rank))
         self.watchdog.start()
         self._slow = Stragglers(self.watchdog.collectives, same_work(layout.grid), factor=config.health.straggler_factor,
@@ -87,6 +88,12 @@ class Watched(Life):
         if not self._votes.after_step():
             return None
         return Stop(f"told to stop by {heard() or 'a signal to another rank'}; unfinished, checkpoint.load=auto goes on", "signal")
+
+    def failed(self, error: BaseException) -> None:
+        """Ends the life by an exception."""
+        if isinstance(error, UserError):
+            self.ledger.refused()
+        self.close(f"{type(error).__name__}: {error}".splitlines()[0], clean=False)
 
     def close(self, reason: str, *, clean: bool = True) -> None:
         self.ledger.close(reason, clean=clean)

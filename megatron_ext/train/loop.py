@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_ext import checkpoint, platform
+from megatron_ext import checkpoint, platform, private
 from megatron_ext.config.compose import to_yaml
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.health.evidence import record_flight
 from megatron_ext.parallel.lease import hold
 from megatron_ext.parallel.signals import Interrupted
 from megatron_ext.platform import Platform
@@ -58,15 +59,19 @@ def run(config: Config, make: Callable[[Config, Platform], Stage], prepare: Call
     with contextlib.ExitStack() as stack:
         if platform.is_first_rank():
             claim_run_directory(config, run_dir)
+        before = private.own_files(private=config.run.private)
+        if platform.is_first_rank():
             stack.enter_context(hold(run_dir))
-            prepare(config)
+            with private.umask(before):  # prepared data is for every run
+                prepare(config)
+        record_flight()
         platform.connect(device, config.launch.timeout)
         stage = make(config, device)
         life = Watched(config, stage.layout, device, run_dir)
         try:
             outcome = _live(config, stage, life, device, run_dir)
         except BaseException as error:
-            life.close(f"{type(error).__name__}: {error}".splitlines()[0], clean=False)
+            life.failed(error)
             raise
         life.close(outcome.stop.reason)
     if dist.get_rank() == 0 and config.log.report and not outcome.stop.unfinished:
@@ -86,6 +91,7 @@ def _live(config: Config, stage: Stage, life: Watched, device: Platform, run_dir
     position, parent = _restored(stage, source, criteria, recovery)
     if first:  # a refused resume leaves what the run says of itself as it was
         describe_run(config, run_dir, stage.tokenizer)
+    life.ledger.accepted()
 
     journal = Journal(config, device, writes=first, steps=stage.steps, done=position.steps, ranks=len(stage.layout.ranks),
                       vocab_size=stage.vocab_size, flops=stage.training_flops)
@@ -136,7 +142,8 @@ class _Loop:
             if stop is None and self.saves.due(position.steps):
                 self._save(config.checkpoint.background)
         if not stop.failed and not stop.unfinished:
-            self.stage.ends(position, stop, self.journal)
+            with self.life.phase("evaluation"):
+                self.stage.ends(position, stop, self.journal)
         if (config.checkpoint.save_at_end or stop.unfinished and position.steps) and not stop.failed and self.saves.done != position.steps:
             self.saver.poll()
             self._save(background=False)
@@ -311,10 +318,7 @@ def claim_run_directory(config: Config, run_dir: Path) -> None:
     """Makes the directory. Raises UserError where it cannot be made, or holds a run that nobody asked to go on with."""
     if config.checkpoint.load is None and checkpoint.find("auto", run_dir / "checkpoints"):
         raise UserError("run.dir", config.run.dir, "holds a run already; add checkpoint.load=auto to go on with it, or name another directory")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
+    private.make_directory(run_dir, private=config.run.private)
 
 
 def describe_run(config: Config, run_dir: Path, tokenizer: Path) -> None:

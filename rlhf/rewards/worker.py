@@ -13,10 +13,12 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 from collections.abc import Mapping
 
 from megatron_ext.errors import UserError
+from megatron_ext.parallel.signals import STOPS
 from rlhf.rewards.registry import Asked, Unanswerable, resolve
 
 
@@ -27,6 +29,8 @@ def main() -> None:
     beginning = json.loads(requests.readline())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL: a function that hangs does not see its input end
+    for number in STOPS:  # Slurm gives a signal to every process of a task; when this one ends is its rank's to say
+        signal.signal(number, signal.SIG_IGN)
     if os.getppid() != beginning["parent"]:
         return
     try:
