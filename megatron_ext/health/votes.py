@@ -7,34 +7,37 @@ class Votes:
     """Collective.
 
     The vote of a step is read after the next one, when it has long arrived (see checkpoint/agree.py), so that it costs nothing: a run stops after
-    the step in which the signal came, or one later.
+    the step in which the signal came, or one later. Once the answer is yes it stays so.
     """
 
     def __init__(self, *, timeout: float | None = None):
         self._ranks = Ranks(timeout=timeout)
+        self._asked = False
 
     def after_step(self) -> bool:
         if self._ranks.size == 1:
             return heard() is not None
-        asked = self._ranks.voting and not self._ranks.count()[0]
-        if not asked:
+        if not self._read():
             self._cast()
-        return asked
+        return self._asked
 
     def now(self) -> bool:
         """Waits for all ranks; for places inside a long step."""
-        asked = self._ranks.voting and not self._ranks.count()[0]
-        if not asked:
+        if not self._read():
             self._cast()
-            asked = not self._ranks.count()[0]
-        if not asked:
-            self._cast()  # `after_step` finds a vote, as it would have
-        return asked
+            if not self._read():
+                self._cast()  # `after_step` finds a vote, as it would have
+        return self._asked
+
+    def _read(self) -> bool:
+        """Takes note of the vote that was cast, where there is one."""
+        if self._ranks.voting:
+            self._asked = not self._ranks.count()[0] or self._asked
+        return self._asked
 
     def _cast(self) -> None:
         self._ranks.cast(done=heard() is None, good=True)
 
     def close(self) -> None:
-        if self._ranks.voting:
-            self._ranks.count()
+        self._read()
         self._ranks.close()
