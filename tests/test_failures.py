@@ -119,6 +119,7 @@ def test_bad_input_is_one_line_of_one_rank(probe, tmp_path):
 def test_bad_input_of_one_node_ends_all_even_before_the_run_directory_is_there(probe, tmp_path):
     codes, said = run(probe, "early", tmp_path / "new" / "run")
     assert codes == [2, 2, 2] and said[1] == "error: data.path=x: is not on this node\n" and "rank 1 failed" in said[0]
+    assert (tmp_path / "new" / "run").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_rank_that_died_without_a_word_is_told_of_by_one_other(probe, tmp_path):

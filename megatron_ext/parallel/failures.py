@@ -116,7 +116,7 @@ class Failures:
         if self.rank:
             return
         with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make()
             self._write_code(UNFINISHED)
 
     def watch(self, interval: float | None = None) -> None:
@@ -155,9 +155,15 @@ class Failures:
             time.sleep(0.1)
         return first
 
+    def _make(self) -> None:
+        run_dir = self.folder.parent.parent
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, exist_ok=True)  # its owner's alone, until a run says otherwise (private.py)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
     def _claim(self, mine: First) -> bool:
         """Whether `mine` became the first failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make()
         draft = self.folder / f".{self.path.name}.{self.rank}"
         draft.write_text(json.dumps(asdict(mine)), encoding="utf-8")
         if self.path.exists() and self.first() is None:  # of an earlier job
