@@ -96,8 +96,6 @@ def main(argv: Sequence[str]) -> int:
 
 def rank(options: argparse.Namespace) -> int:
     """One rank, from its own look at the node to the common verdict."""
-    import torch
-
     from megatron_ext.contact.session import Session, node_name
 
     me, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,13 +108,12 @@ def rank(options: argparse.Namespace) -> int:
         print(f"node check: {node_name()} does not reach rank 0 at {host}:{port} within {options.timeout:g} s ({str(error).splitlines()[0]}): its node or the "
               "network between is down, or MASTER_ADDR names the wrong interface", file=sys.stderr, flush=True)
         return 1
-    check = _Check(options, session, torch.device("cpu"))
-    return check.run()
+    return _Check(options, session).run()
 
 
 class _Check:
-    def __init__(self, options: argparse.Namespace, session, device):
-        self.options, self.session, self.device = options, session, device
+    def __init__(self, options: argparse.Namespace, session):
+        self.options, self.session = options, session
         self.facts: list = []
         self.found: dict = {}
 
@@ -155,7 +152,7 @@ class _Check:
         from megatron_ext.contact.session import node_name
 
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        facts: dict = {"node": node_name(), "local": local, "gpus": found, **self._choose_device(), "versions": _versions()}
+        facts: dict = {"node": node_name(), "local": local, "gpus": found, **self._choose_device()}
         facts["gemm"] = self._gemm(facts)
         if local == 0:
             facts["disk"] = self._disk()
@@ -168,12 +165,16 @@ class _Check:
         from megatron_ext.errors import UserError
 
         try:
-            self.device = platform.choose(self.options.device).device
+            self.platform = platform.choose(self.options.device)
         except UserError:  # no GPU where one was asked for: `_gemm` says it
-            return {"cuda": 0}
-        if self.device.type == "cpu":
-            return {"cuda": 0}
-        return {"cuda": torch.cuda.device_count(), "device_uuid": str(getattr(torch.cuda.get_device_properties(self.device), "uuid", "")) or None}
+            self.platform = platform.choose("cpu")
+        self.device = self.platform.device
+        found: dict = {"cuda": 0, "versions": {"Python": python_platform.python_version(), "torch": torch.__version__}}
+        if self.platform.is_cuda:
+            found["versions"]["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+            uuid = str(getattr(torch.cuda.get_device_properties(self.device), "uuid", ""))
+            found |= {"cuda": torch.cuda.device_count(), "device_uuid": uuid or None}
+        return found
 
     def _gemm(self, facts: dict) -> dict:
         from megatron_ext.contact import gemm
@@ -228,7 +229,7 @@ class _Check:
         guard = Guard(self._late)
         try:
             with guard.expects("the meeting of all ranks", options.limit + 60):  # NCCL's first communicator of many ranks takes its time
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=session.another(), rank=session.rank,
+                dist.init_process_group(self.platform.backend, store=session.another(), rank=session.rank,
                                         world_size=session.ranks, timeout=timedelta(seconds=2 * options.limit + 120))
                 dist.barrier()
             network.measure(nodes, self.device, guard, self.found, size=size, limit=options.limit)
@@ -281,15 +282,6 @@ class _Check:
                 bad.unlink(missing_ok=True)
         except OSError as error:
             print(f"node check: the verdict cannot be left in {self.options.dir}: {error.strerror}", file=sys.stderr, flush=True)
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    found = {"Python": python_platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda and torch.cuda.is_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
 
 
 if __name__ == "__main__":
