@@ -106,15 +106,14 @@ def test_scancel_ends_it_for_good_and_the_same_script_goes_on(lab: Lab, referenc
 # ---- lost nodes --------------------------------------------------------------------------------------------------------------------
 
 LIVES = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from megatron_ext.parallel import lease, slurm
-import os
 life = slurm.restarts(os.environ)
-with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/log", "a", buffering=1) as log:
+with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/lives", "a", buffering=1) as log:
     for step in range(1000):
         log.write(f"{life} {time.time()}\\n")
-        if life and step > 20:
+        if life and step > 60:
             sys.exit(0)
         time.sleep(0.1)
 """
@@ -122,18 +121,18 @@ with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/log", "a", buffering=1)
 
 def test_lost_nodes(lab: Lab, reference, small_data, tmp_path):
     """Two jobs, since Slurm takes half a minute to believe that a node is gone. One trains on two nodes, of which the second crashes. Of the other's
-    node only the daemon dies, so that its process lives on while the job starts anew elsewhere: it must leave before the next life begins to work."""
+    node only the daemon dies, so that its process lives on while the job starts anew elsewhere: it must leave before the next life begins to work,
+    and its batch script must leave the next life alone. (That one trains nothing.)"""
     (job,) = lab.submit(*words(tmp_path / "run", small_data, OFTEN))
-    shared = tmp_path / "shared"
-    shared.mkdir()
+    shared, python = tmp_path / "shared", tmp_path / "python"
     (tmp_path / "lives.py").write_text(LIVES)
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/lives.py {shared}\n")
+    python.chmod(0o755)
     job.until(lambda: job.state == "RUNNING")
     first, second = lab.run("scontrol", "show", "hostnames", lab.show(job.number)["NodeList"]).split()
-    number = lab.run("sbatch", "--parsable", f"--exclude={first},{second}", "--open-mode=append", f"--output={tmp_path}/lives.log", "--wrap",
-                     f"exec {sys.executable} {tmp_path}/lives.py {shared}").strip()
-    orphan = Job(lab, number, tmp_path / "none", tmp_path / "lives.log", [shared])
+    (orphan,) = lab.submit(*words(shared, small_data, "cluster.nodes=1", f"cluster.exclude={first},{second}", f"cluster.python={python}"))
     try:
-        orphan.until(lambda: (shared / "log").exists())
+        orphan.until(lambda: (shared / "lives").exists())
         lab.kill_daemon(lab.show(orphan.number)["NodeList"])
         job.until(lambda: job.steps() >= 7)
         lab.crash(second)
@@ -142,9 +141,10 @@ def test_lost_nodes(lab: Lab, reference, small_data, tmp_path):
         job.ends()
     finally:
         lab.revive()
-    lives = [(int(life), float(when)) for life, when in (line.split() for line in (shared / "log").read_text().splitlines())]
+    lives = [(int(life), float(when)) for life, when in (line.split() for line in (shared / "lives").read_text().splitlines())]
     assert {life for life, _ in lives} == {0, 1} and lives == sorted(lives)  # the first one has not written once the second one had begun
-    assert "it is told to leave" in orphan.said() and "has taken over" in orphan.said()
+    assert "it is told to leave" in orphan.said() and orphan.restarts == 1
+    assert re.search(r"life 1, .*the job has begun anew without it", orphan.said()) and orphan.said().count(": done") == 1
 
     begun = job.lives()
     assert len(begun) == 2 and begun[1] >= 5 and begun[1] % 5 == 0 and "Traceback" not in job.said()

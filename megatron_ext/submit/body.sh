@@ -124,6 +124,12 @@ if [ "$code" = 0 ] && [ -z "$asked" ]; then
     code=$?
     [ -s "$told" ] && code=$(<"$told")
 fi
+# A node whose daemon has died goes on with this script while the job runs anew elsewhere (srun then says 0). That life is not this one's to end.
+current=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
+if [ "${current:- Restarts=$restarts}" != " Restarts=$restarts" ]; then
+    say "ended with exit code $code; the job has begun anew without it"
+    exit "$code"
+fi
 case $code in
 0) [ -n "$step" ] || again "told to stop before the ranks were started" 75
    say "done"; exit 0 ;;
