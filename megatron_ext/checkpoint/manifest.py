@@ -36,6 +36,10 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+class Damaged(UserError):
+    """A checkpoint whose bytes are not those that were written. What cannot be read, or does not fit the run, is none."""
+
+
 def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
@@ -144,25 +148,43 @@ def damaged(path: Path, file: str, what: str) -> UserError:
     return UserError(KEY, path, f"{file} {what}{alternative(path)}")
 
 
+def altered(path: Path, file: str, what: str) -> Damaged:
+    return Damaged(KEY, path, f"{file} {what}{alternative(path)}")
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint to a name that nothing looks for and nothing removes; the new one. Raises OSError."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
+
+
 def read_manifest(path: Path) -> dict:
-    """The validated manifest of a checkpoint. Raises UserError when it is absent, altered, or of another format version."""
+    """The validated manifest of a checkpoint. Raises UserError when it is absent or of another format version, Damaged when it was altered."""
     path = Path(path)
     try:
         content = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise damaged(path, MANIFEST, f"cannot be read ({error.strerror})") from None
-    fields = parse_json(path, MANIFEST, content)
+    try:
+        fields = parse_json(path, MANIFEST, content)
+    except UserError as error:
+        raise Damaged(*error.__reduce__()[1]) from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise damaged(path, MANIFEST, "is not a checkpoint manifest of this project")
-    if fields.get("version") != VERSION:
-        raise damaged(path, MANIFEST, f"has format version {fields.get('version')!r}; this program reads {VERSION}")
+        raise altered(path, MANIFEST, "is not a checkpoint manifest of this project")
     stated = fields.pop("hash", None)
     try:
         sealed = seal(fields)
     except (ValueError, RecursionError):
         sealed = b""
+    if (version := fields.get("version")) != VERSION:  # sealed: another program's; else one that was damaged just there
+        raise (damaged if sealed == content else altered)(path, MANIFEST, f"has format version {version!r}; this program reads {VERSION}")
     if sealed != content:
-        raise damaged(path, MANIFEST, "is damaged: its content does not match its own hash")
+        raise altered(path, MANIFEST, "is damaged: its content does not match its own hash")
     fields["hash"] = stated
     files, record = fields.get("files"), fields.get("record")
     if not isinstance(record, dict) or not isinstance(files, dict) or COMMON not in files:
@@ -195,14 +217,14 @@ def parse_json(path: Path, name: str, content: bytes) -> object:
 
 
 def verify_file(path: Path, name: str, entry: dict) -> None:
-    """Raises UserError unless the file is a plain file of the stated size and hash."""
+    """Raises Damaged unless the file is a plain file of the stated size and hash."""
     file = Path(path) / name
     if file.is_symlink() or not file.is_file():
-        raise damaged(path, name, "is missing or not a plain file")
+        raise altered(path, name, "is missing or not a plain file")
     if (size := file.stat().st_size) != entry["size"]:
-        raise damaged(path, name, f"has {size} bytes, its manifest says {entry['size']}")
+        raise altered(path, name, f"has {size} bytes, its manifest says {entry['size']}")
     if hash_file(file) != entry["sha256"]:
-        raise damaged(path, name, "is damaged: its sha256 differs from the manifest's")
+        raise altered(path, name, "is damaged: its sha256 differs from the manifest's")
 
 
 def verify(path: Path) -> None:
