@@ -8,6 +8,7 @@ from small import records
 
 from megatron_ext.checkpoint import manifest
 from megatron_ext.errors import UserError
+from megatron_ext.train import fallback
 from megatron_ext.train.fallback import undamaged
 
 
@@ -74,6 +75,34 @@ def test_what_is_named_or_alone_is_refused_and_stays(tmp_path):
         with pytest.raises(manifest.Damaged, match="step_00000004"):
             undamaged("auto", tmp_path, take)
     assert first.is_dir()
+
+
+def test_a_rank_that_sees_the_other_ones_renaming_goes_along(tmp_path, monkeypatch):
+    """Rank 1 of two: rank 0 has renamed the damaged one, and one is left, before this rank looks."""
+    good, bad = make(tmp_path, 4), make(tmp_path, 8)
+
+    class Second(fallback.Ranks):
+        rank, size = 1, 2
+
+        def __init__(self):
+            pass
+
+        def gather(self, value):
+            if value is None:
+                return [None, None]
+            return [(False, None), value]
+
+        def close(self):
+            pass
+
+    def take(source):
+        if source == bad:
+            manifest.set_aside(bad)
+            raise manifest.Damaged(manifest.KEY, bad, "damaged")
+        return source
+
+    monkeypatch.setattr(fallback, "Ranks", Second)
+    assert undamaged("auto", tmp_path, take) == good
 
 
 def test_another_version_and_other_refusals_are_no_damage(tmp_path):

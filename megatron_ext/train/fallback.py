@@ -35,10 +35,11 @@ def undamaged(load: str | None, run_dir: Path, take: Callable[[Path | None], Tak
                     _readable(source, ranks)
                 return take(source)
             except manifest.Damaged as error:
-                if load != "auto" or source is None or Path(error.value) != source or len(manifest.steps(directory)) < 2:
+                if load != "auto" or Path(error.value) != source:
                     raise
                 damage = error
-            _put_away(source, damage, run_dir, ranks)
+            if not _put_away(source, damage, run_dir, ranks):
+                raise damage
     finally:
         ranks.close()
 
@@ -54,9 +55,12 @@ def _readable(source: Path, ranks: Ranks) -> None:
         raise first
 
 
-def _put_away(source: Path, damage: manifest.Damaged, run_dir: Path, ranks: Ranks) -> None:
-    problem = None
+def _put_away(source: Path, damage: manifest.Damaged, run_dir: Path, ranks: Ranks) -> bool:
+    """False where there is no other. Rank 0 alone looks: it is the one that renames."""
+    alone = problem = None
     if ranks.rank == 0:
+        alone = len(manifest.steps(source.parent)) < 2
+    if ranks.rank == 0 and not alone:
         try:
             aside = manifest.set_aside(source)
         except OSError as error:
@@ -66,5 +70,7 @@ def _put_away(source: Path, damage: manifest.Damaged, run_dir: Path, ranks: Rank
             events.write("checkpoint_damaged", checkpoint=str(source), set_aside=str(aside), reason=damage.reason)
             events.close()
             print(f"warning: {damage}; it is now {aside}, and the run goes on from the one before", file=sys.stderr, flush=True)
-    if problem := ranks.gather(problem)[0]:
+    alone, problem = ranks.gather((alone, problem))[0]
+    if problem:
         raise UserError(manifest.KEY, source, problem)
+    return not alone
