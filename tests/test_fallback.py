@@ -116,3 +116,16 @@ def test_another_version_and_other_refusals_are_no_damage(tmp_path):
 def test_where_there_is_nothing(tmp_path):
     assert undamaged("auto", tmp_path, take) is None and undamaged(None, tmp_path, take) is None
     assert json.dumps(records(tmp_path, "events")) == "[]"
+
+
+def test_a_checkpoint_that_is_removed_while_one_looks_is_none(tmp_path, monkeypatch):
+    kept, removed = make(tmp_path, 8), make(tmp_path, 4)
+    written = manifest._written
+
+    def slow(path):
+        if path == removed:
+            (removed / "manifest.json").unlink()
+        return written(path)
+
+    monkeypatch.setattr(manifest, "_written", slow)
+    assert manifest.steps(tmp_path / "checkpoints") == [kept]

@@ -9,6 +9,7 @@
 Nothing is pickled, so nothing that is read can name a function to call. `hash` in the manifest is the sha256 of its other fields
 in canonical JSON; a child names it as `parent` in its record, which makes a run's ancestry a hash chain.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -71,8 +72,8 @@ def steps(directory: Path) -> list[Path]:
     earlier step continues from what it wrote last, not from the highest number of the branch it left."""
     if not directory.is_dir():
         return []
-    found = [path for path in directory.iterdir() if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: (_written(path), path.name))
+    found = [(_written(path), path.name, path) for path in directory.iterdir() if _STEP.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return [path for _, _, path in sorted(one for one in found if one[0] is not None)]
 
 
 def leftovers(directory: Path) -> list[Path]:
@@ -144,12 +145,8 @@ def alternative(path: Path) -> str:
     return f"; the newest other checkpoint is {others[-1]}" if others else "; there is no other checkpoint beside it"
 
 
-def damaged(path: Path, file: str, what: str) -> UserError:
-    return UserError(KEY, path, f"{file} {what}{alternative(path)}")
-
-
-def altered(path: Path, file: str, what: str) -> Damaged:
-    return Damaged(KEY, path, f"{file} {what}{alternative(path)}")
+def damaged(path: Path, file: str, what: str, *, kind: type[UserError] = UserError) -> UserError:
+    return kind(KEY, path, f"{file} {what}{alternative(path)}")
 
 
 def set_aside(path: Path) -> Path:
@@ -175,16 +172,17 @@ def read_manifest(path: Path) -> dict:
     except UserError as error:
         raise Damaged(*error.__reduce__()[1]) from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise altered(path, MANIFEST, "is not a checkpoint manifest of this project")
+        raise damaged(path, MANIFEST, "is not a checkpoint manifest of this project", kind=Damaged)
     stated = fields.pop("hash", None)
     try:
         sealed = seal(fields)
     except (ValueError, RecursionError):
         sealed = b""
     if (version := fields.get("version")) != VERSION:  # sealed: another program's; else one that was damaged just there
-        raise (damaged if sealed == content else altered)(path, MANIFEST, f"has format version {version!r}; this program reads {VERSION}")
+        kind = UserError if sealed == content else Damaged
+        raise damaged(path, MANIFEST, f"has format version {version!r}; this program reads {VERSION}", kind=kind)
     if sealed != content:
-        raise altered(path, MANIFEST, "is damaged: its content does not match its own hash")
+        raise damaged(path, MANIFEST, "is damaged: its content does not match its own hash", kind=Damaged)
     fields["hash"] = stated
     files, record = fields.get("files"), fields.get("record")
     if not isinstance(record, dict) or not isinstance(files, dict) or COMMON not in files:
@@ -220,11 +218,11 @@ def verify_file(path: Path, name: str, entry: dict) -> None:
     """Raises Damaged unless the file is a plain file of the stated size and hash."""
     file = Path(path) / name
     if file.is_symlink() or not file.is_file():
-        raise altered(path, name, "is missing or not a plain file")
+        raise damaged(path, name, "is missing or not a plain file", kind=Damaged)
     if (size := file.stat().st_size) != entry["size"]:
-        raise altered(path, name, f"has {size} bytes, its manifest says {entry['size']}")
+        raise damaged(path, name, f"has {size} bytes, its manifest says {entry['size']}", kind=Damaged)
     if hash_file(file) != entry["sha256"]:
-        raise altered(path, name, "is damaged: its sha256 differs from the manifest's")
+        raise damaged(path, name, "is damaged: its sha256 differs from the manifest's", kind=Damaged)
 
 
 def verify(path: Path) -> None:
@@ -282,11 +280,14 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _written(path: Path) -> float:
+def _written(path: Path) -> float | None:
+    """Seconds since the epoch; None where it has just been removed by the writer that keeps the newest few."""
     try:
         return float(json.loads((path / MANIFEST).read_bytes())["written"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return (path / MANIFEST).stat().st_mtime  # damaged: still found, so that loading can say so
+        with contextlib.suppress(FileNotFoundError):
+            return (path / MANIFEST).stat().st_mtime  # damaged: still found, so that loading can say so
+        return None
 
 
 def _natural(value: object) -> bool:
