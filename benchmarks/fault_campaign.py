@@ -274,7 +274,9 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fault_campaign_") as name:
         faults = campaign(Path(name), drawn(options.faults, options.seed, only), options.seed, lambda line: print(line, flush=True))
-    typed = " ".join(["python benchmarks/fault_campaign.py", *sys.argv[1:]])
+    changed = [f"--{name} {value}" for name, value in (("faults", options.faults), ("seed", options.seed), ("only", options.only))
+               if value != parser.get_default(name)]
+    typed = " ".join(["python benchmarks/fault_campaign.py", *changed])  # not where it writes to
     rows = [{name: value for name, value in asdict(fault).items() if name != "hit"} for fault in faults]
     fault_report.write(rows, command=typed, seconds=time.monotonic() - began, output=options.output, page=options.page)
     return 1 if any(row["problems"] for row in rows) else 0

@@ -86,7 +86,9 @@ def text(rows: Sequence[dict], *, command: str, seconds: float, machine: dict) -
 
 Short runs of a tiny model on one or two ranks, a random fault in each life (seeded), then the same command again. Exit code: of the life that was hit.
 After each fault every checkpoint is hashed and the next life has to go on from the newest sound one; a job with a dead rank is to end
-within 10 s, one that hangs within the limit of its watchdog ({HANG:.0f} s here) and what it takes to end it.
+within 10 s, one that hangs within the limit of its watchdog ({HANG:.0f} s here) and what it takes to end it. A life that
+began with a damaged checkpoint, or that is to go on elsewhere, is killed by the campaign once it is under way (-9). The disk that fills is one of
+its own under checkpoints/: logs are elsewhere.
 
 | fault | exit code | the run in the end | faults | as declared | seconds to recover (median) |
 |---|---|---|---|---|---|
