@@ -22,3 +22,12 @@ def small_data(tmp_path_factory) -> Path:
 def rlhf_chain(small_data, tmp_path_factory) -> dict[str, Path]:
     """What tests of RLHF start from: records, a pretrained model, a reward model."""
     return make_chain(tmp_path_factory.mktemp("chain"), small_data)
+
+
+@pytest.fixture(autouse=True)
+def umask_stays():
+    """A run makes its process's files private from then on; in this process other tests follow."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)

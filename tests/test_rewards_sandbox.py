@@ -206,5 +206,5 @@ def test_a_sandbox_that_does_not_work_says_nothing_about_the_code(monkeypatch, s
 
 def test_status_cannot_be_written_by_the_code():
     """The pipe is closed before the code runs: among its files are the standard ones and that of the results."""
-    outcome = run("import os\nfor fd in range(64):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass")
+    outcome = run("import os\nfor fd in range(4096):\n  try: os.fstat(fd); print(fd)\n  except OSError: pass")
     assert len(json.loads("[" + ",".join(outcome.stdout.split()) + "]")) == 4

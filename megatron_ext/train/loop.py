@@ -25,6 +25,7 @@ from megatron_ext.parallel.lease import hold
 from megatron_ext.parallel.signals import Interrupted
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
+from megatron_ext.train.fallback import undamaged
 from megatron_ext.train.journal import Journal
 from megatron_ext.train.life import Watched
 from megatron_ext.train.recovery import Recovery, bad
@@ -87,8 +88,7 @@ def _live(config: Config, stage: Stage, life: Watched, device: Platform, run_dir
     first, stage.life = dist.get_rank() == 0, life
     stage.build()
     recovery, criteria = Recovery(config.recovery), StopCriteria.from_config(config, steps=stage.steps)
-    source = checkpoint.find(config.checkpoint.load, run_dir / "checkpoints")
-    position, parent = _restored(stage, source, criteria, recovery)
+    position, parent = undamaged(config.checkpoint.load, run_dir, lambda source: _restored(stage, source, criteria, recovery))
     if first:  # a refused resume leaves what the run says of itself as it was
         describe_run(config, run_dir, stage.tokenizer)
     life.ledger.accepted()
