@@ -143,7 +143,7 @@ def test_lost_nodes(lab: Lab, reference, small_data, tmp_path):
         lab.revive()
     lives = [(int(life), float(when)) for life, when in (line.split() for line in (shared / "lives").read_text().splitlines())]
     assert {life for life, _ in lives} == {0, 1} and lives == sorted(lives)  # the first one has not written once the second one had begun
-    assert "it is told to leave" in orphan.said() and orphan.restarts == 1
+    assert orphan.restarts == 1  # "it is told to leave", unless its next heartbeat comes before that can be said
     assert re.search(r"life 1, .*the job has begun anew without it", orphan.said()) and orphan.said().count(": done") == 1
 
     begun = job.lives()

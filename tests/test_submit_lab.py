@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import CPU, without
-from slurm_lab import Lab
+from slurm_lab import Job, Lab
 
 HURTS = "50% $(id) `id` 'q' \"d\" ; & 한국어 #1"
 
@@ -47,7 +47,11 @@ exit 0
     (array,) = lab.submit(*CPU, f"run.dir={run}", f"cluster.python={python}", f"cluster.comment={HURTS}", "cluster.nodes=1", "--sweep", "optim.lr=1e-3,2e-3")
     (second,) = [point for point in json.loads((run / "sweep.json").read_text()) if point["index"] == 1]
     logs = [run / f"slurm-{array.number}_{index}.log" for index in (0, 1)]
-    array.until(lambda: all(log.exists() and log.read_text().rstrip().endswith(": done") for log in logs), seconds=60)
+    points = [Job(lab, f"{array.number}_{index}", array.script, log, [run]) for index, log in enumerate(logs)]
+    points[0].until(lambda: points[0].restarts == 1, seconds=60)
+    for point in points:
+        point.ends(seconds=60)
+        assert point.said().rstrip().endswith(": done")
     assert (tmp_path / "words.1.0").read_bytes().decode().split("\0")[:-1] == ["-m", "megatron_ext", "train", *second["words"]]
     assert f"run.dir={run}/001_lr-2e-3" in second["words"] and Path(second["run.dir"]).is_dir()
     said = logs[0].read_text()

@@ -7,7 +7,7 @@
 #    else  a crash; tried again from the newest checkpoint, until max_failures lives in a row have made no new one.
 set -u
 restarts=${SLURM_RESTART_COUNT:-0}
-# scontrol takes the bare number of an array's first point for the whole array.
+# Slurm takes the bare number of one of an array's points (SLURM_JOB_ID) for the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 mkdir -p "$run_dir" || exit 2
@@ -15,7 +15,7 @@ mkdir -p "$run_dir" || exit 2
 say() { echo "job $job, life $((restarts + 1)), $(date +%FT%T): $*"; }
 
 overdue="COMPLETING TimeLimit"
-state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T %r'; }
+state() { squeue --noheader --jobs="$job" --format='%T %r'; }
 
 newest() { # complete checkpoint, by its name
     local one last=none
@@ -125,7 +125,7 @@ if [ "$code" = 0 ] && [ -z "$asked" ]; then
     [ -s "$told" ] && code=$(<"$told")
 fi
 # A node whose daemon has died goes on with this script while the job runs anew elsewhere (srun then says 0). That life is not this one's to end.
-current=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
+current=$(scontrol --oneliner show job "$job" 2>/dev/null | grep -o ' Restarts=[0-9]*')
 if [ "${current:- Restarts=$restarts}" != " Restarts=$restarts" ]; then
     say "ended with exit code $code; the job has begun anew without it"
     exit "$code"
