@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import fault_report
 from campaign_kills import Life, Run
 from fault_kinds import DECLARED, chains, drawn
-from fault_runs import AFTER, AHEAD, LAYOUTS, LENGTH, LIMIT, MOVES, NEAR, SAMPLES, STEPS, Disk, Fault, Runs, Started
+from fault_runs import AFTER, AHEAD, LAYOUTS, LENGTH, LIMIT, MOVES, NEAR, SAMPLES, STEPS, Disk, Fault, Nodes, Runs, Started
 from hang_trials import children
 from small import records
 
@@ -87,7 +87,8 @@ class Campaign(Runs):
                 self.prepare(run, words)
                 lives = len(run.begins())
             spoiled = self.spoil(run, fault)
-        life = Started(self.typed(run.directory, *words), self.scratch / "log.txt")
+        typed, log = self.typed(run.directory, *words), self.scratch / "log.txt"
+        life = Nodes(typed, log, lost=self.draw.randrange(2)) if fault.kind == "lost_node" else Started(typed, log)
         try:
             self.begun(life, run, faults, lives)
             first = run.complete()
@@ -155,6 +156,8 @@ class Campaign(Runs):
             os.kill(ranks[rank], signal.SIGKILL)
         elif fault.kind == "hang":
             os.kill(ranks[rank], signal.SIGSTOP)
+        elif fault.kind == "lost_node":
+            life.lose()
         elif fault.kind in ("term", "usr1"):
             os.kill(process.pid, signal.SIGTERM if fault.kind == "term" else signal.SIGUSR1)
         else:
@@ -218,16 +221,19 @@ class Campaign(Runs):
         if fault.problems:
             self.say(f"NOT AS DECLARED: {kind} in {name}: {'; '.join(fault.problems)}")
 
-    def nan(self, name: str, count: int) -> None:
-        """Some steps whose samples give a NaN, in one run on one rank."""
-        self.say(f"{name}: nan, {count} times")
+    def nan(self, name: str, layout: str, count: int) -> None:
+        """Some steps whose samples give a NaN, in one run; of two ranks on one alone."""
+        self.say(f"{name} ({layout}): nan, {count} times")
         run = self.scratch / name
         at = sorted(self.draw.sample(range(3, self.steps - 5, 2), count))  # apart, so that train.max_bad_steps is not reached
         firsts = [SAMPLES * place for place in at]
         faults = [Fault("nan", name, step=place + 1 - number) for number, place in enumerate(at)]
         self.faults += faults
-        typed = self.typed(run)
-        life = Started([sys.executable, str(ROOT / "tests" / "nan_batch.py"), ",".join(map(str, firsts)), *typed[3:]], self.scratch / "log.txt")
+        words, bad, starter = LAYOUTS[layout], ",".join(map(str, firsts)), []
+        if layout != "one":
+            bad, starter = f"{bad}@{self.draw.randrange(2)}", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        typed = [sys.executable, *starter, str(ROOT / "tests" / "nan_batch.py"), bad, *self.typed(run, *words)[3:]]
+        life = Started(typed, self.scratch / "log.txt")
         try:
             code = life.process.wait(timeout=LIMIT)
         finally:
@@ -235,7 +241,7 @@ class Campaign(Runs):
         skip = ",".join(f"{first}:{first + SAMPLES}" for first in firsts)
         events = records(run, "events")
         blamed = {event["samples"][0]: event for event in events if event["kind"] == "blame" and event["whom"] == "data"}
-        problems = self.alike(run, self.untouched(f"recovery.skip=[{skip}]")) if code == 0 else [f"exit code {code}: {life.log.read_text()[-500:]}"]
+        problems = self.alike(run, self.untouched(*words, f"recovery.skip=[{skip}]")) if code == 0 else [f"exit code {code}: {life.log.read_text()[-500:]}"]
         for fault, first in zip(faults, firsts, strict=True):
             fault.code, fault.problems = code, list(problems)
             fault.expect(first in blamed and blamed[first]["step"] == fault.step, f"samples {first} were not blamed at step {fault.step}")
@@ -252,8 +258,10 @@ def campaign(scratch: Path, kinds: list[str], seed: int, say: Callable[[str], No
         found.chain(f"run_{number}", layouts[number % len(layouts)], faults)
     for number, kind in enumerate(kind for kind in kinds if DECLARED[kind].where == "moved"):
         found.moved(f"moved_{number}", kind)
-    if count := kinds.count("nan"):
-        found.nan("nan", count)
+    count = kinds.count("nan")
+    for name, layout, share in (("nan_0", "one", count - count // 2), ("nan_1", "dp2", count // 2)):
+        if share:
+            found.nan(name, layout, share)
     return found.faults
 
 

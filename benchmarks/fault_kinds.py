@@ -15,7 +15,7 @@ class Declared:
         end: seconds after which that life is over at the latest; None: it goes on.
         final: how the whole run then compares: same (losses and last checkpoint of the undisturbed run, bit for bit) | near (losses to 2e-6, since the
             layout changes the order of sums) | skipped (those of a clean run with recovery.skip, bit for bit).
-        where: ranks (a run of two) | solo (a run of one) | moved (a run that is killed once and goes on elsewhere).
+        where: ranks (a run of two) | solo (a run that nothing else hits) | moved (a run that is killed once and goes on elsewhere).
         share: of 100 faults.
     """
 
@@ -28,16 +28,18 @@ class Declared:
 
 
 DECLARED = {
-    "kill_rank": Declared("SIGKILL of one rank", (137,), END, "same", "ranks", 18),
-    "kill_job": Declared("SIGKILL of the command and all it started", (-9,), END, "same", "ranks", 12),
+    "kill_rank": Declared("SIGKILL of one rank", (137,), END, "same", "ranks", 16),
+    "kill_job": Declared("SIGKILL of the command and all it started", (-9,), END, "same", "ranks", 10),
+    # Two torchruns, as a batch script starts them on two nodes. Exit code: of the one that is left.
+    "lost_node": Declared("one of two nodes lost (SIGKILL of all on it)", (1,), END, "same", "ranks", 8),
     # A limit, two looks of it, and what job.py leaves ranks before SIGKILL (benchmarks/hang_trials.py).
     "hang": Declared("SIGSTOP of one rank", (1,), 2 * HANG + 6 + END, "same", "ranks", 12),
-    "term": Declared("SIGTERM", (75,), 60.0, "same", "ranks", 12),
-    "usr1": Declared("SIGUSR1", (75,), 60.0, "same", "ranks", 10),
+    "term": Declared("SIGTERM", (75,), 60.0, "same", "ranks", 10),
+    "usr1": Declared("SIGUSR1", (75,), 60.0, "same", "ranks", 8),
     "full_disk": Declared("full disk while saving", (0,), None, "same", "ranks", 6),
     "flipped": Declared("newest checkpoint: bytes flipped", (-9,), END, "same", "ranks", 8),
     "truncated": Declared("newest checkpoint: a file cut short", (-9,), END, "same", "ranks", 6),
-    "nan": Declared("NaN in a batch", (0,), None, "skipped", "solo", 8),
+    "nan": Declared("NaN in a batch (of two ranks: on one)", (0,), None, "skipped", "solo", 8),
     "other_layout": Declared("killed, goes on in another layout", (-9,), END, "near", "moved", 4),
     "other_ranks": Declared("killed, goes on with another number of ranks", (-9,), END, "near", "moved", 4),
 }

@@ -97,6 +97,7 @@ its own under checkpoints/: logs are elsewhere.
 {verdict}
 
 Seconds to recover: from the fault to the first new step, the end of the job and the start of the next one included; of a full disk to the next
-checkpoint; of a NaN from the first look to the verdict. A lost node is tried on a real Slurm (tests/test_slurm.py). Python {machine['python']},
+checkpoint; of a NaN from the first look to the verdict. A lost node is tried on a real Slurm
+too (tests/test_slurm.py). Python {machine['python']},
 torch {machine['torch']}, megatron-core {machine['megatron_core']}, {machine['cores']} cores, {machine['date']}; {seconds / 60:.0f} minutes.
 {ABOUT}"""

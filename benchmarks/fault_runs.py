@@ -1,11 +1,15 @@
 """What the runs of fault_campaign.py are made of: the command line, a life, the run that nobody touches, a disk that fills."""
+import contextlib
+import os
 import random
+import signal
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from campaign_kills import ROOT, Life
+from campaign_kills import ROOT, Life, descendants
 from fault_kinds import HANG
 from small import TINY, command, environment, newest, prepare_text, records
 
@@ -47,8 +51,43 @@ class Started(Life):
 
     def __init__(self, typed: list[str], log: Path):
         self.log, self.family = log, set()
-        with open(log, "wb") as out:
-            self.process = subprocess.Popen(typed, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT)
+        log.write_bytes(b"")
+        self.process = self.start(typed)
+
+    def start(self, typed: list[str]) -> subprocess.Popen:
+        with open(self.log, "ab") as out:
+            return subprocess.Popen(typed, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT)
+
+
+class Nodes(Started):
+    """A life of a command on two nodes: on each a torchrun, which starts one rank. `process` is the torchrun of one node, `other` that of the other.
+
+    Args:
+        typed: the interpreter and its arguments.
+        lost: the node (0 or 1) that `lose` takes away.
+    """
+
+    def __init__(self, typed: list[str], log: Path, *, lost: int):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        def agent(node: int) -> list[str]:
+            return [typed[0], "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1",
+                    f"--master-port={port}", *typed[1:]]
+
+        super().__init__(agent(1 - lost), log)
+        self.other = self.start(agent(lost))
+
+    def lose(self) -> None:
+        """Everything on one node at once."""
+        for pid in (self.other.pid, *descendants(self.other.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.other.wait()
+
+    def kill(self) -> None:
+        self.lose()
+        super().kill()
 
 
 class Runs:

@@ -1,12 +1,14 @@
 """The command line, in a process where training on some samples gives a loss that is not a number.
 
-    python tests/nan_batch.py FIRST[,FIRST...] train ...      FIRST: where a step's samples begin
+    python tests/nan_batch.py FIRST[,FIRST...][@RANK] train ...      FIRST: where a step's samples begin; RANK: of a torchrun, where alone it is so
 """
+import os
 import sys
 
 
 def main() -> int:
-    bad = {int(word) for word in sys.argv[1].split(",")}
+    firsts, _, rank = sys.argv[1].partition("@")
+    bad = {int(word) for word in firsts.split(",")} if rank in ("", os.environ.get("RANK")) else set()
     from megatron_ext import platform
 
     platform.quiet()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import environment
 from spawn import spawn
 
 from megatron_ext.platform import cuda_on_cpu, megatron
@@ -166,6 +167,30 @@ def test_a_layout_that_cannot_be_is_refused():
 
 
 # ---- which device -------------------------------------------------------------------------------------------------------------------
+
+
+FAULTS = """
+import resource, torch
+from megatron_ext import platform
+if {install}:
+    platform.install("cpu")
+def cycle():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(16 << 18) for _ in range(16)]  # 16 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(cycle() for _ in range(4)))
+"""
+
+
+def test_a_cpu_rank_keeps_the_memory_that_it_frees():
+    """Page faults of 256 MiB that are taken, freed and taken again."""
+    def faults(install: bool, **settings: str) -> int:
+        done = subprocess.run([sys.executable, "-c", FAULTS.format(install=install)], env=environment() | settings, capture_output=True, text=True, check=True,
+                              timeout=120)
+        return sum(map(int, done.stdout.split()[1:]))
+
+    kept, own = faults(True), faults(True, MALLOC_TRIM_THRESHOLD_="65536")
+    assert kept < own / 10, (kept, own)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="there is a GPU here")

@@ -81,8 +81,8 @@ def sees_word(directory: Path, word: str, *, seconds: float = 5.0) -> bool:
         time.sleep(0.2)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
     """A file that is there whole or not at all, whoever else writes it. Raises OSError."""
     draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(draft, path)

@@ -29,7 +29,7 @@ def undamaged(load: str | None, run_dir: Path, take: Callable[[Path | None], Tak
     directory, ranks = Path(run_dir) / "checkpoints", Ranks()
     try:
         while True:
-            source = checkpoint.find(load, directory)
+            source = _meant(load, directory, ranks)
             try:
                 if source is not None:
                     _readable(source, ranks)
@@ -42,6 +42,20 @@ def undamaged(load: str | None, run_dir: Path, take: Callable[[Path | None], Tak
                 raise damage
     finally:
         ranks.close()
+
+
+def _meant(load: str | None, directory: Path, ranks: Ranks) -> Path | None:
+    """As rank 0 sees it: a shared file system may show the nodes different folders for a while."""
+    found = problem = None
+    if ranks.rank == 0:
+        try:
+            found = checkpoint.find(load, directory)
+        except UserError as error:
+            problem = error
+    found, problem = ranks.gather((found, problem))[0]
+    if problem is not None:
+        raise problem
+    return found
 
 
 def _readable(source: Path, ranks: Ranks) -> None:

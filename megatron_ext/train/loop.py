@@ -7,7 +7,6 @@ samples and random numbers are functions of them, so that a resume has nothing e
 that go wrong in recovery.py, when to save in saves.py.
 """
 import contextlib
-import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from megatron_ext import checkpoint, platform, private
 from megatron_ext.config.compose import to_yaml
 from megatron_ext.config.schema import Config
+from megatron_ext.contact.disk import write_whole
 from megatron_ext.errors import RunFailed, UserError
 from megatron_ext.health.evidence import record_flight
 from megatron_ext.parallel.lease import hold
@@ -324,9 +324,8 @@ def claim_run_directory(config: Config, run_dir: Path) -> None:
 def describe_run(config: Config, run_dir: Path, tokenizer: Path) -> None:
     """config.yaml and the tokenizer, so that the run can be read and used without the command that made it. Raises UserError."""
     try:
-        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        with contextlib.suppress(shutil.SameFileError):  # data.tokenizer names the run's own copy
-            shutil.copyfile(tokenizer, run_dir / "tokenizer.json")
+        write_whole(run_dir / "config.yaml", to_yaml(config))
+        write_whole(run_dir / "tokenizer.json", Path(tokenizer).read_bytes())
     except OSError as error:
         raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
 
