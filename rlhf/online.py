@@ -75,6 +75,7 @@ class Online:
         self.advantage = ADVANTAGES[self.algorithm.advantage]
         self.prompts = Prompts(config)
         self.tokenizer, self.vocab_size, self.identity = self.prompts.file, self.prompts.vocab_size, self.prompts.identity
+        self.identity = self.identity | {"prompts an iteration": config.rollout.prompts, "samples a prompt": config.rollout.samples}
         self.validates, self.steps = bool(self.prompts.held_out), config.train.steps
         self.cast = Cast(config, platform, vocab_size=self.vocab_size, tokenizer=self.prompts.tokenizer.sha256, critic=self.advantage.critic)
         self.layout = self.cast.layout

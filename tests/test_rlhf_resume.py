@@ -36,11 +36,24 @@ def test_a_kill_in_any_phase_changes_nothing(chain, whole, tmp_path, moment):
     assert killed.returncode == -signal.SIGKILL and len(records(directory)) == int(moment[-1]) - 1
     run("ppo", directory, *words)
     assert numbers(directory) == numbers(whole)
+    assert records(directory, "samples") == records(whole, "samples") != []
     assert compare(newest(directory), newest(whole)) == []
     mine, theirs = read_record(newest(directory)), read_record(newest(whole))
     for name in ("kl", "roles", "criteria", "samples", "tokens", "parent"):
         assert mine[name] == theirs[name], name
     assert mine["kl"]["value"] != 0.02  # the controller has moved, so that losing it would show
+
+
+def test_a_kill_of_two_ranks_changes_nothing(chain, tmp_path):
+    """In the update of the critic, by a torchrun whose ranks die at once; tensor parallel."""
+    words = ppo_words(chain, *STATE, "checkpoint.load=auto", "parallel.tp=2", "launch.ranks=2")
+    run("ppo", tmp_path / "whole", *words)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(Path(__file__).with_name("rlhf_killed.py")), "critic:2")
+    run("ppo", tmp_path / "run", *words, code=1, script=torchrun)
+    assert len(records(tmp_path / "run")) == 1
+    run("ppo", tmp_path / "run", *words)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+    assert compare(newest(tmp_path / "run"), newest(tmp_path / "whole")) == []
 
 
 @pytest.mark.parametrize(("moment", "done"), [("rollout:2:SIGUSR1", 1), ("scoring:2:SIGTERM", 1), ("policy:2:SIGUSR1", 2)])
@@ -79,3 +92,10 @@ def test_another_reference_is_refused(chain, whole, tmp_path):
     shutil.rmtree(copied / "checkpoints")
     done = run("ppo", directory, *words, "train.steps=2", code=2)
     assert "checkpoint.start" in done.stderr
+
+
+@pytest.mark.parametrize("word", ["rollout.prompts=12", "rollout.samples=2"])
+def test_another_number_of_prompts_is_refused(chain, whole, tmp_path, word):
+    """The place in the data is counted in iterations."""
+    done = run("ppo", tmp_path / "run", *ppo_words(chain, *STATE, f"checkpoint.load={whole}", "train.steps=4", word), code=2)
+    assert "an iteration: 6 / 12" in done.stderr or "a prompt: 1 / 2" in done.stderr

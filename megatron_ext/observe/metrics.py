@@ -23,7 +23,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, first: int = 0):
         self.path = Path(path)
-        self.dropped = _drop_from(self.path, first)  # lines that are gone: repeated steps, and torn ones
+        self.dropped = drop_from(self.path, first)  # lines that are gone: repeated steps, and torn ones
         self._lines = LineFile(self.path)
 
     def write(self, step: int, **fields: object) -> None:
@@ -38,7 +38,8 @@ def read_metrics(path: Path) -> list[dict]:
     return [record for record in read_lines(path) if isinstance(record.get("step"), int)]
 
 
-def _drop_from(path: Path, first: int) -> int:
+def drop_from(path: Path, first: int) -> int:
+    """Takes the records of step `first` and later out of a file of records, and torn lines; how many lines that are. Raises OSError."""
     if not path.exists():
         return 0
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,5 @@
 """What a run tells while it goes: metrics.jsonl, events.jsonl, the progress line, wandb, Prometheus, GPU figures. Rank 0 writes, the others are silent."""
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from megatron_ext.observe.events import Events, read_events
 from megatron_ext.observe.flops import peak_flops, token_flops, utilisation
 from megatron_ext.observe.gpu import GpuMonitor
 from megatron_ext.observe.lines import LineFile
-from megatron_ext.observe.metrics import Metrics, read_metrics
+from megatron_ext.observe.metrics import Metrics, drop_from, read_metrics
 from megatron_ext.observe.progress import Progress
 from megatron_ext.observe.track import Tracker, identity
 from megatron_ext.platform import Platform
@@ -105,9 +106,13 @@ class Journal:
             self._metrics = Metrics(self._metrics.path, first=done + 1)
 
     def samples(self, samples: Iterable[dict]) -> None:
-        """Appends to samples.jsonl: what the model answered, for people to read."""
-        if self.writes:
-            lines = LineFile(Path(self._config.run.dir) / "samples.jsonl", redactor=Redactor(shapes=False))  # a model may speak of passwords
+        """Appends to samples.jsonl: what the model answered after a step ("step"), for people to read. A step that is done again has them once."""
+        samples = list(samples)
+        if self.writes and samples:
+            path = Path(self._config.run.dir) / "samples.jsonl"
+            with contextlib.suppress(OSError):  # the lines below say so
+                drop_from(path, samples[0]["step"])
+            lines = LineFile(path, redactor=Redactor(shapes=False))  # a model may speak of passwords
             for sample in samples:
                 lines.append(sample)
             lines.close()
