@@ -88,7 +88,8 @@ def test_a_mask_hides_and_what_sees_nothing_is_zero(shape, causal, dtype):
         judge(ours, lambda q, k, v: truth(q, k, v, mask, causal=causal), inputs, [dout], names=NAMES)
     out, lse = attention(*inputs, causal=causal, mask=mask, return_lse=True)
     expected = attention_reference(*(x.double() for x in inputs), mask, causal=causal, return_lse=True)[1]
-    torch.testing.assert_close(lse, expected.float(), rtol=1e-5, atol=1e-5)
+    close = 1e-5 if dtype == torch.float32 else 1e-4  # as in the next test: without AVX-512 torch's kernel differs by 6e-5 with a mask too
+    torch.testing.assert_close(lse, expected.float(), rtol=close, atol=close)
     row = 4 if shape[-2] > 1 else slice(None)
     assert (out[row] == 0).all() and (lse[..., row] == -torch.inf).all()
 
