@@ -2,8 +2,8 @@
 
 Tensors are fake (shapes, dtypes and storages, no memory), the process group is fake (every collective returns at once), and all else is what would train:
 this project's engine with megatron-core's schedules, gradient buffers and distributed optimizer. What a GPU would hold is read off the storages that live
-(`ledger`). Three answers are those of a GPU: registered kernels with their temporaries inside, a loss that recomputes its logits, and pipeline outputs
-freed when they have been sent.
+(`ledger`). Three answers are those of a GPU: registered kernels with their temporaries inside (flash attention among them), a
+loss that recomputes its logits, and pipeline outputs freed when they have been sent.
 
 Not in it: what a kernel allocates inside (`memory.workspace`), and what the allocator and NCCL keep (`memory.margin`).
 """
@@ -148,10 +148,19 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Inside, kernels take the path of a GPU, as far as storages go; parameters are replaced where torch would swap fake tensors, which it cannot."""
     import importlib
 
-    head = importlib.import_module("kernels.linear_cross_entropy")
+    head, attention = (importlib.import_module(f"kernels.{name}") for name in ("linear_cross_entropy", "attention"))
+
+    def flash(q, k, v, mask, causal, scale, dropout):  # queries, keys, values, result and a number a row are kept, with dropout too
+        return attention._attention(q, k, v, mask, None, None, causal, scale)[0]
+
+    def dropout(x, p=0.5, training=True, inplace=False):  # keeps a mask of bytes; the CPU's keeps one of x's dtype
+        return torch.native_dropout(x, p, training)[0] if training and p else x
+
     with (
         mock.patch.object(torch.compiler, "is_compiling", lambda: True),  # registered ops: one operation each, saving what they save on a GPU
         mock.patch.object(head, "_recomputes", lambda *_: True),
+        mock.patch.object(attention, "_sdpa", flash),
+        mock.patch.object(torch.nn.functional, "dropout", dropout),
         mock.patch.object(dist, "all_gather_object", _gather_own),
         mock.patch.object(torch.nn.Module, "_apply", _apply),
     ):
