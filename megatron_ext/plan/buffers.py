@@ -11,6 +11,7 @@ with D the data (and context) ranks, or 1 without the distributed optimizer.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config
@@ -96,6 +97,7 @@ def chunk_buffer(config: Config, parameters: Sequence[Tensor], number: int, pipe
                   distributed=config.parallel.distributed_optimizer)
 
 
+@lru_cache(maxsize=1024)  # a configuration is looked at from many sides
 def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", train: bool = True) -> State:
     """What `rank` holds of a model in its layout, in bytes.
 
@@ -123,6 +125,7 @@ def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", tr
     return State(count, weights, gradients, optimizer)
 
 
+@lru_cache(maxsize=1024)
 def fullest_stage(config: Config, vocab: int) -> int:
     """The pipeline rank with the most parameters."""
     def held(rank: int) -> int:

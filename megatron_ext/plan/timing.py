@@ -6,13 +6,13 @@ Of a micro-batch of T = b s / CP tokens a GPU computes in a layer, with TP ranks
                  once forward, twice backward (the input's gradient and the weight's), each as `Calibration` says
     attention    4 a d s / TP a token forward, half of it where it is causal; backward 2.5 times that
     elementwise  bytes over the memory's rate (`_elementwise`)
-    tensor       5 all-gathers and 5 reduce-scatters of T h elements with sequence parallelism (2 + 2 forward, 3 + 3 - 1 backward), 8 halves of
-                 all-reduces without; the share `exposed` is waited for
+    tensor       with sequence parallelism 6 all-gathers and 4 reduce-scatters of T h elements (2 + 2 forward, 4 + 2 backward), without 4 all-reduces, each
+                 worth a scatter and a gather; what of it is waited for is the runtime's affair (`Software`)
 
 A step is m micro-batches on the slowest stage, the bubble (p - 1) / v times a micro-batch of a mean stage (`bubble.py` simulates the schedule), what of
 the data-parallel reduce-scatter the last backward pass, and of the all-gather the first forward pass, does not hide, and the optimizer.
 """
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from megatron_ext.config import sizes
 from megatron_ext.config.geometry import Batch, Grid
@@ -71,15 +71,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Software:
-    """What a runtime does between the products. elementwise: passes over memory, over those of fused kernels. fused_loss: it never stores logits, and makes
-    them twice."""
+    """What a runtime does between the products.
+
+    Attributes:
+        elementwise: passes over memory, over those of fused kernels.
+        fused_loss: it never stores logits, and makes them twice.
+        exposed_forward, exposed_backward: share of tensor- and context-parallel communication that is waited for.
+        sends_exposed: share of the transfers between stages that is waited for while the pipeline is full: without, with interleaving.
+        again: share of the forward products that backward computes again, beside `parallel.recompute`.
+        attention: rate of its attention over flash attention written for the GPU.
+        speed: clock over that of a GPU at full power.
+    """
 
     elementwise: float = 1.0
     fused_loss: bool = True
+    exposed_forward: float = 1.0
+    exposed_backward: float = 0.5
+    sends_exposed: tuple[float, float] = (1.0, 0.0)
+    again: float = 0.0
+    attention: float = 1.0
+    speed: float = 1.0
 
 
+# megatron-core's own linear layers wait for the forward pass's gathers and scatters; backward has the weight's gradient to compute meanwhile.
 OURS = Software()
-MEGATRON = Software(fused_loss=False)
+# Megatron-LM with --tp-comm-overlap: products are cut so that communication runs beside them. What that costs cannot be told from `depth` in its rows.
+MEGATRON = Software(fused_loss=False, exposed_forward=0.0, exposed_backward=0.0)
 EAGER = Software(elementwise=2.5, fused_loss=False)  # every expression reads and writes for itself, norms and gates in fp32
 
 
@@ -90,6 +107,7 @@ class Clock:
         self.config, self.hardware, self.calibration, self.vocab = config, hardware, calibration, vocab
         self.software = software or (EAGER if config.kernels.layers == "plain" else OURS)
         self.peak, fp8 = peaks(hardware)
+        self.rate = self.peak * self.software.speed
         self.fp8 = fp8 if config.precision.fp8 is not None else None
         self.grid = Grid.of(config)
         self.size = BYTES[config.precision.dtype]
@@ -98,10 +116,8 @@ class Clock:
 
     def product(self, out: float, depth: float, rows: float, *, linear: bool = True) -> float:
         """Seconds of [rows, depth] x [depth, out]."""
-        rate = self.peak * self.calibration.gemm
-        if linear and self.fp8 is not None:
-            rate = self.fp8 * self.calibration.gemm * self.calibration.fp8
-        return 2 * rows * out * (depth + self.calibration.depth) / rate
+        peak = self.fp8 * self.software.speed if linear and self.fp8 is not None else self.rate
+        return 2 * rows * out * (depth + self.calibration.depth) / (peak * self.calibration.gemm)
 
     def linear(self, out: float, depth: float, *, linear: bool = True) -> Passes:
         """A layer [out, depth] on this GPU's tokens."""
@@ -118,15 +134,18 @@ class Clock:
         found = self.linear((width + key_value) / tp, hidden).plus(self.linear(hidden, width / tp))
         found = found.plus(self.linear(into / tp, hidden)).plus(self.linear(hidden, ffn / tp))
         cal = self.calibration
+        rate = self.rate * self.software.attention
         pairs = 4 * width / tp * self.config.data.sequence_length * 0.5 * t  # causal: half of the matrix
-        found = found.plus(Passes({"attention": pairs / (self.peak * cal.attention_forward)},
-                                  {"attention": 2.5 * pairs / (self.peak * cal.attention_backward)}))
+        found = found.plus(Passes({"attention": pairs / (rate * cal.attention_forward)},
+                                  {"attention": 2.5 * pairs / (rate * cal.attention_backward)}))
         found = found.plus(self._elementwise(hidden, width + key_value, into, ffn)).plus(self._tensor()).plus(self._context(key_value))
         if self.config.parallel.recompute == "full":
             again = {"recompute": sum(found.forward.values())}
             found = found.plus(Passes({}, again))
         elif self.config.parallel.recompute == "selective":
             found = found.plus(Passes({}, {"recompute": found.forward["attention"]}))
+        if self.software.again:
+            found = found.plus(Passes({}, {"recompute": self.software.again * found.forward["compute"] + found.forward["elementwise"]}))
         idle = max(0.0, cal.launch - sum(found.forward.values()))  # a GPU that waits for Python
         return found.plus(Passes({"elementwise": idle}, {"elementwise": idle}))
 
@@ -158,14 +177,15 @@ class Clock:
             return Passes({}, {})
         each = self.tokens * self.config.model.hidden_size * self.size * (tp - 1) / tp / self._rate(tp, 1) + self.calibration.latency
         forward, backward = (4, 6) if self.config.parallel.sp else (4, 4)
-        return Passes({"tensor": self.calibration.exposed * forward * each}, {"tensor": self.calibration.exposed * backward * each})
+        return Passes({"tensor": self.software.exposed_forward * forward * each}, {"tensor": self.software.exposed_backward * backward * each})
 
     def _context(self, key_value: int) -> Passes:
         cp, tp = self.config.parallel.cp, self.config.parallel.tp
         if cp == 1:
             return Passes({}, {})
         each = self.tokens * (cp - 1) * key_value / tp * self.size / self._rate(cp, tp) + self.calibration.latency * (cp - 1)
-        return Passes({"context": self.calibration.exposed * each}, {"context": 2 * self.calibration.exposed * each})
+        # A ring's transfers run beside the attention of the part that is there; half of them are taken to be waited for.
+        return Passes({"context": 0.5 * each}, {"context": each})
 
     def head(self) -> Passes:
         """Logits and loss."""
@@ -230,7 +250,7 @@ def step_time(config: Config, calibration: Calibration, vocab: int, hardware: Ha
             parts[name] = parts.get(name, 0.0) + m * seconds
     if pp > 1:
         # Activations one way and gradients the other, once a chunk: the filling and emptying pipeline waits for them, later they run beside computing.
-        parts["pipeline"] = 2 * clock.transfer() * ((pp - 1) + m * v * calibration.exposed)
+        parts["pipeline"] = 2 * clock.transfer() * ((pp - 1) + m * v * clock.software.sends_exposed[v > 1])
         parts["bubble"] = (pp - 1) / v * mean
     scatter, gather = clock.data()
     back, ahead = sum(slowest.backward.values()), sum(slowest.forward.values())
@@ -259,4 +279,4 @@ def _step(config: Config, clock: Clock, parts: dict[str, float], micro_batches: 
     )
 
 
-__all__ = ["Clock", "Passes", "Step", "replace", "step_time"]
+__all__ = ["EAGER", "MEGATRON", "OURS", "Clock", "Passes", "Software", "Step", "step_time"]

@@ -148,6 +148,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Inside, kernels take the path of a GPU, as far as storages go; parameters are replaced where torch would swap fake tensors, which it cannot."""
     import importlib
 
+    from megatron.core.optimizer import clip_grads
+
     head, attention = (importlib.import_module(f"kernels.{name}") for name in ("linear_cross_entropy", "attention"))
 
     def flash(q, k, v, mask, causal, scale, dropout):  # queries, keys, values, result and a number a row are kept, with dropout too
@@ -160,6 +162,7 @@ def _as_on_a_gpu() -> Iterator[None]:
         mock.patch.object(torch.compiler, "is_compiling", lambda: True),  # registered ops: one operation each, saving what they save on a GPU
         mock.patch.object(head, "_recomputes", lambda *_: True),
         mock.patch.object(attention, "_sdpa", flash),
+        mock.patch.object(clip_grads, "l2_norm_impl", lambda *_: (torch.ones(1), None)),  # a reduction, in a kernel; the CPU's squares a copy
         mock.patch.object(torch.nn.functional, "dropout", dropout),
         mock.patch.object(dist, "all_gather_object", _gather_own),
         mock.patch.object(torch.nn.Module, "_apply", _apply),
