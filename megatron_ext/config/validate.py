@@ -39,7 +39,7 @@ def validate(config: Config, verb: str = "train") -> None:
     """Raises UserError (one mistake) or ConfigErrors (several).
 
     Args:
-        verb: what the configuration is for. `prepare` trains nothing; `generate` and `evaluate` take their model from a checkpoint,
+        verb: what the configuration is for. `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
             so that `check_layout` is called again once it is known.
     """
     errors = problems(config, verb)
@@ -57,6 +57,10 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
     rules: tuple[Rule, ...] = COMMON
     if verb in ("train", "check", "run", "submit"):
         rules += MODEL + LAYOUT + TRAIN + (CLUSTER if verb == "submit" else ())
+    elif verb == "plan":
+        rules += MODEL + LAYOUT + (stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits, sequence_fits_positions)
+    elif verb == "search":
+        rules += MODEL
     elif verb in ("generate", "evaluate"):
         rules += READ
     return [error for rule in rules for error in rule(config)]
