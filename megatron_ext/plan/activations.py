@@ -14,8 +14,9 @@ products are kept in FP8. Counted from a trace of the real step (`trace.py`), wi
 from dataclasses import dataclass
 
 from megatron_ext.config import sizes
+from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config
-from megatron_ext.plan.buffers import BYTES
+from megatron_ext.plan.buffers import BYTES, state
 from megatron_ext.plan.shapes import chunks
 
 
@@ -51,9 +52,10 @@ def layer(config: Config) -> Layer:
         "attention": attention,
         "mlp": into / tp * b + ffn / tp * fp8 + (ffn / tp * b if plain else 0),
         "dropout": 2 * hidden * w if model.hidden_dropout else 0.0,
+        "statistics": (16 if model.norm == "layernorm" else 8) * w,
     }
     trained = not config.lora.rank  # a frozen matrix needs no gradient, and none of megatron-core's placeholders for one
-    fc1, fc2 = (into * hidden / tp * b, ffn * hidden / tp * b) if trained and model is not None else (0.0, 0.0)
+    fc1, fc2 = (into * hidden / tp * b, ffn * hidden / tp * b) if trained else (0.0, 0.0)
     stream = 2 * hidden * w * b * t  # the gradient that comes in, and the one that goes on
     backward = max(stream + ffn / tp * b * t + fc2, stream + (into - ffn) / tp * b * t + fc1 + (hidden * b * t if tp > 1 else 0))
     return Layer(kept=t * sum(parts.values()), input=t * hidden * w * b, backward=backward, parts={k: t * v for k, v in parts.items()})
@@ -71,18 +73,22 @@ def in_flight(config: Config, pipeline_rank: int, micro_batches: int) -> float:
 @dataclass(frozen=True)
 class Activations:
     """Bytes at the fullest moment of a step. layers: kept by layers. edges: embedding, last norm, head. backward: of the layer that goes backward (its own
-    recomputed activations included). buffers: sent, received, gathered. workspace: inside kernels, which a trace does not see."""
+    recomputed activations included). buffers: sent, received, gathered. clipping: at the end of the step, when nothing else is there, a copy of the largest
+    gradient that the rank owns: without Transformer Engine and Apex megatron-core scales out of place. workspace: inside kernels, which a trace does not
+    see."""
 
     layers: float
     edges: float
     backward: float
     buffers: float
+    clipping: float
     workspace: float
     parts: dict[str, float]
 
     @property
     def traced(self) -> float:
-        return self.layers + self.edges + self.backward + self.buffers
+        """What a trace sees."""
+        return max(self.layers + self.edges + self.backward + self.buffers, self.clipping)
 
     @property
     def total(self) -> float:
@@ -106,6 +112,8 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
     first, last = held[0].first, held[-1].last
     # Of a rank's chunks the first embeds and the last has the head; both passes are among those in flight.
     embedded = passes / len(held) if first else 0
+    if model.position_embedding == "rope":  # cosines and sines, fp32, of each pass
+        kept += config.data.sequence_length / parallel.cp * sizes.head_dim(model) * model.rotary_percent * 4
     edges = embedded * t * ((8 + 4) * 2 + (model.hidden_size * w if model.hidden_dropout else 0))
     rows = sizes.padded_vocabulary(vocab, model.vocab_multiple, parallel.tp) / parallel.tp
     table = rows * model.hidden_size * b
@@ -124,9 +132,10 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
     at_head, at_layer = edges + max(placeholder, persistent), after + persistent + one.backward + again
     edges, backward = (edges, max(placeholder, persistent)) if at_head > at_layer else (after, at_layer - after)
     gathered = whole if parallel.sp and not config.lora.rank else 0.0  # megatron-core's global buffer for a gathered input
-    sent = 2 * stream if parallel.pp > 1 else 0.0
+    sent = (4 if parallel.vpp else 2) * stream if parallel.pp > 1 else 0.0  # interleaved, what comes next is under way too
+    largest = state(config, Grid.of(config).rank(pp=pipeline_rank), vocab, head=head).largest if config.optim.clip else 0
     return Activations(
-        layers=kept * passes, edges=edges, backward=backward, buffers=gathered + sent, workspace=_workspace(config, rows, t, last and head == "vocabulary"),
+        layers=kept * passes, edges=edges, backward=backward, buffers=gathered + sent, clipping=4.0 * largest, workspace=_workspace(config, rows, t, last and head == "vocabulary"),
         parts={name: value * each * passes for name, value in one.parts.items()} if not full else {"inputs": kept * passes},
     )
 

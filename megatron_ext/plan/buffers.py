@@ -9,7 +9,7 @@ Bytes of a parameter, with b bytes an element of weights:
 with D the data (and context) ranks, or 1 without the distributed optimizer.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -33,14 +33,16 @@ class Buffer:
         """Elements, padding included."""
         return self.buckets[-1][1] if self.buckets else 0
 
-    def owned(self, rank: int, ranks: int) -> int:
-        """Elements of parameters whose optimizer state is on data rank `rank` of `ranks`."""
-        total = 0
+    def pieces(self, rank: int, ranks: int) -> Iterator[int]:
+        """Elements of each parameter whose optimizer state is on data rank `rank` of `ranks`."""
         for start, end in self.buckets:
             share = (end - start) // ranks
             low, high = start + rank * share, start + (rank + 1) * share
-            total += sum(max(0, min(high, b) - max(low, a)) for a, b in self.places)
-        return total
+            yield from (min(high, b) - max(low, a) for a, b in self.places if min(high, b) > max(low, a))
+
+    def owned(self, rank: int, ranks: int) -> int:
+        """All of them together."""
+        return sum(self.pieces(rank, ranks))
 
 
 def buffer(parameters: Sequence[Tensor], *, ranks: int, bucket: int | None, distributed: bool) -> Buffer:
@@ -88,6 +90,7 @@ class State:
     weights: int
     gradients: int
     optimizer: int  # main weights and moments
+    largest: int  # elements of the largest piece of a parameter that this rank updates
 
 
 def chunk_buffer(config: Config, parameters: Sequence[Tensor], number: int, pipeline_rank: int, ranks: int) -> Buffer:
@@ -108,7 +111,7 @@ def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", tr
     grid = Grid.of(config)
     where, size, ranks = grid.coordinates(rank), BYTES[config.precision.dtype], grid.dp * grid.cp
     data_rank = where["cp"] + grid.cp * where["dp"]
-    count = weights = gradients = optimizer = 0
+    count = weights = gradients = optimizer = largest = 0
     for number, chunk in enumerate(chunks(config, where["pp"])):
         held = tensors(config, chunk, vocab, head=head)
         count += sum(t.numel for t in held)
@@ -119,10 +122,11 @@ def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", tr
         made = chunk_buffer(config, trained, number, where["pp"], ranks)
         own = sum(t.numel for t in trained)
         distributed = config.parallel.distributed_optimizer
+        largest = max(largest, *(made.pieces(data_rank, ranks) if distributed else (t.numel for t in trained)), 0)
         weights += size * (made.numel if distributed else own)
         gradients += made.numel * (4 if config.precision.grad_reduce_in_fp32 else size)
         optimizer += (8 if size == 4 else 12) * (made.owned(data_rank, ranks) if distributed else own)
-    return State(count, weights, gradients, optimizer)
+    return State(count, weights, gradients, optimizer, largest)
 
 
 @lru_cache(maxsize=1024)

@@ -49,12 +49,12 @@ def rank_memory(config: Config, pipeline_rank: int, vocab: int, *, head: str = "
     count = micro_batches(config)
     found = activations(config, pipeline_rank, vocab, count, head=head)
     if not train:  # one layer at a time, and nothing is kept
-        found = Activations(0.0, 0.0, found.layers / max(1, config.model.num_layers // config.parallel.pp), found.buffers, found.workspace, {})
+        found = Activations(0.0, 0.0, found.layers / max(1, config.model.num_layers // config.parallel.pp), found.buffers, 0.0, found.workspace, {})
     memory = config.hardware.memory
     logits = found.edges if pipeline_rank == config.parallel.pp - 1 else 0.0
     return RankMemory(
         rank=rank, pipeline_rank=pipeline_rank, parameters=held.parameters, weights=held.weights, gradients=held.gradients, optimizer=held.optimizer,
-        activations=found.traced - logits - found.buffers, logits=logits, buffers=found.buffers + found.workspace,
+        activations=max(0.0, found.traced - logits - found.buffers), logits=logits, buffers=found.buffers + found.workspace,
         margin=0.0 if memory is None else config.plan.margin * memory * GIB, in_parts=found,
     )
 
