@@ -123,25 +123,6 @@ def test_backends_are_those_of_the_kernels():
     assert named == {op: {b.name for b in ops()[op]} for op in named}
 
 
-@pytest.mark.parametrize(("preset", "published"), [
-    ("gpt2_124m", 124_439_808), ("gpt2_355m", 354_823_168), ("gpt2_774m", 774_030_080), ("gpt2_1558m", 1_557_611_200),
-    ("llama3_8b", 8_030_261_248), ("llama3_70b", 70_553_706_496), ("llama31_8b", 8_030_261_248), ("llama31_70b", 70_553_706_496),
-    ("llama3_405b", 405_853_388_800), ("llama32_1b", 1_235_814_400), ("llama32_3b", 3_212_749_824),
-    ("gpt3_175b", 175e9), ("mtnlg_530b", 530e9),
-])
-def test_presets_have_the_published_number_of_parameters(preset, published):
-    model = compose([f"model={preset}"]).model
-    assert sizes.parameters(model, model.vocab_size) == pytest.approx(published, rel=0 if isinstance(published, int) else 0.01)
-    assert model.name == preset
-
-
-def test_every_preset_is_valid():
-    from megatron_ext.config.overrides import options_of
-
-    for preset in options_of("model"):
-        validate(compose([f"model={preset}", "data.sequence_length=128"]))
-
-
 def test_padded_vocabulary():
     assert sizes.padded_vocabulary(50257, 128, 8) == 50304
     assert sizes.padded_vocabulary(2048, 128, 2) == 2048
@@ -166,7 +147,7 @@ def test_token_budget_gives_the_steps():
 
 
 def test_thousands_of_ranks_are_elided():
-    config = compose(["model=mtnlg_530b", "launch.ranks=2240", "parallel.tp=8", "parallel.pp=35", "train.global_batch_size=1920",
+    config = compose(["model=mt_nlg_530b", "launch.ranks=2240", "parallel.tp=8", "parallel.pp=35", "train.global_batch_size=1920",
                       "train.micro_batch_size=1"])
     text = geometry.text(config)
     assert len(text.splitlines()) < 25 and max(map(len, text.splitlines())) <= 160
