@@ -9,6 +9,7 @@ from megatron_ext.config.stages import LAYOUTS
 from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "model.family": ("decoder", "encoder"),
     "model.position_embedding": ("rope", "learned"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
@@ -53,7 +54,7 @@ RANGES: dict[str, str] = {
         *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
-        "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
+        "model.token_types", "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
@@ -68,7 +69,7 @@ RANGES: dict[str, str] = {
     "model.init_std": "[0,inf)",
     "model.rope_scaling_factor": "[1,inf)",
     **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2", "chat.validation_share"), "[0,1)"),
-    **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error"), "(0,1)"),
+    **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error", "data.masked_share"), "(0,1)"),
     **dict.fromkeys(("ppo.gamma", "ppo.lam"), "[0,1]"),
     "ppo.label_smoothing": "[0,0.5)",
     "stop.reward_accuracy": "(0.5,1]",  # a coin is right half the time

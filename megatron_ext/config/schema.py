@@ -12,15 +12,18 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder. `None` means: derived from the other sizes."""
+    """A decoder or an encoder. `None` means: derived from the other sizes."""
 
     name: str = "tiny"
+    family: str = "decoder"  # decoder (the next word; GPT, Llama) | encoder (masked words; BERT)
     num_layers: int = 4
     hidden_size: int = 256
     num_attention_heads: int = 4
     num_query_groups: int | None = None  # key/value heads: None = as many as heads, 1 = multi-query
     head_dim: int | None = None  # None = hidden_size / num_attention_heads
     ffn_hidden_size: int | None = None  # None = 4 hidden (gelu) or 8/3 hidden rounded up to 64 (swiglu)
+    token_types: int = 0  # encoder: rows of a table for kinds of text (BERT: 2); 0 = no table
+    embedding_norm: bool = False  # encoder: a norm of the embeddings, before the first layer (BERT)
     max_sequence_length: int = 1024  # rows of a learned position table; the limit of generation for both kinds
     position_embedding: str = "rope"  # rope | learned
     rotary_percent: float = 1.0
@@ -36,7 +39,7 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
-    vocab_size: int | None = None  # None = the tokenizer's
+    vocab_size: int | None = None  # None = the tokenizer's, with a word for the mask (encoder)
     vocab_multiple: int = 128  # the table is padded to a multiple of this and of parallel.tp
 
 
@@ -97,6 +100,7 @@ class DataConfig:
     seed: int = 1234  # of the order of samples
     reset_positions: bool = False  # positions start at 0 in each document
     reset_attention: bool = False  # no attention across documents
+    masked_share: float = 0.15  # encoder: share of the words that are to be found again
     mask_eod_loss: bool = False  # no loss where the input is an end-of-document token (megatron-core's eod_mask_loss)
     max_bad_lines: int = 100  # corrupt JSONL lines skipped before preparation refuses
     text_key: str = "text"  # the field of a JSONL object or Parquet row

@@ -1,8 +1,9 @@
-"""The sizes of a decoder that follow from its configuration, and its number of parameters. No torch.
+"""The sizes of a model that follow from its configuration, and its number of parameters. No torch.
 
 With h hidden, L layers, a heads of d, g key/value heads, f feed-forward, V words, S learned positions, a layer holds
     attention  h (a + 2 g) d + a d h,    feed-forward  h f (2, or 3 with a gate),    two norms,    biases where there are any,
-and around the layers stand V h (twice when untied), S h with learned positions, and a last norm.
+and around the layers stand V h (twice when untied), S h with learned positions, and a last norm. An encoder has beside these a row for each token type,
+a norm of the embeddings where it is asked for, and before its logits a layer h h with bias and norm, and behind them a bias of V (BERT's head).
 """
 import math
 
@@ -52,4 +53,7 @@ def parameters(model: ModelConfig, vocab: int) -> int:
         layer += width + key_value
     tables = vocab * hidden * (1 if model.tied_embeddings else 2)
     positions = model.max_sequence_length * hidden if model.position_embedding == "learned" else 0
-    return model.num_layers * layer + tables + positions + norm
+    extra = 0
+    if model.family == "encoder":
+        extra = model.token_types * hidden + (norm if model.embedding_norm else 0) + hidden * hidden + hidden + norm + vocab
+    return model.num_layers * layer + tables + positions + norm + extra

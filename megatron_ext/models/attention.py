@@ -44,7 +44,7 @@ class LayerCache:
 class CoreAttention(MegatronModule):
     """Attention over the heads of this tensor-parallel rank.
 
-    Without a mask it is causal. A boolean mask is broadcast to [batch, heads, query, key]; True hides, as in megatron-core.
+    Without a mask it is causal, or over the whole sequence in the layers of encoders. A boolean mask is broadcast to [batch, heads, query, key]; True hides, as in megatron-core.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type, softmax_scale=None, pg_collection=None, **_):
@@ -123,14 +123,17 @@ def pack(documents: Tensor) -> Documents:
                      max_seqlen_kv=documents.shape[1], documents=documents)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The causal mask that also hides other documents.
+def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
+    """The mask that hides other documents, and what comes later.
 
     Args:
         documents: [batch, seq], the document that each token belongs to.
+        causal: False leaves what comes later in the same document.
     Returns:
         [batch, 1, seq, seq] bool, True where the query (row) must not see the key (column).
     """
     length = documents.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
-    return (later | (documents[:, :, None] != documents[:, None, :]))[:, None]
+    others = documents[:, :, None] != documents[:, None, :]
+    if causal:
+        others = others | torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    return others[:, None]

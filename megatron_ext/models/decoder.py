@@ -39,6 +39,8 @@ class Decoder(LanguageModule):
         head: vocabulary | scalar (a number a token: reward models and value functions).
     """
 
+    head_bias = False
+
     def __init__(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, *,
                  vocab_size: int, padded_vocab_size: int, first: bool, last: bool, chunk: int | None = None, head: str = "vocabulary"):
         super().__init__(config=config, pg_collection=groups)
@@ -49,10 +51,7 @@ class Decoder(LanguageModule):
         self.share_embeddings_and_output_weights = model.tied_embeddings and not self.scalar
         learned = model.position_embedding == "learned"
         if first:
-            self.embedding = LanguageModelEmbedding(
-                config, padded_vocab_size, model.max_sequence_length,
-                position_embedding_type="learned_absolute" if learned else "rope", tp_group=groups.tp,
-            )
+            self.embedding = self.embeddings(model, config, groups, padded_vocab_size)
         self.rotary = None if learned else RotaryEmbedding(
             config.kv_channels, model.rotary_percent, model.rotary_interleaved, rotary_base=model.rotary_base,
             rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 1.0,
@@ -66,11 +65,18 @@ class Decoder(LanguageModule):
             self.value_head = ValueHead(config, groups.tp)
         elif last:
             self.output_layer = Head(
-                config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method, bias=False,
+                config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method, bias=self.head_bias,
                 skip_weight_param_allocation=first and model.tied_embeddings, tp_group=groups.tp,
             )
         if (first or last) and not self.scalar:
             self.setup_embeddings_and_output_layer()
+
+    @staticmethod
+    def embeddings(model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, padded_vocab_size: int) -> torch.nn.Module:
+        """What the first stage begins with."""
+        learned = model.position_embedding == "learned"
+        return LanguageModelEmbedding(config, padded_vocab_size, model.max_sequence_length,
+                                      position_embedding_type="learned_absolute" if learned else "rope", tp_group=groups.tp)
 
     def set_input_tensor(self, tensor) -> None:
         """What the previous stage sent, [seq, batch, hidden]; called by the pipeline schedules."""
@@ -97,7 +103,7 @@ class Decoder(LanguageModule):
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
                 select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None,
-                needed: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                needed: Tensor | None = None, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
@@ -110,12 +116,13 @@ class Decoder(LanguageModule):
             score: what the last stage gives instead, of itself and the last norm's output (see `loss`, `token_scores`, `values`).
             needed: int64 [n], rising: of the batch x seq tokens (row after row) those that `score` reads. Where the last layer can leave out the
                 others, the last norm's output is [n, 1, hidden].
+            inputs: what the embeddings of another family take beside tokens and positions (`Batch.inputs`).
         Returns:
             [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
             each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
             ([batch, 1, V/TP] with `select`).
         """
-        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        hidden = self.embedding(tokens, positions, **inputs) if self.pre_process else None
         with self._last_layer_for(needed, positions.shape):
             hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:

@@ -49,6 +49,7 @@ class LayerConfig(TransformerConfig):
     layers: str = "fused"
     activation: str = "swiglu"
     cp_method: str = "ring"
+    causal: bool = True  # of self-attention
     fp8_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 
@@ -65,7 +66,7 @@ def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: Pa
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = DEFAULTS, *,
                        on_cpu: bool, accumulate: bool = False) -> LayerConfig:
-    """megatron-core's configuration of a decoder in a layout.
+    """megatron-core's configuration of a model in a layout.
 
     Args:
         accumulate: weight gradients are added straight into the main gradients, which must then exist (`DistributedDataParallel`).
@@ -84,6 +85,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         fp8_precision=precision,
         activation=model.activation,
         cp_method=parallel.cp_method,
+        causal=model.family == "decoder",
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -143,12 +145,12 @@ def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodule
 
 def plain_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """megatron-core's layer with torch's operations: what the others are compared with."""
-    return layer_spec(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear)
+    return layer_spec(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear, causal=config.causal)
 
 
 def fused_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """The layer on `kernels/`."""
-    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear)
+    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear, causal=config.causal)
 
 
 def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:

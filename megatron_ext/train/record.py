@@ -14,6 +14,7 @@ from megatron_ext.data.prepared import FILE, Prepared
 from megatron_ext.errors import UserError
 
 # Choices of training, not of the model that a checkpoint holds.
+ENCODER = ("token_types", "embedding_norm")  # what only encoders have
 NOT_THE_MODEL = ("name", "hidden_dropout", "attention_dropout", "init_std", "vocab_multiple")
 
 
@@ -22,6 +23,9 @@ def architecture(model: ModelConfig, vocab_size: int) -> dict:
     found = {key: value for key, value in asdict(model).items() if key not in NOT_THE_MODEL}
     if model.position_embedding == "rope":
         del found["max_sequence_length"]
+    if model.family == "decoder":  # whose checkpoints are older than the other families
+        for key in ("family", *ENCODER):
+            del found[key]
     return found | {
         "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
         "ffn_hidden_size": sizes.ffn_size(model),
@@ -34,8 +38,8 @@ def layout(config: Config) -> dict:
             "distributed_optimizer": parallel.distributed_optimizer}
 
 
-def data_identity(data: DataConfig) -> dict:
-    """What the order of samples depends on."""
+def data_identity(data: DataConfig, model: ModelConfig) -> dict:
+    """What the order of samples, and what is asked of each, depends on."""
     sources = {}
     for path in data.paths or (data.path or str(default_directory(data)),):
         if (Path(path) / FILE).exists():
@@ -45,7 +49,7 @@ def data_identity(data: DataConfig) -> dict:
     return {
         "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
         "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
-    }
+    } | ({} if model.family == "decoder" else {"masked_share": data.masked_share})
 
 
 def check_data(stored: dict, ours: dict, path) -> None:
