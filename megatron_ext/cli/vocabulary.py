@@ -15,11 +15,11 @@ def words(config: Config) -> int | None:
 
     prepared = Prepared.load(config.data.path)
     found = prepared.vocab_size
-    if config.model.family == "encoder":  # the mask may be a word more than the tokenizer has
-        from megatron_ext.data.masked import mask_word
+    if config.model.family != "decoder":  # the objective may have words that the tokenizer has not
+        from megatron_ext.data.objective import words_of
         from megatron_ext.data.tokenizer import Tokenizer
 
-        found = max(found, mask_word(Tokenizer.from_file(prepared.tokenizer_path)) + 1)
+        found = words_of(config.model, Tokenizer.from_file(prepared.tokenizer_path))
     if config.model.vocab_size is not None and config.model.vocab_size < found:
         raise UserError("model.vocab_size", config.model.vocab_size, f"is below the {found} words of {config.data.path}")
     return config.model.vocab_size or found

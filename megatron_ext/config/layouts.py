@@ -91,19 +91,20 @@ def tp_divides(config: Config) -> Iterator[UserError]:
 
 
 def stages_divide_layers(config: Config) -> Iterator[UserError]:
-    parallel, layers = config.parallel, config.model.num_layers
+    parallel, layers = config.parallel, sizes.layers(config.model)
     if parallel.vpp is not None and parallel.pp == 1:
         yield UserError("parallel.vpp", parallel.vpp, "interleaves pipeline stages: needs parallel.pp greater than 1, or null")
     elif parallel.vpp is not None and layers % (parallel.pp * parallel.vpp):
         yield UserError("model.num_layers", layers, f"must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
                                                     f"{parallel.pp * parallel.vpp}")
     elif layers % parallel.pp:
-        yield UserError("parallel.pp", parallel.pp, f"must divide model.num_layers={layers}: {divisors(layers)}")
+        named = "the layers of both stacks, " if config.model.family == "encoder_decoder" else "model.num_layers="
+        yield UserError("parallel.pp", parallel.pp, f"must divide {named}{layers}: {divisors(layers)}")
 
 
 def recompute_fits(config: Config) -> Iterator[UserError]:
     parallel = config.parallel
-    chunk = config.model.num_layers // (parallel.pp * (parallel.vpp or 1))
+    chunk = sizes.layers(config.model) // (parallel.pp * (parallel.vpp or 1))
     if parallel.recompute == "full" and parallel.recompute_layers > max(chunk, 1):
         yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
 

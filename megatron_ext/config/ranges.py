@@ -9,8 +9,8 @@ from megatron_ext.config.stages import LAYOUTS
 from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.family": ("decoder", "encoder"),
-    "model.position_embedding": ("rope", "learned"),
+    "model.family": ("decoder", "encoder", "encoder_decoder"),
+    "model.position_embedding": ("rope", "learned", "sinusoidal", "relative"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "parallel.recompute": ("none", "selective", "full"),
@@ -45,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 RANGES: dict[str, str] = {
     **dict.fromkeys((
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.head_dim",
-        "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "parallel.tp", "parallel.pp",
+        "model.ffn_hidden_size", "model.decoder_layers", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "parallel.tp", "parallel.pp",
         "parallel.cp", "parallel.recompute_layers", "precision.loss_scale_window", "precision.fp8_history", "data.sequence_length", "train.steps", "train.tokens",
         "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
         "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "chat.max_length", "rollout.prompts",
@@ -67,6 +67,10 @@ RANGES: dict[str, str] = {
                      "stop.entropy_floor"), "(0,inf)"),
     **dict.fromkeys(("rewards.model_weight", "rewards.missing_eos"), "(-inf,inf)"),
     "model.init_std": "[0,inf)",
+    "model.relative_buckets": "[4,inf)",
+    "model.relative_distance": "[2,inf)",
+    **dict.fromkeys(("model.attention_scale", "model.embedding_scale", "model.logit_scale"), "(0,inf)"),
+    "data.span_length": "[1,inf)",
     "model.rope_scaling_factor": "[1,inf)",
     **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2", "chat.validation_share"), "[0,1)"),
     **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error", "data.masked_share"), "(0,1)"),

@@ -4,6 +4,7 @@ With h hidden, L layers, a heads of d, g key/value heads, f feed-forward, V word
     attention  h (a + 2 g) d + a d h,    feed-forward  h f (2, or 3 with a gate),    two norms,    biases where there are any,
 and around the layers stand V h (twice when untied), S h with learned positions, and a last norm. An encoder has beside these a row for each token type,
 a norm of the embeddings where it is asked for, and before its logits a layer h h with bias and norm, and behind them a bias of V (BERT's head).
+Of an encoder-decoder L layers are the encoder's; the decoder's have attention and a norm more. Two last norms, and two tables of relative positions.
 """
 import math
 
@@ -20,6 +21,16 @@ def head_dim(model: ModelConfig) -> int:
 def query_groups(model: ModelConfig) -> int:
     """Key/value heads."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def layers(model: ModelConfig) -> int:
+    """Layers of all stacks."""
+    return model.num_layers + (decoder_layers(model) if model.family == "encoder_decoder" else 0)
+
+
+def decoder_layers(model: ModelConfig) -> int:
+    """Layers of an encoder-decoder's decoder."""
+    return model.decoder_layers or model.num_layers
 
 
 def ffn_size(model: ModelConfig) -> int:
@@ -56,4 +67,8 @@ def parameters(model: ModelConfig, vocab: int) -> int:
     extra = 0
     if model.family == "encoder":
         extra = model.token_types * hidden + (norm if model.embedding_norm else 0) + hidden * hidden + hidden + norm + vocab
+    if model.family == "encoder_decoder":
+        crossing = 4 * hidden * width + norm + (3 * width + hidden if model.bias else 0)
+        extra = decoder_layers(model) * (layer + crossing) + norm
+        extra += 2 * model.relative_buckets * model.num_attention_heads if model.position_embedding == "relative" else 0
     return model.num_layers * layer + tables + positions + norm + extra

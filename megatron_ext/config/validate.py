@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
-from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys
+from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
@@ -57,7 +57,7 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         return errors
     rules: tuple[Rule, ...] = COMMON
     if verb in ("train", "check", "run", "submit"):
-        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, *TRAIN) + (CLUSTER if verb == "submit" else ())
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, spans_fit, *TRAIN) + (CLUSTER if verb == "submit" else ())
     elif verb in ("generate", "evaluate"):
         rules += READ
     return [error for rule in rules for error in rule(config)]

@@ -9,11 +9,12 @@ from megatron_ext.config.schema import KernelsConfig, LoraConfig, ModelConfig, P
 from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
 from megatron_ext.models.encoder import Encoder
+from megatron_ext.models.encoder_decoder import EncoderDecoder
 from megatron_ext.models.initialise import initialise
 from megatron_ext.models.layers import DEFAULTS, transformer_config
 from megatron_ext.models.lora import apply_lora
 
-FAMILIES = {"decoder": Decoder, "encoder": Encoder}
+FAMILIES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 
 
 def _mark_partitions(chunk: torch.nn.Module) -> None:

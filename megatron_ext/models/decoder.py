@@ -49,18 +49,14 @@ class Decoder(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.scalar = head == "scalar"
         self.share_embeddings_and_output_weights = model.tied_embeddings and not self.scalar
-        learned = model.position_embedding == "learned"
         if first:
             self.embedding = self.embeddings(model, config, groups, padded_vocab_size)
-        self.rotary = None if learned else RotaryEmbedding(
+        self.rotary = None if model.position_embedding != "rope" else RotaryEmbedding(
             config.kv_channels, model.rotary_percent, model.rotary_interleaved, rotary_base=model.rotary_base,
             rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 1.0,
             use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
         )
-        stage = (chunk or 0) * groups.pp.size() + groups.pp.rank()
-        self.decoder = TransformerBlock(
-            config, block_spec(config, stage), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
-        )
+        self.make_layers(model, config, groups)
         if last and self.scalar:
             self.value_head = ValueHead(config, groups.tp)
         elif last:
@@ -77,6 +73,16 @@ class Decoder(LanguageModule):
         learned = model.position_embedding == "learned"
         return LanguageModelEmbedding(config, padded_vocab_size, model.max_sequence_length,
                                       position_embedding_type="learned_absolute" if learned else "rope", tp_group=groups.tp)
+
+    def make_layers(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection) -> None:
+        """This stage's layers, and the norm after the last."""
+        stage = (self.vp_stage or 0) * groups.pp.size() + groups.pp.rank()
+        self.decoder = TransformerBlock(config, block_spec(config, stage), pre_process=self.pre_process, post_process=self.post_process,
+                                        pg_collection=groups, vp_stage=self.vp_stage)
+
+    def wire_length(self, tokens: Tensor, **inputs: Tensor) -> int:
+        """Length of the sequence that one stage sends to the next, of a micro-batch [batch, seq]."""
+        return tokens.shape[1]
 
     def set_input_tensor(self, tensor) -> None:
         """What the previous stage sent, [seq, batch, hidden]; called by the pipeline schedules."""

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from kernels.fp8_scaling import Fp8Recipe
 from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_ext.config.sizes import ffn_size, head_dim, query_groups
+from megatron_ext.config.sizes import ffn_size, head_dim, layers, query_groups
 from megatron_ext.models.fp8 import fp8_linears, is_edge
 from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
 from megatron_ext.models.norm import Norm
@@ -86,7 +86,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         activation=model.activation,
         cp_method=parallel.cp_method,
         causal=model.family == "decoder",
-        num_layers=model.num_layers,
+        num_layers=layers(model),
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=query_groups(model),
@@ -102,6 +102,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         attention_dropout=model.attention_dropout,
         rotary_interleaved=model.rotary_interleaved,
         init_method_std=model.init_std,
+        softmax_scale=model.attention_scale,
         perform_initialization=False,  # models/initialise.py draws the weights, the same for every layout
         use_cpu_initialization=on_cpu,
         params_dtype=dtype,

@@ -7,7 +7,9 @@ embedding lookup are not). Forward, for one token, with h hidden, a heads and g 
     core attention    L [4 a d s]                                    scores and weighted values; causal=True: s -> s / 2
     logits            2 h V
 
-Of an encoder the attention is never halved, and its head (2 h V + 2 h h) is for the masked tokens alone, data.masked_share of all.
+Of an encoder the attention is never halved, and its head (2 h V + 2 h h) is for the masked tokens alone, data.masked_share of all. Of an
+encoder-decoder a token is the encoder's: the decoder's share follows from how much it has to say (config/spans.py), its cross-attention has keys and
+values of the encoder's tokens.
 
 Training is three times that: backward has two products for every one of forward. Without the embedding table this is the 6 N + 12 L H Q T
 of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which counts the *whole* attention matrix; so does `causal=False`, the default.
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import DataConfig, ModelConfig, PrecisionConfig
+from megatron_ext.config.spans import spans_of
 
 DATA = DataConfig()
 # Device name as torch and NVML report it (regular expression, whole name) -> dense TFLOP/s in bf16 (= fp16) and fp8, both with fp32
@@ -134,8 +137,19 @@ def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, ca
     if model.family == "encoder":
         logits = data.masked_share * (logits + 2 * hidden * hidden)
     quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
+    if model.family == "encoder_decoder":
+        return _both_stacks(model, linear, width, logits, sequence_length, causal, data)
     return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=logits,
                       fp8=float(quantised * linear))
+
+
+def _both_stacks(model: ModelConfig, linear: int, width: int, logits: float, length: int, causal: bool, data: DataConfig) -> TokenFlops:
+    """linear: of a layer without cross-attention. width: of all heads."""
+    said = spans_of(length, data.masked_share, data.span_length).decoder
+    share, product, decoder = said / length, 2 * model.hidden_size * width, sizes.decoder_layers(model)
+    crossing = product * (2 * share + 2)  # queries and output of what is said, keys and values of what is read
+    attention = model.num_layers * length + decoder * share * (length + said * (0.5 if causal else 1.0))
+    return TokenFlops(linear=model.num_layers * linear + decoder * (share * linear + crossing), attention=4 * width * attention, logits=share * logits)
 
 
 def utilisation(flops_per_token: float, *, tokens_per_second: float, devices: int, peak: float | None, fp8_flops: float = 0.0,

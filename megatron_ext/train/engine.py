@@ -156,7 +156,7 @@ class Engine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=self.models[0].wire_length(batches[0].tokens, **batches[0].inputs),
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
             pg_collection=self.groups,

@@ -57,4 +57,4 @@ class MaskedLanguageModelling(LanguageModelling):
 
 def objective_of(model: ModelConfig) -> LanguageModelling:
     """What a family is pretrained on."""
-    return {"decoder": LanguageModelling, "encoder": MaskedLanguageModelling}[model.family]()
+    return MaskedLanguageModelling() if model.family == "encoder" else LanguageModelling()  # the labels of spans are the decoder's next tokens

@@ -14,7 +14,9 @@ from megatron_ext.data.prepared import FILE, Prepared
 from megatron_ext.errors import UserError
 
 # Choices of training, not of the model that a checkpoint holds.
-ENCODER = ("token_types", "embedding_norm")  # what only encoders have
+ENCODERS = (  # what decoders do not have
+    "family", "token_types", "embedding_norm", "decoder_layers", "relative_buckets", "relative_distance", "attention_scale", "embedding_scale", "logit_scale",
+)
 NOT_THE_MODEL = ("name", "hidden_dropout", "attention_dropout", "init_std", "vocab_multiple")
 
 
@@ -24,7 +26,7 @@ def architecture(model: ModelConfig, vocab_size: int) -> dict:
     if model.position_embedding == "rope":
         del found["max_sequence_length"]
     if model.family == "decoder":  # whose checkpoints are older than the other families
-        for key in ("family", *ENCODER):
+        for key in ENCODERS:
             del found[key]
     return found | {
         "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
@@ -49,7 +51,7 @@ def data_identity(data: DataConfig, model: ModelConfig) -> dict:
     return {
         "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
         "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
-    } | ({} if model.family == "decoder" else {"masked_share": data.masked_share})
+    } | {key: getattr(data, key) for key in {"encoder": ("masked_share",), "encoder_decoder": ("masked_share", "span_length")}.get(model.family, ())}
 
 
 def check_data(stored: dict, ours: dict, path) -> None:
