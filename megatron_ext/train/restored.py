@@ -95,9 +95,9 @@ def source(config: Config, words: Sequence[str]) -> Source:
     merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data, lora=stored.lora))
     theirs = records.architecture(merged.model, vocab_size)
     typed = {word.lstrip("+").partition("=")[0] for word in words}
-    for key in sorted(theirs, key=lambda key: f"model.{key}" not in typed):  # derived sizes differ too: name what was typed
-        if theirs[key] != ours.get(key):
-            raise UserError(f"model.{key}", theirs[key], f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
+    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (f"model.{key}" not in typed, key)):  # derived sizes differ too: name what was typed
+        if theirs.get(key) != ours.get(key):
+            raise UserError(f"model.{key}", theirs.get(key), f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
                                                          "knows them")
     check_layout(merged)
     return Source(path, record, merged)
