@@ -8,6 +8,9 @@ SIZES = {"hidden_size": 60, "num_hidden_layers": 4, "vocab_size": WORDS, "max_po
          "pad_token_id": None}
 GROUPED = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88, "rms_norm_eps": 1e-5}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 24}
+PARTIAL = {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.4}
+OPENAI = {"n_embd": 60, "n_layer": 4, "n_head": 6, "vocab_size": WORDS, "n_positions": 96, "bos_token_id": None, "eos_token_id": None, "resid_pdrop": 0.0,
+          "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,17 @@ CASES = {
     "llama": Case("Llama", GROUPED),
     "llama, scaled, biased, tied": Case("Llama", {**GROUPED, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "head_dim": 14,
                                                    "tie_word_embeddings": True}),
+    "mistral": Case("Mistral", {**GROUPED, "sliding_window": None, "head_dim": 8}),
+    "qwen2": Case("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen3": Case("Qwen3", {**GROUPED, "head_dim": 12}),
+    "gpt2": Case("GPT2", {**OPENAI, "n_inner": 100}),
+    "gpt_neox": Case("GPTNeoX", {**SIZES, "num_attention_heads": 6, "intermediate_size": 88, "rope_parameters": PARTIAL, "attention_dropout": 0.0}),
+    "gpt_neox, one after the other": Case("GPTNeoX", {**SIZES, "num_attention_heads": 6, "intermediate_size": 88, "use_parallel_residual": False,
+                                                      "attention_bias": False, "hidden_act": "gelu_new"}),
+    "gptj": Case("GPTJ", {**OPENAI, "rotary_dim": 6}),
+    "opt": Case("OPT", {**SIZES, "num_attention_heads": 6, "ffn_dim": 88, "dropout": 0.0}),
+    "opt, as its 350M": Case("OPT", {**SIZES, "num_attention_heads": 6, "ffn_dim": 88, "dropout": 0.0, "do_layer_norm_before": False,
+                                      "word_embed_proj_dim": 36}),
 }
 
 

@@ -60,6 +60,12 @@ def offset_has_a_table(config: Config) -> Iterator[UserError]:
         yield UserError("model.position_offset", model.position_offset, "counts rows of a table of positions: needs model.position_embedding=learned, or 0")
 
 
+def proj_bias_comes_with_qkv(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.proj_bias and not (model.bias or model.qkv_bias):
+        yield UserError("model.proj_bias", "true", "comes with model.qkv_bias=true: megatron-core gives attention's projections biases together")
+
+
 def layers_serve_block(config: Config) -> Iterator[UserError]:
     if config.kernels.layers == "te" and (config.model.block != "serial" or config.model.qk_norm):
         wrong = ("model.qk_norm", "true") if config.model.qk_norm else ("model.block", config.model.block)
@@ -127,5 +133,6 @@ def recompute_fits(config: Config) -> Iterator[UserError]:
         yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
 
 
-MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even, scaling_rises, offset_has_a_table, layers_serve_block)
+MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even, scaling_rises, offset_has_a_table, proj_bias_comes_with_qkv,
+                            layers_serve_block)
 LAYOUT: tuple[Rule, ...] = (ranks_fit, tp_divides, context_parallel_fits, stages_divide_layers, recompute_fits)

@@ -15,7 +15,7 @@ LAYERS = "decoder.layers."
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 HEAD, HEAD_BIAS = "output_layer.weight", "output_layer.bias"
 LAST_NORM = "decoder.final_layernorm"
-PROJECT_IN, PROJECT_OUT = "project_in.weight", "project_out.weight"
+PROJECT_IN, PROJECT_OUT = "embedding.word_embeddings.project_in", "project_out.weight"
 
 
 @dataclass(frozen=True)

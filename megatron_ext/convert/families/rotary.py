@@ -1,4 +1,6 @@
 """Rotary positions in `config.json`: `rope_theta` and `rope_scaling` as everybody wrote them, `rope_parameters` as transformers 5 does."""
+import math
+
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.settings import Settings
 
@@ -29,6 +31,14 @@ def read(settings: Settings, *, theta: float = THETA, base_key: str = "rope_thet
     for name in rest.keys() - {"partial_rotary_factor"}:
         raise settings.wrong(f"{key}.{name}", rest[name], "is not known")
     return found, rest
+
+
+def percent(rotated: int, width: int) -> float:
+    """`rotary_percent` of a head of a width, so that percent x width is the whole number `rotated` again, which floats do not promise."""
+    found = rotated / width
+    while int(width * found) < rotated:
+        found = math.nextafter(found, 2.0)
+    return found
 
 
 def written(model: ModelConfig) -> dict[str, object]:
