@@ -48,7 +48,7 @@ def _byte_level(directory: Path) -> bytes:
 
     try:
         inner = tokenizers.Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # noqa: BLE001 the library raises no other
         raise UserError("hf", directory, f"its vocab.json and merges.txt are no byte-level BPE: {str(error).splitlines()[0][:200]}") from None
     said = _json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_prefix_space", False)), use_regex=True)

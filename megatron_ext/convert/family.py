@@ -85,7 +85,7 @@ class Family:
             line = lines.get(one.key.removeprefix(LAYERS))
             if line is None:
                 raise ValueError(f"{self.name} has no tensor for {one.key}")
-            names = tuple((name if name.startswith("lm_head.") or name.startswith("embed_out.") else prefix + name).format(layer=layer) for name in line.theirs)
+            names = tuple((name if name.startswith(("lm_head.", "embed_out.")) else prefix + name).format(layer=layer) for name in line.theirs)
             return Placed(one, layer, names, tuple(line.form.shapes(one.shape, heads)), line.form)
 
         stacked = [one for one in own.values() if one.stacked]

@@ -109,7 +109,7 @@ class TransposedBlocks(Blocks):
         return super().join([parts[0].t()], heads)
 
     def split(self, whole, heads):
-        return [super(TransposedBlocks, self).split(whole, heads)[0].t()]
+        return [super().split(whole, heads)[0].t()]
 
 
 SAME, TRANSPOSED, HALVES, APART, BLOCKS, TRANSPOSED_BLOCKS = Same(), Transposed(), Halves(), Apart(), Blocks(), TransposedBlocks()

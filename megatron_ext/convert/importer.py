@@ -150,9 +150,9 @@ def described(found: Plan, output: Path, sealed: str) -> list[str]:
     source, model = found.source, found.config.model
     whence = origin.read(source.path, source.family, source.settings)
     count = sizes.parameters(model, source.vocab_size)
+    kind = f"{source.family.architecture}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words"
     lines = [
-        f"{output}: {source.family.architecture}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words, up to "
-        f"{model.max_sequence_length:,} tokens",
+        f"{output}: {kind}, up to {model.max_sequence_length:,} tokens",
         f"  from        {source.path} ({whence['name']}), licence {whence['licence']}",
         f"  checkpoint  {output / 'checkpoints' / m.step_name(0)}, hash {sealed[:12]}",
     ]

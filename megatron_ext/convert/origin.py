@@ -8,11 +8,14 @@ import fnmatch
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint.manifest import hash_file
-from megatron_ext.convert.family import Family
-from megatron_ext.convert.settings import Settings
 from megatron_ext.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_ext.convert.family import Family
+    from megatron_ext.convert.settings import Settings
 
 CARD = "README.md"
 LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
@@ -20,8 +23,7 @@ LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 RESTRICTED = (
     ("*-nc*", "non-commercial use only"),
     ("opt-175b", "Meta's OPT-175B licence: non-commercial research only, no redistribution outside of it"),
-    ("llama2|llama3|llama3.1|llama3.2|llama3.3|llama4", "Meta's community licence: 'Built with Llama' has to be said and the licence given along; products "
-                                                        "with over 700 million monthly users need another one; its use policy forbids uses"),
+    ("llama2|llama3|llama3.1|llama3.2|llama3.3|llama4", "Meta's community licence: it has to be given along, 'Built with Llama' said, its use policy kept"),
     ("gemma", "Google's Gemma terms: their use restrictions have to be passed on"),
     ("*rail*", "a RAIL licence: its use restrictions have to be passed on"),
     ("mrl|mnpl*|mistral-research*", "Mistral's research licence: non-commercial use only"),
@@ -33,7 +35,7 @@ RESTRICTED = (
 NONE = "unknown"
 
 
-def read(directory: Path, family: Family, settings: Settings) -> dict:
+def read(directory: Path, family: "Family", settings: "Settings") -> dict:
     """What a directory says of itself: {"name", "licence", "card": {...}, "licence_files": {name: sha256}}. Raises UserError: a card that is not text."""
     card = _card(directory / CARD)
     words = [card.get(key) for key in ("license_name", "license")]

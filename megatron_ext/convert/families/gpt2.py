@@ -2,7 +2,7 @@
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.family import Family, Line, linear, norm
-from megatron_ext.convert.forms import BLOCKS, TRANSPOSED, TRANSPOSED_BLOCKS, SAME
+from megatron_ext.convert.forms import BLOCKS, SAME, TRANSPOSED, TRANSPOSED_BLOCKS
 from megatron_ext.convert.ours import HEAD, LAST_NORM, POSITIONS, WORDS
 from megatron_ext.convert.settings import Settings
 
