@@ -17,6 +17,11 @@ OWN = {
     "token_types": "encoder", "embedding_norm": "encoder",
     **dict.fromkeys(("decoder_layers", "relative_buckets", "relative_distance", "attention_scale", "embedding_scale", "logit_scale"), "encoder_decoder"),
 }
+# What each family takes of the other keys: choices beside the default.
+TAKES = {
+    "encoder": {"position_offset": (), "embedding_size": ()},
+    "encoder_decoder": {"position_offset": (), "embedding_size": (), "qkv_bias": (), "proj_bias": (), "mlp_bias": (), "qk_norm": (), "block": ("post_norm",)},
+}
 DEFAULTS = {spec.name: spec.default for spec in fields(ModelConfig)}
 
 
@@ -28,6 +33,11 @@ def family_has_its_keys(config: Config) -> Iterator[UserError]:
         value = getattr(model, key)
         if value != DEFAULTS[key] and model.family != family:
             yield UserError(f"model.{key}", str(value).lower(), f"needs model.family={family}; this one is {model.family}")
+    for key, choices in TAKES.get(model.family, {}).items():
+        value, right = getattr(model, key), (DEFAULTS[key], *choices)
+        if value not in right:
+            shown = ["null" if choice is None else str(choice).lower() for choice in right]
+            yield UserError(f"model.{key}", str(value).lower(), f"must be {' or '.join(shown)} with model.family={model.family}")
     if model.position_embedding not in POSITIONS[model.family]:
         yield UserError("model.position_embedding", model.position_embedding, f"with model.family={model.family} it must be "
                                                                               f"{' or '.join(POSITIONS[model.family])}")

@@ -60,6 +60,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, spans_fit, *TRAIN) + (CLUSTER if verb == "submit" else ())
     elif verb in ("generate", "evaluate"):
         rules += READ
+    elif verb == "convert":
+        rules += CONVERT
     return [error for rule in rules for error in rule(config)]
 
 
@@ -185,6 +187,19 @@ def load_is_given(config: Config) -> Iterator[UserError]:
         yield UserError("checkpoint.load", "null", "name the checkpoint or run directory to read, such as checkpoint.load=outputs/run")
 
 
+# ---- convert ---------------------------------------------------------------------------------------------------------------------
+
+def one_side_is_given(config: Config) -> Iterator[UserError]:
+    hf, load = config.hf, config.checkpoint.load
+    if hf is None and load is None:
+        yield UserError("hf", "null", "name what is converted: convert hf=DIR output=DIR reads a Hugging Face directory, convert checkpoint.load=DIR "
+                                      "output=DIR writes one")
+    elif hf is not None and load is not None:
+        yield UserError("checkpoint.load", load, "and hf are both given: a command converts one way")
+    if config.output is None:
+        yield UserError("output", "null", "name the directory to write")
+
+
 def skips_are_ranges(config: Config) -> Iterator[UserError]:
     for text in config.recovery.skip:
         try:
@@ -199,3 +214,4 @@ TRAIN: tuple[Rule, ...] = (
     figures_can_be_published, skips_are_ranges, *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
+CONVERT: tuple[Rule, ...] = (one_side_is_given,)

@@ -2,7 +2,7 @@
 
     x = LayerNorm?(word + position + type),   h = layers(x),   y = LayerNorm(gelu(h W + b)),   logits = y E^T + c
 
-(Devlin et al. 2018, arXiv 1810.04805; the head is that of its code, `get_masked_lm_output`). Logits are made for the masked tokens alone, 15 % of
+(Devlin et al. 2018, arXiv 1810.04805; c with `model.head_bias`; the head is that of its code, `get_masked_lm_output`). Logits are made for the masked tokens alone, 15 % of
 all. E is the word table where the embeddings are tied.
 """
 import torch
@@ -25,8 +25,6 @@ from megatron_ext.models.norm import Norm
 class Encoder(Decoder):
     """One stage of an encoder; its arguments and its call are the decoder's."""
 
-    head_bias = True
-
     def __init__(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, **kwargs):
         super().__init__(model, config, groups, **kwargs)
         if self.post_process:
@@ -45,14 +43,14 @@ class Encoder(Decoder):
         hidden = _chosen(hidden, masked).squeeze(1)
         targets = labels.flatten().index_select(0, masked)
 
-        def score(weight: Tensor) -> tuple[Tensor, Tensor]:
+        def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             logits = F.linear(hidden, weight, self.output_layer.bias)
             losses = vocab_parallel_cross_entropy(logits, targets, vocab_size=self.vocab_size, group=self.tp_group)
             counted = loss_mask.flatten().index_select(0, masked)
             everywhere = torch.zeros_like(loss_mask).flatten().index_copy(0, masked, losses.detach()).view_as(loss_mask)
             return (losses * counted).sum(), everywhere
 
-        return self.output_layer(hidden, self._shared_weight(), score=score)
+        return self.output_layer(hidden, self._shared_weight(), score=score, adds_bias=True)
 
 
 def _chosen(hidden: Tensor, index: Tensor) -> Tensor:

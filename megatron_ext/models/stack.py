@@ -3,6 +3,7 @@
 megatron-core's `TransformerBlock` numbers its layers by the pipeline stage, and recomputes them without the gradient of a bias of the scores.
 
     pre-norm     y = x + A(n1 x),   z = y + C(n2 y, context),   z + M(n3 z)         T5; A self-attention, C cross-attention (decoders), M the MLP
+    post-norm    y = n1(x + A x),   z = n2(y + C(y, context)),   n3(z + M z)         the Transformer; no norm after the last layer
 """
 import contextlib
 import copy
@@ -49,12 +50,23 @@ class StackLayer(FusedLayer):
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """[seq, batch, hidden], context [keys, batch, hidden] -> [seq, batch, hidden]."""
         x = hidden_states
+        if self.config.block == "post_norm":
+            return self._post_norm(x, context, bias)
         y = self._dropped(*self.self_attention(self.input_layernorm(x), attention_bias=bias))
         if self.crosses:
             normed, x = self.pre_cross_attn_layernorm(y, residual=x)
             y = self._dropped(*self.cross_attention(normed, context))
         normed, x = self.pre_mlp_layernorm(y, residual=x)
-        return x + self._dropped(*self.mlp.linear_fc2(self.activate(*self.mlp.linear_fc1(normed))))
+        return x + self._feed_forward(normed)
+
+    def _post_norm(self, x: Tensor, context: Tensor | None, bias: Tensor | None) -> Tensor:
+        x = self.input_layernorm(self._dropped(*self.self_attention(x, attention_bias=bias)), residual=x)[0]
+        if self.crosses:
+            x = self.pre_cross_attn_layernorm(self._dropped(*self.cross_attention(x, context)), residual=x)[0]
+        return self.pre_mlp_layernorm(self._feed_forward(x), residual=x)[0]
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self._dropped(*self.mlp.linear_fc2(self.activate(*self.mlp.linear_fc1(x))))
 
 
 class CrossLayer(StackLayer):
@@ -79,7 +91,7 @@ def stack_layer(groups: ProcessGroupCollection, *, decoder: bool) -> ModuleSpec:
 
 
 class Stack(MegatronModule):
-    """Layers `first` to `first + count` of a stack of `total`; the last one is followed by a norm.
+    """Layers `first` to `first + count` of a stack of `total`; the last one is followed by a norm, unless each layer ends with one.
 
     Args:
         decoder: causal, with cross-attention.
@@ -93,7 +105,7 @@ class Stack(MegatronModule):
         self.layers = torch.nn.ModuleList(
             build_module(stack_layer(groups, decoder=decoder), config=one, layer_number=first + i + 1, pg_collection=groups) for i in range(count)
         )
-        self.final_layernorm = FusedNorm(config, config.hidden_size, config.layernorm_epsilon) if first + count == total else None
+        self.final_layernorm = FusedNorm(config, config.hidden_size, config.layernorm_epsilon) if first + count == total and config.block != "post_norm" else None
 
     def forward(self, hidden: Tensor, context: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """[seq (/ TP with sequence parallel), batch, hidden] -> the same."""

@@ -5,7 +5,7 @@ embedding lookup are not). Forward, for one token, with h hidden, a heads and g 
 
     linear layers     L [2 h d (a + 2 g) + 2 h d a + 2 h f c]        c = 3 for gated activations (SwiGLU, GeGLU), else 2
     core attention    L [4 a d s]                                    scores and weighted values; causal=True: s -> s / 2
-    logits            2 h V
+    logits            2 h V                                      with words of width e: 2 e V + 4 e h for the two projections
 
 Of an encoder the attention is never halved, and its head (2 h V + 2 h h) is for the masked tokens alone, data.masked_share of all. Of an
 encoder-decoder a token is the encoder's: the decoder's share follows from how much it has to say (config/spans.py), its cross-attention has keys and
@@ -133,10 +133,11 @@ def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, ca
     matrices = 3 if model.activation in sizes.GATED else 2
     linear = 2 * hidden * (2 * width + key_value) + 2 * hidden * sizes.ffn_size(model) * matrices
     attention = 4 * width * sequence_length * (0.5 if causal and model.family == "decoder" else 1.0)
-    logits = 2.0 * hidden * vocab_size
+    quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
+    embedded = sizes.embedding_size(model)
+    logits = 2.0 * embedded * vocab_size + (4.0 * embedded * hidden if embedded != hidden else 0.0)
     if model.family == "encoder":
         logits = data.masked_share * (logits + 2 * hidden * hidden)
-    quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
     if model.family == "encoder_decoder":
         return _both_stacks(model, linear, width, logits, sequence_length, causal, data)
     return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=logits,

@@ -1,0 +1,76 @@
+"""Tiny models of transformers in odd sizes, with weights far from their initial ones: no gain is 1 and no bias 0, so that one that is lost must show."""
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+WORDS = 125  # divides over no two ranks
+SIZES = {"hidden_size": 60, "num_hidden_layers": 4, "vocab_size": WORDS, "max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": None,
+         "pad_token_id": None}
+GROUPED = {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 88, "rms_norm_eps": 1e-5}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0, "original_max_position_embeddings": 24}
+PARTIAL = {"rope_type": "default", "rope_theta": 700.0, "partial_rotary_factor": 0.4}
+OPENAI = {"n_embd": 60, "n_layer": 4, "n_head": 6, "vocab_size": WORDS, "n_positions": 96, "bos_token_id": None, "eos_token_id": None, "resid_pdrop": 0.0,
+          "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model: transformers' classes (without Config and ForCausalLM), and its settings."""
+
+    kind: str
+    settings: dict = field(default_factory=dict)
+
+
+CASES = {
+    "llama": Case("Llama", GROUPED),
+    "llama, scaled, biased, tied": Case("Llama", {**GROUPED, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True, "head_dim": 14,
+                                                   "tie_word_embeddings": True}),
+    "mistral": Case("Mistral", {**GROUPED, "sliding_window": None, "head_dim": 8}),
+    "qwen2": Case("Qwen2", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen3": Case("Qwen3", {**GROUPED, "head_dim": 12}),
+    "gpt2": Case("GPT2", {**OPENAI, "n_inner": 100}),
+    "gpt_neox": Case("GPTNeoX", {**SIZES, "num_attention_heads": 6, "intermediate_size": 88, "rope_parameters": PARTIAL, "attention_dropout": 0.0}),
+    "gpt_neox, one after the other": Case("GPTNeoX", {**SIZES, "num_attention_heads": 6, "intermediate_size": 88, "use_parallel_residual": False,
+                                                      "attention_bias": False, "hidden_act": "gelu_new"}),
+    "gptj": Case("GPTJ", {**OPENAI, "rotary_dim": 6}),
+    "opt": Case("OPT", {**SIZES, "num_attention_heads": 6, "ffn_dim": 88, "dropout": 0.0}),
+    "opt, as its 350M": Case("OPT", {**SIZES, "num_attention_heads": 6, "ffn_dim": 88, "dropout": 0.0, "do_layer_norm_before": False,
+                                      "word_embed_proj_dim": 36}),
+}
+
+
+def build(case: Case, seed: int = 5):
+    """The model, in fp32 and in evaluation."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, f"{case.kind}Config")(**case.settings)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{case.kind}{'LMHead' if case.kind == 'GPT2' else 'ForCausalLM'}{'Model' if case.kind == 'GPT2' else ''}")(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * (1.5 / math.sqrt(parameter.shape[-1])))
+            else:
+                parameter.add_(0.3 * noise)
+    return model
+
+
+def save(case: Case, directory: Path, **options):
+    """Writes a model as transformers does, and returns it."""
+    model = build(case)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+def tensors(directory: Path) -> dict:
+    """All tensors of a directory by name, read by the safetensors library."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 no mapping
+    return found
