@@ -1,6 +1,6 @@
-"""A rank of test_families.py: encoders and encoder-decoders in layouts of two and four ranks, by parity_ranks.py's machinery.
+"""A rank of test_families.py: encoders, encoder-decoders and parallel blocks in layouts of two or four ranks, by parity_ranks.py's machinery.
 
-    python tests/families_ranks.py DIRECTORY      under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; DIRECTORY/data is prepared text
+    python tests/families_ranks.py DIRECTORY RANKS      under RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; DIRECTORY/data is prepared text
 """
 import sys
 from dataclasses import replace
@@ -28,11 +28,23 @@ FULL, SELECTIVE = {"recompute": "full"}, {"recompute": "selective"}
 RATES = {"steps": 10, "length": 20}
 
 
-def _jobs() -> tuple[Job, ...]:
-    """In the order in which they run: one rank in fours, two ranks in pairs, four ranks alone (parity_ranks.py)."""
-    ones = (Job("bert/one", BERT, **RATES), Job("untied/one", UNTIED, **RATES), Job("t5/one", T5, **RATES), Job("transformer/one", TRANSFORMER, **RATES))
+GPTJ = ModelConfig(
+    num_layers=4, **WIDTH, rotary_percent=0.25, rotary_interleaved=True, block="parallel_one_norm", norm="layernorm", activation="gelu_tanh", mlp_bias=True,
+    head_bias=True,
+)
+PALM = ModelConfig(num_layers=4, **WIDTH, num_query_groups=1, head_dim=48, ffn_hidden_size=512, block="parallel_one_norm", tied_embeddings=True)
+OPT = ModelConfig(
+    num_layers=4, **WIDTH, position_embedding="learned", position_offset=2, embedding_size=64, block="post_norm", norm="layernorm", activation="relu",
+    bias=True, tied_embeddings=True,
+)
+
+
+def jobs_of(ranks: int) -> tuple[Job, ...]:
+    """In the order in which they run: of one rank side by side, of two ranks, of four alone (parity_ranks.py)."""
+    ones = (Job("bert/one", BERT, **RATES), Job("untied/one", UNTIED, **RATES), Job("t5/one", T5, **RATES), Job("transformer/one", TRANSFORMER, **RATES),
+            Job("gptj/one", GPTJ, **RATES), Job("palm/one", PALM, **RATES), Job("opt/one", OPT, **RATES), Job("documents/one", BERT, data=DOCUMENTS, **RATES))
     more = (
-        Job("documents/one", BERT, data=DOCUMENTS, **RATES), Job("bert/plain", BERT, kernels={"layers": "plain"}, **RATES),
+        Job("bert/plain", BERT, kernels={"layers": "plain"}, **RATES),
         Job("t5/full", T5, parallel=FULL, **RATES), Job("transformer/micro4", TRANSFORMER, micro=4, **RATES),
     )
     twos = (
@@ -43,14 +55,18 @@ def _jobs() -> tuple[Job, ...]:
         Job("t5/dp2", T5, ranks=2, **RATES),
         Job("t5/tp2", T5, parallel=TP2, ranks=2, **RATES), Job("t5/tp2sp", T5, parallel=SP | SELECTIVE, ranks=2, **RATES),
         Job("t5/pp2", T5, parallel=PP2, ranks=2, **RATES), Job("t5/interleaved", T5, parallel=INTERLEAVED | FULL, ranks=2, **RATES),
+        Job("gptj/tp2sp", GPTJ, parallel=SP, ranks=2, **RATES), Job("gptj/pp2", GPTJ, parallel=PP2, ranks=2, **RATES),
+        Job("palm/pp2", PALM, parallel=PP2, ranks=2, **RATES), Job("palm/dp2", PALM, ranks=2, **RATES),
+        Job("palm/tp2", PALM, parallel=TP2, ranks=2, **RATES), Job("palm/tp2sp", PALM, parallel=SP, kernels={"layers": "plain"}, ranks=2, **RATES),
+        Job("opt/tp2sp", OPT, parallel=SP, ranks=2, **RATES), Job("opt/pp2", OPT, parallel=PP2, ranks=2, **RATES),
         Job("transformer/tp2sp", TRANSFORMER, parallel=SP, ranks=2, **RATES), Job("transformer/pp2", TRANSFORMER, parallel=PP2, ranks=2, **RATES),
     )
     fours = (
         Job("bert/tp2pp2", BERT, parallel=TP2PP2, ranks=4, **RATES), Job("t5/tp2pp2", T5, parallel=TP2PP2 | {"sp": True}, ranks=4, **RATES),
-        Job("t5/pp4", T5, parallel={"pp": 4}, ranks=4, **RATES),
+        Job("gptj/tp2pp2", GPTJ, parallel=TP2PP2, ranks=4, **RATES), Job("t5/pp4", T5, parallel={"pp": 4}, ranks=4, **RATES),
     )
-    return ones + more + twos + fours
+    return ones + more + twos if ranks == 2 else ones + fours
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), _jobs(), None)
+    main(Path(sys.argv[1]), jobs_of(int(sys.argv[2])), None, count=int(sys.argv[2]))

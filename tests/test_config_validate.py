@@ -15,7 +15,10 @@ FOUR = ["launch.ranks=4"]
     (["model.num_query_groups=3"], ["model.num_query_groups=3", "1, 2, 4"]),
     (["model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "even"]),
     (["model.head_dim=7"], ["even"]),
-    (["model.num_query_groups=1", "parallel.tp=2", "launch.ranks=2"], ["parallel.tp=2", "model.num_query_groups=1"]),
+    (["model.num_query_groups=2", "model.num_attention_heads=6", "model.hidden_size=192", "model.ffn_hidden_size=384", "parallel.tp=3", "launch.ranks=3"],
+     ["parallel.tp=3", "model.num_query_groups=2", "multiple"]),
+    (["model.num_query_groups=1", "model.num_attention_heads=8", "model.head_dim=2", "parallel.tp=8", "launch.ranks=8"],
+     ["parallel.tp=8", "20 rows of queries, keys and values"]),
     (["model=micro_gpt2", "model.rope_scaling_factor=8", "data.sequence_length=64"], ["model.rope_scaling_factor=8", "null"]),
     (["parallel.tp=2"], ["launch.ranks=1", "multiple", "2"]),
     (["parallel.tp=2", "launch.ranks=5"], ["launch.ranks=5", "4 or 6"]),
@@ -80,6 +83,25 @@ FOUR = ["launch.ranks=4"]
     (["model.num_layers=0"], ["model.num_layers=0", "at least 1"]),
     (["data.vocab_size=100"], ["data.vocab_size=100", "at least 257"]),
     (["launch.master_port=70000"], ["launch.master_port=70000", "below 65536"]),
+    (["model.family=encoders"], ["did you mean encoder"]),
+    (["model.token_types=2"], ["model.token_types=2", "model.family=encoder"]),
+    (["model.position_embedding=relative"], ["model.position_embedding=relative", "rope or learned"]),
+    (["model=micro_t5", "data.sequence_length=64", "model.position_embedding=rope"], ["learned or sinusoidal or relative"]),
+    (["model=micro_bert", "parallel.cp=2", "launch.ranks=2"], ["parallel.cp=2", "model.family=encoder", "parallel.sp"]),
+    (["model=micro_bert", "precision=fp8_current"], ["precision.fp8=current", "precision=bf16"]),
+    (["model=micro_t5", "kernels.layers=plain"], ["kernels.layers=plain", "auto or fused"]),
+    (["model=micro_bert", "stage=sft"], ["stage.name=sft", "stage=pretrain or stage=adapt"]),
+    (["model=micro_t5", "stage=ppo"], ["stage.name=ppo", "left to right"]),
+    (["model=micro_bert", "data.mask_eod_loss=true"], ["data.mask_eod_loss=true"]),
+    (["model=micro_t5", "data.reset_attention=true"], ["data.reset_attention=true", "encoder_decoder"]),
+    (["model=micro_t5", "model.num_query_groups=2"], ["model.num_query_groups=2", "null"]),
+    (["model=micro_t5", "model.block=parallel"], ["model.block=parallel", "serial or post_norm"]),
+    (["model=micro_t5", "model.relative_distance=8"], ["model.relative_distance=8", "16"]),
+    (["model=micro_t5", "data.sequence_length=6"], ["data.sequence_length=6", "at least 8"]),
+    (["model=t5_small", "data.sequence_length=2048"], ["data.span_length=3", "100 sentinels"]),
+    (["model=micro_t5", "parallel.pp=3", "launch.ranks=3"], ["parallel.pp=3", "the layers of both stacks, 8: 1, 2, 4, 8"]),
+    (["model=t5_small", "parallel.tp=16", "parallel.sp=true", "model.num_attention_heads=16", "model.head_dim=32", "data.sequence_length=512", "launch.ranks=16"],
+     ["parallel.sp=true", "120 tokens"]),
 ])
 def test_refused(words, expected):
     text = "\n".join(map(str, problems(compose(words))))
@@ -96,7 +118,9 @@ def test_all_mistakes_at_once():
 @pytest.mark.parametrize("words", [
     [], ["parallel=tp2", "launch.ranks=2"], ["parallel=pp2", "launch.ranks=2", "parallel.vpp=2"], ["parallel=tp2_pp2", "launch.ranks=8"],
     ["parallel.tp=2", "parallel.sp=true", "launch.ranks=4", "parallel.recompute=full"],
-    ["model.num_query_groups=1"],
+    ["model.num_query_groups=1"], ["model.num_query_groups=1", "parallel.tp=2", "launch.ranks=2"],
+    ["model=t5_small", "data.sequence_length=512", "parallel=tp2_pp2", "parallel.sp=true", "launch.ranks=4"],
+    ["model=bert_base", "data.sequence_length=512", "parallel=tp2_pp2", "parallel.sp=true", "launch.ranks=4", "data.reset_attention=true"],
     ["model=micro_gpt2", "data.sequence_length=256"], ["model.num_layers=3"], ["optim.schedule=wsd", "optim.decay_steps=900"],
 ])
 def test_accepted(words):

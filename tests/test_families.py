@@ -1,6 +1,7 @@
-"""Encoders and encoder-decoders in every layout: the same weights, losses and gradients as on one rank (parity_ranks.py), and a resume bit for bit.
+"""A miniature of every family in every layout: the same weights, losses and gradients as on one rank (parity_ranks.py), and a resume bit for bit.
 
-One spawn of four ranks trains them all, 10 steps on real text in fp32. The bounds are those of test_parity.py.
+One spawn of two ranks trains them all, 10 steps on real text in fp32; a campaign of four has TP x PP and four stages. The bounds are those of
+test_parity.py, which has Llama and GPT-2.
 """
 from pathlib import Path
 
@@ -13,27 +14,39 @@ from megatron_ext.checkpoint.compare import compare
 pytestmark = pytest.mark.both
 SCRIPT = Path(__file__).with_name("families_ranks.py")
 LAYOUTS = (
-    "bert/tp2", "bert/tp2sp", "bert/pp2", "bert/dp2", "bert/tp2pp2", "bert/plain", "untied/tp2sp", "untied/interleaved", "documents/tp2",
-    "t5/tp2", "t5/tp2sp", "t5/pp2", "t5/pp4", "t5/interleaved", "t5/dp2", "t5/tp2pp2", "t5/full", "transformer/tp2sp", "transformer/pp2",
-    "transformer/micro4",
+    "bert/tp2", "bert/tp2sp", "bert/pp2", "bert/dp2", "bert/plain", "untied/tp2sp", "untied/interleaved", "documents/tp2",
+    "t5/tp2", "t5/tp2sp", "t5/pp2", "t5/interleaved", "t5/dp2", "t5/full", "transformer/tp2sp", "transformer/pp2", "transformer/micro4",
+    "gptj/tp2sp", "gptj/pp2", "palm/pp2", "palm/dp2", "palm/tp2", "palm/tp2sp", "opt/tp2sp", "opt/pp2",
 )
-FAMILIES = ("bert", "untied", "documents", "t5", "transformer")
+FAMILIES = ("bert", "untied", "documents", "t5", "transformer", "gptj", "palm", "opt")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
     directory = tmp_path_factory.mktemp("families")
     prepare_text(directory, split=(1.0, 0.0, 0.0))
-    return run_ranks(directory, script=SCRIPT)
+    return run_ranks(directory, script=SCRIPT, arguments=["2"], count=2)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_trains_as_one_rank_does(runs, name):
+def same_training(runs: dict, name: str) -> None:
     reference = f"{name.split('/')[0]}/one"
     assert runs[name]["initial"] == runs[reference]["initial"] != "", "not the same initial weights"
     assert len(runs[name]["losses"]) == 10
     assert difference(runs, name, reference) <= 2e-6
     assert difference(runs, name, reference, "norms", steps=3) <= 5e-6
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_trains_as_one_rank_does(runs, name):
+    same_training(runs, name)
+
+
+@pytest.mark.campaign
+def test_four_ranks_train_as_one_does(tmp_path):
+    prepare_text(tmp_path, split=(1.0, 0.0, 0.0))
+    runs = run_ranks(tmp_path, script=SCRIPT, arguments=["4"])
+    for name in ("bert/tp2pp2", "t5/tp2pp2", "t5/pp4", "gptj/tp2pp2"):
+        same_training(runs, name)
 
 
 def test_they_learn_and_are_not_one_model(runs):

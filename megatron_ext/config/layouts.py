@@ -98,7 +98,7 @@ def context_parallel_fits(config: Config) -> Iterator[UserError]:
         yield UserError("kernels.layers", "plain", "keeps documents apart with a mask over whole sequences, which ranks with parallel.cp greater than 1 do "
                                                    "not hold; fused layers (auto) take documents")
     if parallel.cp_method == "ulysses" and not config.data.reset_attention:
-        heads, groups = model.num_attention_heads // parallel.tp, sizes.query_groups(model) // parallel.tp
+        heads, groups = model.num_attention_heads // parallel.tp, max(1, sizes.query_groups(model) // parallel.tp)
         if heads % parallel.cp or (groups % parallel.cp and parallel.cp % groups):
             yield UserError("parallel.cp_method", "ulysses", f"shares the {heads} heads and {groups} key/value heads of a tensor-parallel rank out over "
                                                              f"parallel.cp={parallel.cp} ranks, which must divide them; ring has no such limit")
@@ -111,8 +111,11 @@ def tp_divides(config: Config) -> Iterator[UserError]:
     if wrong:
         yield UserError("parallel.tp", tp, f"must divide {', '.join(wrong)}; what divides all: {divisors(math.gcd(*sized.values()))}")
     groups = sizes.query_groups(model)
-    if not wrong and groups % tp:  # megatron-core 0.16 asks a global for the ranks that share a key/value head, and layouts are values here
-        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}: key/value heads are not shared between ranks")
+    if not wrong and groups % tp and tp % groups:  # a key/value head may be shared by ranks, not by some more and by some less
+        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}, or be a multiple of it")
+    width = sizes.head_dim(model) * (model.num_attention_heads + 2 * groups)
+    if not wrong and groups < tp and width % tp:
+        yield UserError("parallel.tp", tp, f"must divide the {width} rows of queries, keys and values: {divisors(width)}")
 
 
 def stages_divide_layers(config: Config) -> Iterator[UserError]:

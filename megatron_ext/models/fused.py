@@ -22,6 +22,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from megatron_ext.models.norm import Norm
+from megatron_ext.models.shared_keys import SharedKeys
 
 
 class FusedNorm(Norm):
@@ -65,11 +66,11 @@ class OwnBias:
         self.config = config
 
 
-class PlainSelfAttention(OwnBias, SelfAttention):
+class PlainSelfAttention(OwnBias, SharedKeys, SelfAttention):
     """megatron-core's self-attention."""
 
 
-class FusedSelfAttention(OwnBias, SelfAttention):
+class FusedSelfAttention(OwnBias, SharedKeys, SelfAttention):
     """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
