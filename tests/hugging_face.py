@@ -76,6 +76,18 @@ def tensors(directory: Path) -> dict:
     return found
 
 
+def read(kind: type, directory: Path):
+    """The model of a directory. Not by from_pretrained, whose way over the meta device our stand-in for CUDA confuses."""
+    config = kind.config_class.from_pretrained(directory)
+    config._attn_implementation = "eager"
+    model = kind(config).eval()
+    # transformers 5 calls GPT-NeoX's head lm_head, and keeps the old name in files.
+    found = {name.replace("embed_out.", "lm_head.") if hasattr(model, "lm_head") else name: tensor for name, tensor in tensors(directory).items()}
+    model.load_state_dict(found, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    return model
+
+
 LENGTH, PROMPT, GROWN = 40, 7, 64  # tokens: of a row whose logits are compared, of a prompt, of a completion
 
 

@@ -78,11 +78,7 @@ def test_a_config_json_of_our_making_is_read_by_transformers(imported, name):
     shutil.copytree(folder / "ours", folder / "alone", ignore=shutil.ignore_patterns("hugging_face"))
     assert main(["convert", f"checkpoint.load={folder / 'alone'}", f"output={folder / 'made'}"]) == 0
     values = json.loads((folder / "made" / "config.json").read_text())
-    config = getattr(transformers, type(model.config).__name__).from_pretrained(folder / "made")
-    config._attn_implementation = "eager"
-    again = type(model)(config).eval()
-    again.load_state_dict(hf.tensors(folder / "made"), strict=not config.tie_word_embeddings)
-    again.tie_weights()
+    again = hf.read(type(model), folder / "made")
     assert values["architectures"] == [type(model).__name__]
     with torch.no_grad():
         assert torch.equal(again(hf.rows()).logits, model(hf.rows()).logits)
@@ -195,9 +191,7 @@ def texts(tmp_path_factory, small_data):
 
 
 def test_generate_takes_prompts_and_ends_as_transformers_does(texts, capsys):
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config.from_pretrained(texts / "hf")).eval()
-    model.load_state_dict(hf.tensors(texts / "hf"), strict=False)
-    model.tie_weights()
+    model = hf.read(transformers.Qwen2ForCausalLM, texts / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(texts / "hf")
     prompt = "def main(argument):"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
