@@ -134,7 +134,7 @@ def test_arguments_that_do_not_fit(connected, tmp_path, capsys, change, said):
 
 def test_a_file_that_is_missing_or_cut_short(sound, tmp_path, capsys):
     shutil.copytree(sound, tmp_path / "megatron")
-    file = sorted((tmp_path / "megatron" / "iter_0000007").glob("*.distcp"))[0]
+    file = min((tmp_path / "megatron" / "iter_0000007").glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])
     assert f"{file.name}=" not in (said := refused(tmp_path / "megatron", tmp_path, capsys)) and file.name in said and "cut short" in said
     (tmp_path / "megatron" / "iter_0000007" / ".metadata").unlink()
