@@ -51,14 +51,23 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_and_greedy_tokens_are_those_of_transformers(imported, name):
-    _, model, engine, _ = imported(name)
+def test_logits_losses_and_greedy_tokens_are_those_of_transformers(imported, connected, name):
+    folder, model, engine, _ = imported(name)
     truth, decoder = hf.truth(model), engine.models[0].eval()
     with torch.no_grad():
         tokens = hf.rows()[:, :-1]
-        logits = decoder(tokens, torch.arange(hf.LENGTH)[None].expand(len(tokens), -1))[..., : hf.WORDS]
+        positions = torch.arange(hf.LENGTH)[None].expand(len(tokens), -1)
+        logits = decoder(tokens, positions)[..., : hf.WORDS]
     assert float(truth["logits"].std()) > 0.5, "weights so small that every model gives the same"
     assert hf.off(logits, truth["logits"]) < 1e-5
+    # The loss does not hold logits, and the plain layers are other modules.
+    plain, _ = hf.restored(folder / "ours", connected, "kernels.layers=plain")
+    with torch.no_grad():
+        expected = model(hf.rows(), labels=hf.rows()).loss
+        for one in (decoder, plain.models[0].eval()):
+            _, losses = one(tokens, positions, labels=hf.rows()[:, 1:])
+            assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-5)
+        assert hf.off(plain.models[0](tokens, positions)[..., : hf.WORDS], truth["logits"]) < 1e-5
     assert torch.equal(hf.grown(engine), truth["tokens"])
     assert torch.equal(hf.grown(engine, modules_only=True), truth["tokens"])
 
@@ -126,6 +135,18 @@ def test_written_shards_have_the_index_that_transformers_reads(tmp_path, monkeyp
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in hf.tensors(tmp_path / "back").values())
+    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+
+
+def test_ranks_share_the_work(tmp_path):
+    """Two processes write the shards of four ranks; the checkpoint is that of one process, but for its own time and layout."""
+    hf.save(hf.CASES["gpt_neox"], tmp_path / "hf")
+    words = ("convert", f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}", "parallel.tp=2", "parallel.pp=2", "launch.ranks=2")
+    done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("GPTNeoXForCausalLM") == 1
+    assert len(list((tmp_path / "ours" / "checkpoints" / "step_00000000").glob("shard_*.bin"))) == 4
+    assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"]) == 0
     assert same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
