@@ -74,3 +74,68 @@ def tensors(directory: Path) -> dict:
         with safe_open(file, "pt") as opened:
             found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 no mapping
     return found
+
+
+def read(kind: type, directory: Path):
+    """The model of a directory. Not by from_pretrained, whose way over the meta device our stand-in for CUDA confuses."""
+    config = kind.config_class.from_pretrained(directory)
+    config._attn_implementation = "eager"
+    model = kind(config).eval()
+    # transformers 5 calls GPT-NeoX's head lm_head, and keeps the old name in files.
+    found = {name.replace("embed_out.", "lm_head.") if hasattr(model, "lm_head") else name: tensor for name, tensor in tensors(directory).items()}
+    model.load_state_dict(found, strict=not config.tie_word_embeddings)
+    model.tie_weights()
+    return model
+
+
+LENGTH, PROMPT, GROWN = 40, 7, 64  # tokens: of a row whose logits are compared, of a prompt, of a completion
+
+
+def rows(count: int = 3):
+    """int64 [count, LENGTH + 1]."""
+    import torch
+
+    return torch.randint(0, WORDS, (count, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+def truth(model) -> dict:
+    """{"logits": [3, LENGTH, WORDS], "tokens": [2, GROWN]}: what transformers computes, and what it grows from two prompts, each alone."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(rows()[:, :-1]).logits
+        grown = [model.generate(row[None, :PROMPT], do_sample=False, max_new_tokens=GROWN, min_new_tokens=GROWN, pad_token_id=0)[0, PROMPT:] for row in rows()[:2]]
+    return {"logits": logits, "tokens": torch.stack(grown)}
+
+
+def restored(directory: Path, platform, *words: str, train: bool = False, ranks: tuple[int, ...] = (0,)):
+    """(the engine of a checkpoint in the layout that `words` say, its source)."""
+    from megatron_ext.config.compose import compose
+    from megatron_ext.parallel.layout import Layout
+    from megatron_ext.train.engine import Engine
+    from megatron_ext.train.restored import source
+    from megatron_ext.train.weights import load_weights
+
+    typed = (f"checkpoint.load={directory}", f"launch.ranks={len(ranks)}", *words)
+    found = source(compose(typed), typed)
+    parallel = found.config.parallel
+    layout = Layout(tp=parallel.tp, pp=parallel.pp, sp=parallel.sp, ranks=ranks)
+    engine = Engine(found.config, layout, platform, vocab_size=found.vocab_size, train=train)
+    load_weights(engine, found.path)
+    return engine, found
+
+
+def grown(engine, *, modules_only: bool = False):
+    """int64 [2, GROWN]: what our generation grows from the prompts of `truth`."""
+    import torch
+
+    from megatron_ext.config.schema import GenerateConfig
+    from megatron_ext.generate.decode import generate
+
+    prompts = [row[:PROMPT].tolist() for row in rows()[:2]]
+    return torch.tensor([one.tokens for one in generate(engine, prompts, GenerateConfig(max_tokens=GROWN, temperature=0.0), modules_only=modules_only)])
+
+
+def off(mine, theirs) -> float:
+    """The largest difference relative to the largest number."""
+    return float((mine - theirs).abs().max() / theirs.abs().max())

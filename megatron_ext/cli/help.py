@@ -23,7 +23,7 @@ READS = {
     "report": ("run",),
     "doctor": (),
 }
-TOP = {"prepare": ("input", "output"), "convert": ("hf", "output")}  # keys that are in no group
+TOP = {"prepare": ("input", "output"), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",

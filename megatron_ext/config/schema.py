@@ -438,5 +438,7 @@ class Config:
     critic_layout: PlacementConfig = field(default_factory=PlacementConfig)
     rollout_layout: PlacementConfig = field(default_factory=PlacementConfig)
     hf: str | None = None  # convert: a Hugging Face directory to read
+    megatron: str | None = None  # convert: a checkpoint of Megatron-LM (torch_dist) to read
+    adapter: str | None = None  # convert: with hf, a PEFT directory of a LoRA adapter that lies on it; with checkpoint.load, only: its adapter alone is written
     input: str | None = None  # prepare: text to read
     output: str | None = None  # prepare, convert: directory to write

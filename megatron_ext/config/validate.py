@@ -190,14 +190,19 @@ def load_is_given(config: Config) -> Iterator[UserError]:
 # ---- convert ---------------------------------------------------------------------------------------------------------------------
 
 def one_side_is_given(config: Config) -> Iterator[UserError]:
-    hf, load = config.hf, config.checkpoint.load
-    if hf is None and load is None:
+    hf = config.hf
+    given = {key: value for key, value in (("hf", hf), ("megatron", config.megatron), ("checkpoint.load", config.checkpoint.load)) if value is not None}
+    if not given:
         yield UserError("hf", "null", "name what is converted: convert hf=DIR output=DIR reads a Hugging Face directory, convert checkpoint.load=DIR "
                                       "output=DIR writes one")
-    elif hf is not None and load is not None:
-        yield UserError("checkpoint.load", load, "and hf are both given: a command converts one way")
+    elif len(given) > 1:
+        yield UserError(*list(given.items())[-1], f"and {next(iter(given))} are both given: a command converts one thing")
     if config.output is None:
         yield UserError("output", "null", "name the directory to write")
+    if config.adapter is not None and hf is not None and not Path(config.adapter).is_dir():
+        yield UserError("adapter", config.adapter, "is not there; name a directory as PEFT saves it")
+    elif config.adapter is not None and hf is None and (config.adapter != "only" or config.checkpoint.load is None):
+        yield UserError("adapter", config.adapter, "with checkpoint.load it is adapter=only: the adapter of the checkpoint is written, without its model")
 
 
 def skips_are_ranges(config: Config) -> Iterator[UserError]:

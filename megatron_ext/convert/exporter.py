@@ -3,7 +3,6 @@
 Read through the checkpoint's own reader, piece by piece: no model is built, no rank is started, and one tensor is held at a time.
 """
 import json
-import math
 import os
 import secrets
 import shutil
@@ -19,10 +18,11 @@ from megatron_ext.checkpoint import adapters, ancestry
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.read import Stored
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.convert import carried, origin
+from megatron_ext.convert import carried, origin, peft
 from megatron_ext.convert.families import FAMILIES, can_say
 from megatron_ext.convert.family import Family, Placed
 from megatron_ext.convert.forms import Heads
+from megatron_ext.convert.ours import LAYERS
 from megatron_ext.convert.safetensors import DTYPES, Planned, write
 from megatron_ext.convert.settings import FILE
 from megatron_ext.data.tokenizer import Tokenizer
@@ -90,16 +90,24 @@ def _origin(path: Path) -> tuple[dict | None, Path | None, str | None]:
     return whence, folder if whence and folder.is_dir() else None, None
 
 
-def write_directory(found: Export, output: Path) -> list[Path]:
-    """Writes the Hugging Face directory, which appears whole or not at all. Returns its safetensors files. Raises UserError."""
+def write_directory(found: Export, output: Path, *, adapter: bool = False) -> list[Path]:
+    """Writes the Hugging Face directory, which appears whole or not at all. Returns its safetensors files. Raises UserError.
+
+    Args:
+        adapter: the checkpoint's LoRA adapter alone, as PEFT reads it, and not the model with it.
+    """
     output = output.absolute()
     draft = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
+        m.verify(found.path)
         with Stored(found.path) as stored:
-            files = _weights(found, stored, draft)
-            _settings(found, stored, draft)
-        _beside(found, draft)
+            if adapter:
+                files = _adapter(found, stored, draft)
+            else:
+                files = _weights(found, stored, draft)
+                _settings(found, stored, draft)
+                _beside(found, draft)
         if output.exists():
             output.rmdir()
         os.rename(draft, output)
@@ -154,11 +162,20 @@ class Tensors:
 
 
 def _weights(found: Export, stored: Stored, draft: Path) -> list[Path]:
-    m.verify(found.path)
     tensors = Tensors(found, stored)
-    planned = tensors.planned()
-    assert sum(math.prod(one.shape) for one in planned) > 0
-    return write(draft, planned, tensors.make)
+    return write(draft, tensors.planned(), tensors.make)
+
+
+def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
+    lora = stored_config(found.path, KEY).lora
+    keys = [key for key in stored.tensors if key.endswith(adapters.ADAPTERS) and key.startswith(LAYERS)]
+    if not lora.rank or not keys:
+        raise UserError("adapter", "only", f"{found.path} holds no adapter: it was not trained with lora.rank")
+    base = found.origin.get("name") if found.origin else None
+    files = peft.write_directory(draft, found.family, found.model, found.vocab_size, lora, stored.region, stored.tensors[keys[0]].dtype, base)
+    if found.origin is not None:
+        (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")
+    return files
 
 
 def _settings(found: Export, stored: Stored, draft: Path) -> None:
@@ -199,7 +216,7 @@ def _beside(found: Export, draft: Path) -> None:
         said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "model_max_length": found.model.max_sequence_length,
                 "clean_up_tokenization_spaces": False}
         (draft / "tokenizer_config.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if found.origin is not None:
+    if found.origin is not None and found.origin["format"] == "hugging_face":
         (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")
 
 

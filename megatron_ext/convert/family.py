@@ -98,5 +98,7 @@ class Family:
         return any(re.fullmatch(rf"(.*\.)?{pattern}", name) for pattern in self.buffers)
 
     def prefix_of(self, names: Iterable[str]) -> str:
-        """The prefix that a directory's tensors have: the family's, or none."""
-        return self.prefix if any(name.startswith(self.prefix) for name in names) else ""
+        """The prefix that a directory's tensors have: the family's, or what is left of it where the outer classes were not saved."""
+        names, parts = list(names), self.prefix.split(".")
+        tails = [".".join(parts[number:]) for number in range(len(parts))]
+        return next(tail for tail in tails if any(name.startswith(tail) for name in names) or not tail)

@@ -1,4 +1,4 @@
-"""`convert hf=DIR output=DIR`: a run directory with one checkpoint, which train, generate and evaluate take at any layout.
+"""`convert hf=DIR output=DIR` (or `megatron=DIR`): a run directory with one checkpoint, which train, generate and evaluate take at any layout.
 
     output/config.yaml, tokenizer.json      as of any run
     output/hugging_face/                    the files that were carried along (carried.py)
@@ -17,8 +17,9 @@ from megatron_ext.config import sizes
 from megatron_ext.config.compose import compose, to_yaml
 from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import check_layout
-from megatron_ext.convert import carried, origin, shards
+from megatron_ext.convert import carried, origin, peft, shards
 from megatron_ext.convert.forms import Heads
+from megatron_ext.convert.megatron import Checkpoint, open_checkpoint
 from megatron_ext.convert.source import DTYPES, PRECISIONS, Directory, open_directory
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
@@ -34,10 +35,11 @@ LONGEST = 1024  # tokens of a training sample, where nobody says otherwise
 class Plan:
     """What is written: from where, and the configuration that the checkpoint carries."""
 
-    source: Directory
+    source: Directory | Checkpoint
     config: Config
     layout: shards.Layout
     tokenizer: bytes | None
+    adapter: peft.Adapter | None = None
 
 
 def plan(config: Config, words: Sequence[str]) -> Plan:
@@ -46,7 +48,11 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
     Args:
         words: the overrides that were typed: of the model they may say what is no part of it (dropout, padding).
     """
-    source = open_directory(Path(config.hf))
+    given = config.hf or config.megatron
+    if config.hf is not None:
+        source = open_directory(Path(given))
+    else:
+        source = open_checkpoint(Path(given), Path(config.data.tokenizer) if config.data.tokenizer else None)
     typed = {word.lstrip("+").partition("=")[0] for word in words}
     data, precision = config.data, config.precision
     if not typed & {"precision", "precision.dtype"}:
@@ -57,22 +63,26 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
     theirs, ours = (records.architecture(model, source.vocab_size) for model in (source.model, merged.model))
     for key in theirs.keys() | ours.keys():
         if theirs.get(key) != ours.get(key):
-            raise UserError(f"model.{key}", ours.get(key), f"the model in {config.hf} has {theirs.get(key)}; leave model keys out, its config.json says them")
+            raise UserError(f"model.{key}", ours.get(key), f"the model in {given} has {theirs.get(key)}; leave model keys out, it says them itself")
     merged = replace(merged, model=replace(merged.model, vocab_size=source.vocab_size), launch=replace(config.launch, ranks=_ranks(config)))
     check_layout(merged)
-    content = carried.tokenizer(source.path)
+    content = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer and config.hf is None else carried.tokenizer(source.path)
     _check_tokenizer(source, content)
     target = Path(config.output).absolute()
-    merged = replace(merged, hf=None, output=None, run=replace(merged.run, dir=str(target)),
+    adapter = None
+    if config.adapter is not None:
+        adapter = peft.read(Path(config.adapter), source.family, source.model, source.vocab_size, DTYPES[merged.precision.dtype])
+        merged = replace(merged, lora=adapter.lora)
+    merged = replace(merged, hf=None, megatron=None, adapter=None, output=None, run=replace(merged.run, dir=str(target)),
                      data=replace(merged.data, tokenizer=str(target / carried.TOKENIZER) if content else None))
-    return Plan(source, merged, shards.Layout(merged.parallel, merged.model.num_layers), content)
+    return Plan(source, merged, shards.Layout(merged.parallel, merged.model.num_layers), content, adapter)
 
 
 def _ranks(config: Config) -> int:
     return config.parallel.tp * config.parallel.pp * config.parallel.cp
 
 
-def _check_tokenizer(source: Directory, content: bytes | None) -> None:
+def _check_tokenizer(source: Directory | Checkpoint, content: bytes | None) -> None:
     """Raises UserError for a tokenizer of other words than the model has. (Models may have rows that no word uses.)"""
     if content is None:
         return
@@ -98,12 +108,15 @@ def write(found: Plan, output: Path, *, private: bool = True) -> str:
             step.mkdir(parents=True)
         ranks.gather(None)
         mine = range(ranks.rank, found.layout.shards, ranks.size)
-        dtype, heads, reader = DTYPES[found.config.precision.dtype], Heads.of(found.config.model), found.source.reader
+        dtype, heads = DTYPES[found.config.precision.dtype], Heads.of(found.config.model)
 
         def make(one):
-            return one.form.join([reader.tensor(name).to(dtype) for name in one.names], heads)
+            if isinstance(one, peft.Part):
+                return one.tensor
+            return found.source.make(one, heads).to(dtype)
 
-        shards.write(step, found.layout, found.source.placed, make, mine)
+        parts = found.adapter.parts if found.adapter is not None else ()
+        shards.write(step, found.layout, (*found.source.placed, *parts), make, mine)
         hashes = _hashes(found.source, ranks)
         sealed = None
         if ranks.rank == 0:
@@ -120,9 +133,9 @@ def write(found: Plan, output: Path, *, private: bool = True) -> str:
         ranks.close()
 
 
-def _hashes(source: Directory, ranks: Ranks) -> dict[str, str]:
+def _hashes(source: Directory | Checkpoint, ranks: Ranks) -> dict[str, str]:
     """The sha256 of the weights' files (the Hub shows the same), each hashed by one rank."""
-    mine = {file.name: m.hash_file(file) for file in source.reader.files[ranks.rank :: ranks.size]}
+    mine = {file.name: m.hash_file(file) for file in source.files[ranks.rank :: ranks.size]}
     return {name: value for part in ranks.gather(mine) for name, value in sorted(part.items())}
 
 
@@ -133,9 +146,9 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
     if found.tokenizer is not None:
         (draft / carried.TOKENIZER).write_bytes(found.tokenizer)
     (draft / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    whence = origin.read(source.path, source.family, source.settings) | {
-        "files": files, "weights": hashes, "prefix": source.prefix, "dtypes": source.exceptions if PRECISIONS[source.dtype] == config.precision.dtype else {},
-    }
+    whence = source.origin() | {"files": files, "weights": hashes, "adapter": found.adapter.hashes if found.adapter else None}
+    if DTYPES[config.precision.dtype] != source.dtype:
+        whence["dtypes"] = {}  # what was typed goes before
     record = {
         "step": 0, "samples": 0, "tokens": 0, "vocab_size": source.vocab_size, "model": records.architecture(config.model, source.vocab_size),
         "layout": records.layout(config), "ranks": found.layout.shards, "config": asdict(config), "stage": STAGE, "sharding": config.checkpoint.format,
@@ -148,9 +161,9 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
 def described(found: Plan, output: Path, sealed: str) -> list[str]:
     """What a person wants to know of it."""
     source, model = found.source, found.config.model
-    whence = origin.read(source.path, source.family, source.settings)
+    whence = source.origin()
     count = sizes.parameters(model, source.vocab_size)
-    kind = f"{source.family.architecture}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words"
+    kind = f"{source.kind}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words"
     lines = [
         f"{output}: {kind}, up to {model.max_sequence_length:,} tokens",
         f"  from        {source.path} ({whence['name']}), licence {whence['licence']}",
@@ -159,6 +172,7 @@ def described(found: Plan, output: Path, sealed: str) -> list[str]:
     lines += [f"  licence     {line}" for line in origin.warnings(whence)]
     if found.tokenizer is None:
         lines.append("  note: there is no tokenizer.json; generate and train need one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR), then convert again")
-    if source.notes:
-        lines.append(f"  note: config.json holds what nobody here knows, taken to change nothing: {', '.join(source.notes)}")
+    if found.adapter is not None:
+        lines += [f"  {note}" for note in found.adapter.notes]
+    lines += [f"  note: {note}" for note in source.notes]
     return lines

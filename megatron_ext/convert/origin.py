@@ -57,6 +57,8 @@ def licence_files(directory: Path) -> list[Path]:
 
 def warnings(origin: Mapping) -> list[str]:
     """What has to be said before weights of an origin are given away; empty where nothing is known that forbids a use."""
+    if origin.get("format") != "hugging_face":
+        return []  # of one's own training
     licence, name = str(origin.get("licence", NONE)), origin.get("name")
     said = [f"{name}: {text} ({licence})" for patterns, text in RESTRICTED if any(fnmatch.fnmatch(licence, pattern) for pattern in patterns.split("|"))][:1]
     if not said and origin.get("card", {}).get("commercial") is False:

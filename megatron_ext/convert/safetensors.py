@@ -167,11 +167,13 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(directory: Path, planned: Sequence[Planned], make: Callable[[str], torch.Tensor], *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def write(directory: Path, planned: Sequence[Planned], make: Callable[[str], torch.Tensor], *, shard_bytes: int = SHARD_BYTES,
+          name: str = NAME) -> list[Path]:
     """Writes `planned` in files of at most `shard_bytes` (a larger tensor has one of its own), with the index where there are several.
 
     Args:
         make: a tensor by its name, of the dtype and shape planned; called once each, in order, so that one is held at a time.
+        name: of the file, where it is one.
     Returns: the safetensors files.
     """
     shards: list[list[Planned]] = [[]]
@@ -179,16 +181,16 @@ def write(directory: Path, planned: Sequence[Planned], make: Callable[[str], tor
         if shards[-1] and sum(other.bytes for other in shards[-1]) + one.bytes > shard_bytes:
             shards.append([])
         shards[-1].append(one)
-    names = [NAME] if len(shards) == 1 else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        _write_file(directory / name, shard, make)
+    names = [name] if len(shards) == 1 else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(names, shards):
+        _write_file(directory / file, shard, make)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(one.bytes for one in planned)},
-            "weight_map": {one.name: name for name, shard in zip(names, shards) for one in shard},
+            "weight_map": {one.name: file for file, shard in zip(names, shards) for one in shard},
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return [directory / name for name in names]
+    return [directory / file for file in names]
 
 
 def _write_file(path: Path, planned: Iterable[Planned], make: Callable[[str], torch.Tensor]) -> None:

@@ -83,7 +83,7 @@ def write(directory: Path, layout: Layout, placed: Iterable[Placed], make, numbe
     """Writes shards of a checkpoint.
 
     Args:
-        placed: all tensors; `make` gives our tensor of one of them.
+        placed: all tensors (`Placed`, or anything else with `ours` and `layer`); `make` gives our tensor of one of them.
         numbers: of the shards that are written here.
     """
     shards = {number: Shard(directory, number) for number in numbers}

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.convert import origin
 from megatron_ext.convert.families import family_of
 from megatron_ext.convert.family import Family, Placed
+from megatron_ext.convert.forms import Heads
 from megatron_ext.convert.safetensors import NAMES, Reader
 from megatron_ext.convert.settings import Settings
 from megatron_ext.errors import UserError
@@ -27,7 +29,7 @@ class Directory:
         prefix: what the names of its tensors begin with.
         placed: its tensors and which of ours they make, in order.
         dtype: that holds every tensor exactly.
-        notes: settings that nobody knows.
+        notes: what a person should know of it.
     """
 
     path: Path
@@ -43,6 +45,24 @@ class Directory:
     @property
     def vocab_size(self) -> int:
         return self.model.vocab_size
+
+    @property
+    def kind(self) -> str:
+        """What such a model is called."""
+        return self.family.architecture
+
+    @property
+    def files(self) -> list[Path]:
+        """That hold the weights."""
+        return self.reader.files
+
+    def make(self, one: Placed, heads: Heads) -> torch.Tensor:
+        """Our tensor, in the dtype of theirs (the widest, where they differ)."""
+        return one.form.join([self.reader.tensor(name) for name in one.names], heads)
+
+    def origin(self) -> dict:
+        """Where the weights come from, for the record."""
+        return origin.read(self.path, self.family, self.settings) | {"prefix": self.prefix, "dtypes": self.exceptions}
 
     @property
     def exceptions(self) -> dict[str, str]:
@@ -61,7 +81,8 @@ def open_directory(path: Path) -> Directory:
     family = family_of(settings)
     vocab = settings.size("vocab_size")
     model = replace(family.reads(settings), vocab_size=vocab)
-    notes = settings.finish()
+    unknown = settings.finish()
+    notes = [f"config.json holds what nobody here knows, taken to change nothing: {', '.join(unknown)}"] if unknown else []
     reader = Reader(path)
     prefix = family.prefix_of(reader.names())
     placed = tuple(family.placed(model, vocab, prefix))

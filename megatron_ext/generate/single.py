@@ -21,7 +21,7 @@ from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
 from megatron_ext.models.blocks import BLOCKS
 from megatron_ext.models.decoder import Decoder
-from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, PlainSelfAttention, rotary_tables
+from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, HeadNorm, PlainSelfAttention, rotary_tables
 from megatron_ext.models.lora import Adapted, active
 from megatron_ext.models.norm import Norm
 
@@ -30,8 +30,8 @@ KINDS = {
     "input_layernorm": (Norm, FusedNorm),
     "self_attention": (PlainSelfAttention, FusedSelfAttention),
     "self_attention.linear_qkv": ColumnParallelLinear,
-    "self_attention.q_layernorm": (IdentityOp, type(None), Norm, FusedNorm),
-    "self_attention.k_layernorm": (IdentityOp, type(None), Norm, FusedNorm),
+    "self_attention.q_layernorm": (IdentityOp, type(None), Norm, HeadNorm),
+    "self_attention.k_layernorm": (IdentityOp, type(None), Norm, HeadNorm),
     "self_attention.core_attention": CoreAttention,
     "self_attention.linear_proj": RowParallelLinear,
     "cross_attention": IdentityOp,

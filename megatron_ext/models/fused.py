@@ -39,6 +39,14 @@ class FusedNorm(Norm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, backend=self.backend)
 
 
+class HeadNorm(FusedNorm):
+    """Of each head's queries or keys: views of the joined projection, whose rows the kernels want one after the other."""
+
+    def forward(self, x: Tensor, residual: None = None) -> Tensor:
+        """[seq, batch, heads, d] -> the same."""
+        return super().forward(x.contiguous())
+
+
 def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
     """`model.activation` as a function of the first projection [..., 2 ffn] or [..., ffn] and its bias (or None)."""
 

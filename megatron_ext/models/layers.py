@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,7 +18,7 @@ from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfi
 from megatron_ext.config.sizes import biases, ffn_size, head_dim, layers, query_groups
 from megatron_ext.models.blocks import BLOCKS
 from megatron_ext.models.fp8 import fp8_linears, is_edge
-from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, PlainSelfAttention
+from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, HeadNorm, PlainSelfAttention
 from megatron_ext.models.norm import Norm
 from megatron_ext.models.spec import layer_spec
 from megatron_ext.models.te import fp8_settings, te_layer
@@ -152,8 +153,8 @@ def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodule
 
 
 def _spec(config: LayerConfig, fused: bool, column: type, row: type) -> ModuleSpec:
-    attention, norm = (FusedSelfAttention, FusedNorm) if fused else (PlainSelfAttention, Norm)
-    return layer_spec(BLOCKS[config.block][fused], attention, norm, column, row, qk_norm=config.qk_layernorm,
+    attention, norm, head_norm = (FusedSelfAttention, FusedNorm, HeadNorm) if fused else (PlainSelfAttention, Norm, Norm)
+    return layer_spec(BLOCKS[config.block][fused], attention, norm, column, row, head_norm=head_norm if config.qk_layernorm else IdentityOp,
                       one_norm=config.block == "parallel_one_norm", causal=config.causal)
 
 

@@ -11,14 +11,14 @@ from megatron_ext.models.attention import CoreAttention
 
 
 def layer_spec(layer: type, attention: type, norm: type, column: type, row: type, names: dict[str, str] | None = None, *,
-               qk_norm: bool = False, one_norm: bool = False, causal: bool = True) -> ModuleSpec:
+               head_norm: type = IdentityOp, one_norm: bool = False, causal: bool = True) -> ModuleSpec:
     """A layer.
 
     Args:
         layer, attention: the modules whose forward passes they are; norm: before attention and before the MLP.
         column, row: the parallel linear layers into and out of each of the two.
         names: prefixes of parameters -> their prefixes in a checkpoint, where the modules call them otherwise.
-        qk_norm: queries and keys of each head are normed too. one_norm: there is none before the MLP.
+        head_norm: of each head's queries and keys. one_norm: there is none before the MLP.
         causal: a token sees those before it and itself; False: all of the sequence.
     """
     return ModuleSpec(
@@ -29,8 +29,7 @@ def layer_spec(layer: type, attention: type, norm: type, column: type, row: type
                 module=attention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=CoreAttention, linear_proj=row, q_layernorm=norm if qk_norm else IdentityOp,
-                    k_layernorm=norm if qk_norm else IdentityOp,
+                    linear_qkv=column, core_attention=CoreAttention, linear_proj=row, q_layernorm=head_norm, k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

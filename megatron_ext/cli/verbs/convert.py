@@ -13,7 +13,7 @@ def convert(config: Config, options: Options) -> int:
     output = Path(config.output)
     if output.is_file() or output.is_dir() and any(output.iterdir()):
         raise UserError("output", config.output, "is a file, or a directory that is not empty; name a new one")
-    if config.hf is not None:
+    if config.hf is not None or config.megatron is not None:
         return launch.in_ranks(config, options.argv, lambda: _import(config, options))
     return _export(config)
 
@@ -43,6 +43,6 @@ def _export(config: Config) -> int:
     if path is None:
         raise UserError("checkpoint.load", config.checkpoint.load, "names no checkpoint; give a checkpoint or run directory")
     found = exporter.plan(path, average=config.checkpoint.average)
-    files = exporter.write_directory(found, Path(config.output))
+    files = exporter.write_directory(found, Path(config.output), adapter=config.adapter is not None)
     print("\n".join(exporter.described(found, Path(config.output), files)))
     return 0

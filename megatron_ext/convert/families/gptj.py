@@ -25,7 +25,9 @@ LINES = (
 
 def _read(settings: Settings) -> ModelConfig:
     hidden, heads = settings.size("n_embd"), settings.size("n_head")
-    settings.ignore("n_ctx", "rotary", "scale_attn_weights")
+    settings.must("rotary", True)
+    settings.must("scale_attn_weights", True)
+    settings.ignore("n_ctx")
     width = hidden // heads
     return ModelConfig(
         name="gptj", num_layers=settings.size("n_layer"), hidden_size=hidden, num_attention_heads=heads,

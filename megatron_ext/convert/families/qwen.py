@@ -20,7 +20,7 @@ def _full_attention(settings: Settings) -> None:
 
 def _read2(settings: Settings) -> ModelConfig:
     _full_attention(settings)
-    settings.ignore("use_mrope")
+    settings.must("use_mrope", False)
     return read_sizes(settings, name="qwen2", qkv_bias=True)
 
 
