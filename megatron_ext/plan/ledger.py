@@ -33,10 +33,12 @@ class Ledger(TorchDispatchMode):
 
     Args:
         group_name: a process group -> what it is for, such as "tensor".
+        chosen: share of elements that `nonzero` finds: the masked words of an encoder.
     """
 
-    def __init__(self, group_name: Callable[[dist.ProcessGroup], str]):
+    def __init__(self, group_name: Callable[[dist.ProcessGroup], str], chosen: float = 1.0):
         super().__init__()
+        self._chosen = chosen
         self.live = self.peak = self.operations = 0
         self._group_name = group_name
         self._sizes: dict[int, tuple[weakref.ref, int]] = {}
@@ -48,7 +50,10 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:  # a number that decides something: every loss here is 1, and every check passes
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:
+            out = args[0].new_empty(max(1, int(self._chosen * args[0].numel())), args[0].dim(), dtype=torch.int64)
+        else:
+            out = func(*args, **(kwargs or {}))
         self.operations += 1
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):

@@ -5,6 +5,7 @@ beforehand (the CUDA context, NCCL's buffers, what the allocator cannot use) is 
 """
 from dataclasses import asdict, dataclass
 
+from megatron_ext.config import sizes
 from megatron_ext.config.geometry import Batch, Grid
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import PACKED
@@ -49,7 +50,7 @@ def rank_memory(config: Config, pipeline_rank: int, vocab: int, *, head: str = "
     count = micro_batches(config)
     found = activations(config, pipeline_rank, vocab, count, head=head)
     if not train:  # one layer at a time, and nothing is kept
-        found = Activations(0.0, 0.0, found.layers / max(1, config.model.num_layers // config.parallel.pp), found.buffers, 0.0, found.workspace, {})
+        found = Activations(0.0, 0.0, found.layers / max(1, sizes.layers(config.model) // config.parallel.pp), found.buffers, 0.0, found.workspace, {})
     memory = config.hardware.memory
     logits = found.edges if pipeline_rank == config.parallel.pp - 1 else 0.0
     return RankMemory(

@@ -95,7 +95,7 @@ def iteration_time(config: Config, calibration: Calibration, vocab: int) -> Iter
     """An iteration of ppo, grpo or rloo with responses of full length, all models as large as the policy."""
     one, grid = Iteration.of(config), Grid.of(config)
     clock = Clock(as_text(config), config.hardware, calibration, vocab)
-    stage, head = clock.layer().times(config.model.num_layers / config.parallel.pp), clock.head()
+    stage, head = clock.layer().times(sizes.layers(config.model) / config.parallel.pp), clock.head()
     forward, both = sum(stage.forward.values()) + sum(head.forward.values()), stage.total + head.total
     batches = math.ceil(one.tokens / grid.dp / config.rollout.batch_tokens)
     weights = sizes.parameters(config.model, vocab) / (config.parallel.tp * config.parallel.pp) * BYTES[config.precision.dtype]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_ext.config import sizes
 from megatron_ext.config.layouts import LAYOUT, MODEL
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import PACKED
@@ -94,17 +95,17 @@ def _why(candidate: Candidate, config: Config) -> str:
 
 def _layouts(config: Config) -> Iterator[Config]:
     ranks, model, packed = config.launch.ranks, config.model, config.stage.name in PACKED
-    for tp in divisors(math.gcd(ranks, model.num_attention_heads), config.hardware.domain):
-        for pp in divisors(ranks // tp, model.num_layers):
-            if model.num_layers % pp:
+    for tp in divisors(math.gcd(ranks, model.num_attention_heads, model.hidden_size, sizes.ffn_size(model)), config.hardware.domain):
+        for pp in divisors(ranks // tp, sizes.layers(model)):
+            if sizes.layers(model) % pp:
                 continue
             for cp in sorted({1, config.parallel.cp}):
                 if ranks % (tp * pp * cp):
                     continue
                 each = config.train.global_batch_size * tp * pp * cp // ranks
-                sizes = [config.train.micro_batch_size] if packed else [m for m in (1, 2, 4, 8) if m <= each]
-                for micro in sizes:
-                    for vpp in [None, *(v for v in divisors(model.num_layers // pp) if pp > 1 and v > 1)]:
+                micros = [config.train.micro_batch_size] if packed else [m for m in (1, 2, 4, 8) if m <= each]
+                for micro in micros:
+                    for vpp in [None, *(v for v in divisors(sizes.layers(model) // pp) if pp > 1 and v > 1)]:
                         for recompute in ("none", "full"):
                             parallel = replace(config.parallel, tp=tp, pp=pp, cp=cp, vpp=vpp, sp=tp > 1, recompute=recompute, recompute_layers=1)
                             one = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))

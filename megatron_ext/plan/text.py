@@ -45,7 +45,7 @@ def make(config: Config, calibration: Calibration, vocab: int) -> Plan:
     """The plan of a configuration. `vocab`: words that exist."""
     online, known = config.stage.name in stages.ONLINE, timed(config.hardware)
     step = step_time(config, calibration, vocab) if known and not online else None
-    flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab, precision=config.precision).training
+    flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab, precision=config.precision, data=config.data).training
     packed = config.stage.name in stages.PACKED
     return Plan(config, vocab, memory(config, vocab), step, budget(config, vocab, step, flops), rlhf.members(config, vocab) if packed else [],
                 rlhf.iteration_time(config, calibration, vocab) if online and known else None)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from megatron_ext.config import sizes
 from megatron_ext.config.geometry import Batch, Grid
 from megatron_ext.config.schema import Config, HardwareConfig
+from megatron_ext.config.spans import spans_of
 from megatron_ext.observe.flops import token_flops, utilisation
 from megatron_ext.plan.buffers import BYTES, fullest_stage, state
 from megatron_ext.plan.calibration import Calibration
@@ -114,6 +115,15 @@ class Clock:
         self.tokens = config.train.micro_batch_size * config.data.sequence_length / config.parallel.cp
         self.memory = hardware.bandwidth * 1e12 * calibration.memory
 
+    @property
+    def layers(self) -> float:
+        """Layers, in worths of one over all tokens: an encoder-decoder's decoder sees fewer, and has attention twice."""
+        model, data = self.config.model, self.config.data
+        if model.family != "encoder_decoder":
+            return model.num_layers
+        spans = spans_of(data.sequence_length, data.masked_share, data.span_length)
+        return model.num_layers + sizes.decoder_layers(model) * spans.decoder / spans.encoder * 4 / 3
+
     def product(self, out: float, depth: float, rows: float, *, linear: bool = True) -> float:
         """Seconds of [rows, depth] x [depth, out]."""
         peak = self.fp8 * self.software.speed if linear and self.fp8 is not None else self.rate
@@ -135,7 +145,7 @@ class Clock:
         found = found.plus(self.linear(into / tp, hidden)).plus(self.linear(hidden, ffn / tp))
         cal = self.calibration
         rate = self.rate * self.software.attention
-        pairs = 4 * width / tp * self.config.data.sequence_length * 0.5 * t  # causal: half of the matrix
+        pairs = 4 * width / tp * self.config.data.sequence_length * t * (0.5 if model.family == "decoder" else 1.0)  # causal: half of the matrix
         found = found.plus(Passes({"attention": pairs / (rate * cal.attention_forward)},
                                   {"attention": 2.5 * pairs / (rate * cal.attention_backward)}))
         found = found.plus(self._elementwise(hidden, width + key_value, into, ffn)).plus(self._tensor()).plus(self._context(key_value))
@@ -191,11 +201,12 @@ class Clock:
         """Logits and loss."""
         model, tp = self.config.model, self.config.parallel.tp
         rows = sizes.padded_vocabulary(self.vocab, model.vocab_multiple, tp) / tp
-        found = self.linear(rows, model.hidden_size, linear=False)
+        found = self.linear(rows, sizes.embedding_size(model), linear=False)
         bytes_ = self.calibration.fused if self.software.fused_loss else self.calibration.logits
         passes = self.tokens * rows * bytes_ / self.memory
         again = found.forward["compute"] if self.software.fused_loss else 0.0
-        return found.plus(Passes({"elementwise": passes / 2}, {"elementwise": passes / 2, "recompute": again}))
+        found = found.plus(Passes({"elementwise": passes / 2}, {"elementwise": passes / 2, "recompute": again}))
+        return found.times(self.config.data.masked_share) if model.family == "encoder" else found  # of the masked words alone
 
     def embedding(self) -> Passes:
         """Looking words up, and adding up their gradients."""
@@ -240,7 +251,7 @@ def step_time(config: Config, calibration: Calibration, vocab: int, hardware: Ha
     hardware = hardware or config.hardware
     clock, parallel = Clock(config, hardware, calibration, vocab, software), config.parallel
     m, pp, v = max(1, Batch.of(config).accumulation), parallel.pp, parallel.vpp or 1
-    stage = clock.layer().times(config.model.num_layers / pp)
+    stage = clock.layer().times(clock.layers / pp)
     first, last = stage.plus(clock.embedding()), stage.plus(clock.head())
     slowest = first.plus(clock.head()) if pp == 1 else max((first, last), key=lambda one: one.total)
     mean = (stage.total * pp + clock.embedding().total + clock.head().total) / pp
@@ -266,8 +277,8 @@ def step_time(config: Config, calibration: Calibration, vocab: int, hardware: Ha
 def _step(config: Config, clock: Clock, parts: dict[str, float], micro_batches: int, bubble: float) -> Step:
     seconds, batch, ranks = sum(parts.values()), Batch.of(config), config.launch.ranks
     speed = batch.tokens_per_step / seconds
-    flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=clock.vocab, precision=config.precision)
-    causal = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=clock.vocab, causal=True)
+    flops = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=clock.vocab, precision=config.precision, data=config.data)
+    causal = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=clock.vocab, causal=True, data=config.data)
     common = {"tokens_per_second": speed, "devices": ranks, "peak": clock.peak, "fp8_peak": clock.fp8}
     recompute = config.parallel.recompute
     return Step(

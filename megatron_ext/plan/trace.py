@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_ext.config.geometry import Batch as Geometry
 from megatron_ext.config.schema import Config
+from megatron_ext.config.spans import spans_of
 from megatron_ext.data.batches import Batch
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.plan.ledger import Collective, Ledger
@@ -66,7 +67,7 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         names: dict[str, str] = {}
-        ledger = Ledger(lambda group: names.get(group.group_name, "other"))
+        ledger = Ledger(lambda group: names.get(group.group_name, "other"), chosen=config.data.masked_share)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
             engine = _engine(config, install("cpu"), vocab, head)
             for kind, name in _AXES.items():
@@ -125,9 +126,32 @@ def _held(engine: Engine) -> dict[str, int]:
 
 
 def _batch(config: Config) -> Batch:
-    rows, length = config.train.micro_batch_size, config.data.sequence_length
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
-    return Batch(tokens, tokens.clone(), torch.ones(rows, length), torch.arange(length).expand(rows, -1).contiguous(), None)
+    rows, length, data = config.train.micro_batch_size, config.data.sequence_length, config.data
+
+    def whole(length: int) -> torch.Tensor:
+        return torch.zeros(rows, length, dtype=torch.int64)
+
+    if config.model.family == "encoder_decoder":
+        spans = spans_of(length, data.masked_share, data.span_length)
+        positions = torch.arange(spans.encoder).expand(rows, -1).contiguous()
+        return Batch(whole(spans.encoder), whole(spans.decoder), torch.ones(rows, spans.decoder), positions, None,
+                     inputs={"decoder_tokens": whole(spans.decoder)})
+    inputs = {"token_types": whole(length)} if config.model.token_types else {}
+    return Batch(whole(length), whole(length), torch.ones(rows, length), torch.arange(length).expand(rows, -1).contiguous(), None, inputs=inputs)
+
+
+class _Biased(torch.autograd.Function):
+    """Attention with a bias of the scores as a kernel for GPUs does it: it keeps its operands, its result and a number a row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        out, rows = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[2], q.shape[0], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, bias, out, rows)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:4])
 
 
 @contextlib.contextmanager
@@ -150,6 +174,8 @@ def _as_on_a_gpu() -> Iterator[None]:
 
     from megatron.core.optimizer import clip_grads
 
+    from megatron_ext.models import attention as core
+
     head, attention = (importlib.import_module(f"kernels.{name}") for name in ("linear_cross_entropy", "attention"))
 
     def flash(q, k, v, mask, causal, scale, dropout):  # queries, keys, values, result and a number a row are kept, with dropout too
@@ -158,7 +184,11 @@ def _as_on_a_gpu() -> Iterator[None]:
     def dropout(x, p=0.5, training=True, inplace=False):  # keeps a mask of bytes; the CPU's keeps one of x's dtype
         return torch.native_dropout(x, p, training)[0] if training and p else x
 
+    def biased(q, k, v, bias, *, scale, dropout):
+        return _Biased.apply(q, k, v, bias)
+
     with (
+        mock.patch.object(core, "biased_attention", biased),
         mock.patch.object(torch.compiler, "is_compiling", lambda: True),  # registered ops: one operation each, saving what they save on a GPU
         mock.patch.object(head, "_recomputes", lambda *_: True),
         mock.patch.object(attention, "_sdpa", flash),
