@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)
         needed = layout.tp * layout.pp * layout.cp if options.verb != "train" else None
         config = launch.with_ranks(config, asked=asked, default=needed)
-    validate(config, "search" if options.action is not None else options.verb)
+    validate(config, "search" if options.action in ("search", "calibrate") else options.verb)
     if options.verb in ("train", "check") and config.hardware.memory is not None:
         from megatron_ext.cli import vocabulary
         from megatron_ext.config.sizes import vocab_size

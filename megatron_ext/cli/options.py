@@ -11,7 +11,7 @@ VERBS = {
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
     "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
-    "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search, plan calibrate",
+    "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
@@ -37,7 +37,7 @@ TAKES = {
     "convert": (),
 }
 # Words that stand right after a verb.
-ACTIONS = {"plan": ("search", "calibrate")}
+ACTIONS = {"plan": ("search", "calibrate", "acquire")}
 
 
 @dataclass(frozen=True)

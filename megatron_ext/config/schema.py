@@ -438,6 +438,7 @@ class PlanConfig:
     mttf_gpu: float = 50000.0  # hours between failures of one GPU's share of the machine (Llama 3: 419 in 54 days of 16,384 GPUs)
     calibration: str | None = None  # a file written by `plan calibrate`; null = the one that is shipped
     shown: int = 10  # layouts that `plan search` lists
+    stages: tuple[str, ...] = ("base:2.7e11:60", "adapt:2e10:14", "sft:1e9:7:4", "ppo:2e8:14:4")  # `plan acquire`: NAME:TOKENS:DAYS[:COPIES], one after the other
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""`plan ...`: memory, time and money of a run; `plan search`: layouts for N GPUs; `plan calibrate`: fits the timing model; `--dry-run`: counts for real."""
+"""`plan ...`: memory, time and money of a run; `plan search`: layouts for N GPUs; `plan acquire`: GPUs by when;
+`plan calibrate`: fits the timing model; `--dry-run`: counts for real."""
 import json
 from pathlib import Path
 
@@ -21,6 +22,12 @@ def plan(config: Config, options: Options) -> int:
 
         found = search(config, constants, vocab)
         print(json.dumps(text.search_dict(found)) if options.json else text.search_page(config, found))
+        return 0
+    if options.action == "acquire":
+        from megatron_ext.plan import acquisition
+
+        wanted = acquisition.acquire(config, constants, vocab)
+        print(json.dumps(acquisition.as_dict(wanted)) if options.json else acquisition.page(config, wanted))
         return 0
     if options.dry_run:
         return _dry_run(config, options, vocab)
