@@ -6,38 +6,40 @@ from functools import cache
 
 import pytest
 
-# ranks, overrides. Every family of conf/model, small and scaled; every kind of parallelism.
-CASES = (
-    ("0", "model=micro_llama train.global_batch_size=16 train.micro_batch_size=8"),
-    ("0", "model=tiny precision=fp32 train.global_batch_size=16 train.micro_batch_size=8"),
-    ("1", "model=tiny parallel.tp=2 parallel.sp=true launch.ranks=4 train.global_batch_size=16 train.micro_batch_size=4"),
-    ("0 2", "model=micro_gpt2 parallel.tp=2 parallel.sp=true parallel.pp=2 launch.ranks=4 train.global_batch_size=64 train.micro_batch_size=8"),
-    ("0 3", "model=micro_llama parallel.pp=2 parallel.vpp=2 launch.ranks=4 train.global_batch_size=64 train.micro_batch_size=8"),
-    ("0", "model=tiny parallel.distributed_optimizer=false launch.ranks=2 train.global_batch_size=16 train.micro_batch_size=4"),
-    ("0", "model=tiny parallel.recompute=full train.global_batch_size=16 train.micro_batch_size=8"),
-    ("0", "model=gpt2_124m model.num_layers=4 data.sequence_length=512 train.micro_batch_size=4 train.global_batch_size=8"),
-    ("0", "model=tiny lora.rank=8 train.global_batch_size=16 train.micro_batch_size=8"),
-    ("0", "model=llama32_1b model.num_layers=4 precision=fp8_current kernels.layers=fp8 data.sequence_length=2048 train.micro_batch_size=1 "
-          "train.global_batch_size=2"),
-    ("12", "model=llama3_8b model.num_layers=8 data.sequence_length=2048 train.micro_batch_size=1 train.global_batch_size=8 parallel.tp=4 parallel.pp=4 "
-           "launch.ranks=16 parallel.recompute=full"),
-    ("0", "model=llama3_405b model.num_layers=4 data.sequence_length=8192 train.micro_batch_size=1 train.global_batch_size=4 parallel.tp=8 "
-          "parallel.sp=true parallel.pp=2 parallel.cp=2 launch.ranks=32"),
-    ("16", "model=llama31_70b model.num_layers=8 data.sequence_length=4096 train.micro_batch_size=1 train.global_batch_size=16 parallel.tp=8 "
-           "parallel.sp=true parallel.pp=4 parallel.vpp=2 launch.ranks=32"),
-    ("8", "model=gpt3_175b model.num_layers=8 data.sequence_length=2048 train.micro_batch_size=1 train.global_batch_size=16 parallel.tp=4 "
-          "parallel.sp=true parallel.pp=4 launch.ranks=16"),
-    ("0", "model=opt_350m model.num_layers=4 data.sequence_length=1024 train.micro_batch_size=2 train.global_batch_size=4 parallel.tp=2 launch.ranks=2"),
-    ("0", "model=gptj_6b model.num_layers=2 data.sequence_length=2048 train.micro_batch_size=1 train.global_batch_size=2"),
-    ("3", "model=palm_8b model.num_layers=4 data.sequence_length=2048 train.micro_batch_size=1 train.global_batch_size=4 parallel.tp=4 "
-          "parallel.sp=true launch.ranks=8"),
-    ("0", "model=qwen3_0.6b model.num_layers=4 data.sequence_length=2048 train.micro_batch_size=2 train.global_batch_size=8 parallel.tp=2 "
-          "parallel.sp=true launch.ranks=4"),
-    ("0", "model=bert_base model.num_layers=4 data.sequence_length=512 train.micro_batch_size=8 train.global_batch_size=16"),
-    ("0", "model=t5_small data.sequence_length=512 train.micro_batch_size=8 train.global_batch_size=16"),
-    ("0 3", "model=transformer_base data.sequence_length=256 train.micro_batch_size=8 train.global_batch_size=64 parallel.pp=2 parallel.tp=2 "
-            "launch.ranks=4"),
-)
+# Ranks, then overrides in short. Every family of conf/model, small and scaled; every kind of parallelism.
+SHORT = {"layers": "model.num_layers", "seq": "data.sequence_length", "micro": "train.micro_batch_size", "batch": "train.global_batch_size",
+         "ranks": "launch.ranks", **{name: f"parallel.{name}" for name in ("tp", "pp", "vpp", "cp", "sp", "recompute", "distributed_optimizer")}}
+TEXT = """
+0    model=micro_llama batch=16 micro=8
+0    model=tiny precision=fp32 batch=16 micro=8
+1    model=tiny tp=2 sp=true ranks=4 batch=16 micro=4
+0,2  model=micro_gpt2 tp=2 sp=true pp=2 ranks=4 batch=64 micro=8
+0,3  model=micro_llama pp=2 vpp=2 ranks=4 batch=64 micro=8
+0    model=tiny distributed_optimizer=false ranks=2 batch=16 micro=4
+0    model=tiny recompute=full batch=16 micro=8
+0    model=tiny lora.rank=8 batch=16 micro=8
+0    model=gpt2_124m layers=4 seq=512 micro=4 batch=8
+0    model=llama32_1b layers=4 precision=fp8_current kernels.layers=fp8 seq=2048 micro=1 batch=2
+12   model=llama3_8b layers=8 seq=2048 micro=1 batch=8 tp=4 pp=4 ranks=16 recompute=full
+0    model=llama3_405b layers=4 seq=8192 micro=1 batch=4 tp=8 sp=true pp=2 cp=2 ranks=32
+16   model=llama31_70b layers=8 seq=4096 micro=1 batch=16 tp=8 sp=true pp=4 vpp=2 ranks=32
+8    model=gpt3_175b layers=8 seq=2048 micro=1 batch=16 tp=4 sp=true pp=4 ranks=16
+0    model=opt_350m layers=4 seq=1024 micro=2 batch=4 tp=2 ranks=2
+0    model=gptj_6b layers=2 seq=2048 micro=1 batch=2
+3    model=palm_8b layers=4 seq=2048 micro=1 batch=4 tp=4 sp=true ranks=8
+0    model=qwen3_0.6b layers=4 seq=2048 micro=2 batch=8 tp=2 sp=true ranks=4
+0    model=bert_base layers=4 seq=512 micro=8 batch=16
+0    model=t5_small seq=512 micro=8 batch=16
+0,3  model=transformer_base seq=256 micro=8 batch=64 pp=2 tp=2 ranks=4
+"""
+
+
+def _long(word: str) -> str:
+    key, _, value = word.partition("=")
+    return f"{SHORT.get(key, key)}={value}"
+
+
+CASES = [(line.split()[0], " ".join(_long(word) for word in line.split()[1:])) for line in TEXT.strip().splitlines()]
 PROGRAM = """
 import json, sys
 from megatron_ext.platform import quiet
@@ -47,7 +49,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.plan import counted
 for ranks, words in json.load(sys.stdin):
     config = compose([*([] if "precision=" in words else ["precision=bf16"]), *words.split()])
-    rows = counted.compare(config, sizes.vocab_size(config), [int(rank) for rank in ranks.split()])
+    rows = counted.compare(config, sizes.vocab_size(config), [int(rank) for rank in ranks.split(",")])
     print(json.dumps([{"exact": row.exact, "error": row.error, "planned": row.activations, "counted": row.counted.activations,
                        "sent": [[c.group, c.kind, c.calls, c.bytes] for c in row.counted.collectives]} for row in rows]), flush=True)
 """
