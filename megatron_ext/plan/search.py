@@ -120,8 +120,9 @@ def nearest(config: Config, vocab: int) -> Candidate | None:
 
     def distance(one: Config) -> float:
         now = one.parallel
-        return (abs(math.log2(now.tp / was.tp)) + abs(math.log2(now.pp / was.pp)) + 0.5 * abs(math.log2(one.train.micro_batch_size / config.train.micro_batch_size))
-                + 0.75 * (now.recompute != was.recompute) + 0.25 * (now.vpp != was.vpp) + 0.1 * (now.sp != was.sp) + 2 * (now.cp != was.cp))
+        micro = one.train.micro_batch_size / config.train.micro_batch_size
+        return (abs(math.log2(now.tp / was.tp)) + abs(math.log2(now.pp / was.pp)) + 0.5 * abs(math.log2(micro)) + 0.75 * (now.recompute != was.recompute)
+                + 0.25 * (now.vpp != was.vpp) + 0.1 * (now.sp != was.sp) + 2 * (now.cp != was.cp))
 
     for one in sorted(_layouts(config), key=distance):
         candidate = Candidate(one, fullest(one, vocab))
