@@ -10,7 +10,7 @@ with D the data (and context) ranks, or 1 without the distributed optimizer.
 """
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_ext.config.geometry import Grid
@@ -100,7 +100,6 @@ def chunk_buffer(config: Config, parameters: Sequence[Tensor], number: int, pipe
                   distributed=config.parallel.distributed_optimizer)
 
 
-@lru_cache(maxsize=1024)  # a configuration is looked at from many sides
 def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", train: bool = True) -> State:
     """What `rank` holds of a model in its layout, in bytes.
 
@@ -108,6 +107,13 @@ def state(config: Config, rank: int, vocab: int, *, head: str = "vocabulary", tr
         vocab: words that exist.
         train: False = weights alone.
     """
+    # What does not matter here is left out, so that a search looks at each layout once.
+    parallel = replace(config.parallel, recompute="none", recompute_layers=1)
+    return _state(Config(model=config.model, parallel=parallel, precision=config.precision, lora=config.lora, launch=config.launch), rank, vocab, head, train)
+
+
+@lru_cache(maxsize=1024)
+def _state(config: Config, rank: int, vocab: int, head: str, train: bool) -> State:
     grid = Grid.of(config)
     where, size, ranks = grid.coordinates(rank), BYTES[config.precision.dtype], grid.dp * grid.cp
     data_rank = where["cp"] + grid.cp * where["dp"]

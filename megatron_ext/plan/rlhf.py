@@ -49,11 +49,11 @@ def members(config: Config, vocab: int, models: dict[str, ModelConfig] | None = 
     for role in stages.models(config):
         trained = role in TRAINED
         own = as_text(placed(config, role, (models or {}).get(role)))
-        head = "scalar" if role in ("reward", "critic") else "vocabulary"
+        head = "scalar" if role in ("reward", "critic") or config.stage.name == "reward" else "vocabulary"
         if not trained:
             own = replace(own, lora=replace(own.lora, rank=0))
         most: RankMemory = max((rank_memory(own, stage, vocab, head=head, train=trained) for stage in {0, own.parallel.pp - 1}), key=lambda one: one.total)
-        working = most.activations + most.logits + most.buffers + (_cache(own) if role in ("policy", "rollout") else 0.0)
+        working = most.activations + most.logits + most.buffers + (_cache(own) if role in ("policy", "rollout") and config.stage.name in stages.ONLINE else 0.0)
         held = most.weights + most.gradients + most.optimizer + (4 * most.parameters if role == "policy" and config.ppo.ema is not None else 0)
         found.append(Member(role, trained, most.parameters, float(held), working))
     return found

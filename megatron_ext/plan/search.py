@@ -61,27 +61,27 @@ def search(config: Config, calibration: Calibration, vocab: int, *, shown: int |
         shown: how many; None = `plan.shown`.
     """
     fitting: list[Candidate] = []
-    smallest: dict[tuple[int, int], Candidate] = {}
+    refused: list[tuple[str, str]] = []
     tried = 0
-    for one in _layouts(config):
-        tried += 1
-        candidate = Candidate(one, fullest(one, vocab))
-        key = one.parallel.tp, one.parallel.pp
-        if key not in smallest or candidate.memory.total < smallest[key].memory.total:
-            smallest[key] = candidate
-        if (most := limit(one)) is None or candidate.memory.total <= most:
-            fitting.append(candidate)
+    for shape in _shapes(config):
+        variants = list(_variants(config, *shape))
+        tried += len(variants)
+        if not variants:
+            continue
+        least = Candidate(variants[0], fullest(variants[0], vocab))
+        if not _holds(least):
+            refused.append((f"TP {shape[0]} x PP {shape[1]}", _why(least, config)))
+            continue
+        fitting += [one for one in (Candidate(variant, fullest(variant, vocab)) for variant in variants) if _holds(one)]
     if timed(config.hardware):
         fitting = [replace(one, step=step_time(one.config, calibration, vocab)) for one in fitting]
         fitting.sort(key=lambda one: (one.step.seconds, one.memory.total))
     else:
         fitting.sort(key=lambda one: (one.config.parallel.tp * one.config.parallel.pp, one.config.parallel.recompute != "none", one.memory.total))
-    served = {(one.config.parallel.tp, one.config.parallel.pp) for one in fitting}
-    refused = tuple((f"TP {tp} x PP {pp}", _why(one, config)) for (tp, pp), one in sorted(smallest.items()) if (tp, pp) not in served)
     best: dict[tuple, Candidate] = {}
     for one in fitting:  # of layouts that differ in chunks, micro-batch or recomputation alone, the best
         best.setdefault((one.config.parallel.tp, one.config.parallel.pp, one.config.parallel.cp), one)
-    return Found(tuple(list(best.values())[: shown or config.plan.shown]), refused, tried, len(fitting))
+    return Found(tuple(list(best.values())[: shown or config.plan.shown]), tuple(refused), tried, len(fitting))
 
 
 def _why(candidate: Candidate, config: Config) -> str:
@@ -93,29 +93,38 @@ def _why(candidate: Candidate, config: Config) -> str:
             f"{candidate.config.train.micro_batch_size}; most of it {largest}, {parts[largest] / GIB:.1f} GiB")
 
 
-def _layouts(config: Config) -> Iterator[Config]:
-    ranks, model, packed = config.launch.ranks, config.model, config.stage.name in PACKED
+def _holds(candidate: Candidate) -> bool:
+    most = limit(candidate.config)
+    return most is None or candidate.memory.total <= most
+
+
+def _shapes(config: Config) -> Iterator[tuple[int, int, int]]:
+    """(TP, PP, CP) that divide the ranks and the model."""
+    ranks, model = config.launch.ranks, config.model
     for tp in divisors(math.gcd(ranks, model.num_attention_heads, model.hidden_size, sizes.ffn_size(model)), config.hardware.domain):
         for pp in divisors(ranks // tp, sizes.layers(model)):
-            if sizes.layers(model) % pp:
-                continue
             for cp in sorted({1, config.parallel.cp}):
-                if ranks % (tp * pp * cp):
-                    continue
-                each = config.train.global_batch_size * tp * pp * cp // ranks
-                micros = [config.train.micro_batch_size] if packed else [m for m in (1, 2, 4, 8) if m <= each]
-                for micro in micros:
-                    for vpp in [None, *(v for v in divisors(sizes.layers(model) // pp) if pp > 1 and v > 1)]:
-                        for recompute in ("none", "full"):
-                            parallel = replace(config.parallel, tp=tp, pp=pp, cp=cp, vpp=vpp, sp=tp > 1, recompute=recompute, recompute_layers=1)
-                            one = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
-                            if not any(True for rule in (*MODEL, *LAYOUT, batch_divides, sequence_parallel_fits) for _ in rule(one)):
-                                yield one
+                if sizes.layers(model) % pp == 0 and ranks % (tp * pp * cp) == 0:
+                    yield tp, pp, cp
+
+
+def _variants(config: Config, tp: int, pp: int, cp: int) -> Iterator[Config]:
+    """Recomputation, micro-batch and chunks of a shape; what needs least memory comes first. Of interleaving: chunks of one, two and four layers."""
+    each = config.train.global_batch_size * tp * pp * cp // config.launch.ranks
+    micros = [config.train.micro_batch_size] if config.stage.name in PACKED else [m for m in (1, 2, 4, 8) if m <= each]
+    layers = sizes.layers(config.model) // pp
+    chunks = [None, *sorted({layers // n for n in (1, 2, 4) if layers % n == 0 and layers > n and pp > 1})]
+    for recompute in ("full", "none"):
+        for micro in micros:
+            for vpp in chunks:
+                parallel = replace(config.parallel, tp=tp, pp=pp, cp=cp, vpp=vpp, sp=tp > 1, recompute=recompute, recompute_layers=1)
+                one = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
+                if not any(True for rule in (*MODEL, *LAYOUT, batch_divides, sequence_parallel_fits) for _ in rule(one)):
+                    yield one
 
 
 def nearest(config: Config, vocab: int) -> Candidate | None:
     """The layout on the same ranks that fits and differs least from `config`; None where none fits."""
-    most = limit(config)
     was = config.parallel
 
     def distance(one: Config) -> float:
@@ -124,9 +133,11 @@ def nearest(config: Config, vocab: int) -> Candidate | None:
         return (abs(math.log2(now.tp / was.tp)) + abs(math.log2(now.pp / was.pp)) + 0.5 * abs(math.log2(micro)) + 0.75 * (now.recompute != was.recompute)
                 + 0.25 * (now.vpp != was.vpp) + 0.1 * (now.sp != was.sp) + 2 * (now.cp != was.cp))
 
-    for one in sorted(_layouts(config), key=distance):
+    shapes = [list(_variants(config, *shape)) for shape in _shapes(config)]
+    possible = [one for variants in shapes if variants and _holds(Candidate(variants[0], fullest(variants[0], vocab))) for one in variants]
+    for one in sorted(possible, key=distance):
         candidate = Candidate(one, fullest(one, vocab))
-        if most is None or candidate.memory.total <= most:
+        if _holds(candidate):
             return candidate
     return None
 
