@@ -5,7 +5,7 @@ With b bytes an element, T tokens of a micro-batch on this rank, TP ranks and w 
     residual stream   4 h w b     the input of each norm (the layer's, and the sum after attention) and what each gives; 3 in parallel blocks, 2 with one norm
     projections       (a + 2 g) d / TP b     queries, keys and values, and (a + g) d / TP b more where positions rotate them, and where norms take copies
     attention         a d / TP b + 4 a / TP     the result, and a number for each row (flash attention)
-    MLP               (c + 1) f / TP b     before and after the activation; c = 2 with a gate
+    MLP               (c + 1) f / TP b     before and after the activation; c = 2 with a gate, 0 with relu
     dropout           2 h w     a byte for each element that may be dropped
 
 a token. Full recomputation keeps the input of every `recompute_layers` layers, and those layers whole while they go backward. In FP8 the inputs of
@@ -66,7 +66,7 @@ def layer(config: Config, *, crosses: bool = False) -> Layer:
         "stream": (inputs * b + norms * fp8) * hidden * w + (8 * hidden * w if plain else 0),  # plain norms keep fp32 copies
         "projections": (width + 2 * key_value) / (1 if shared else tp) * b + (turned if rotated else 0) + (turned if model.qk_norm else 0),
         "attention": width / tp * fp8 + 4 * heads / tp + (width / tp * b if fp8 != b else 0),
-        "mlp": into / tp * b + ffn / tp * fp8 + (ffn / tp * b if plain else 0),
+        "mlp": (0 if model.activation == "relu" else into / tp * b) + ffn / tp * fp8 + (ffn / tp * b if plain else 0),  # relu keeps what it gives
         "dropout": 2 * hidden * w if model.hidden_dropout else 0.0,
         "statistics": norms * (8 if model.norm == "layernorm" else 4) * w,
     }
@@ -94,7 +94,7 @@ def in_flight(config: Config, pipeline_rank: int, micro_batches: int) -> float:
 class Activations:
     """Bytes at the fullest moment of a step. layers: kept by layers. edges: embedding, last norm, head. backward: of the layer that goes backward (its own
     recomputed activations included). buffers: sent, received, gathered. clipping: at the end of the step, when nothing else is there, a copy of the largest
-    gradient that the rank owns: without Transformer Engine and Apex megatron-core scales out of place. workspace: inside kernels, which a trace does not
+    gradient that the rank owns: without Transformer Engine and Apex megatron-core scales out of place (and what autograd made of a tied table). workspace: inside kernels, which a trace does not
     see."""
 
     layers: float
@@ -137,7 +137,7 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
         if count:
             kept += kind.input * math.ceil(count / parallel.recompute_layers) if full else kind.kept * count
             again = max(again, kind.kept * min(parallel.recompute_layers, count) - kind.input if full else 0.0)
-    worst = max((kind for kind, count in ((one, encoded), (crossing, decoded)) if count), key=lambda kind: kind.backward)
+    begins = crossing if decoded and both else one  # goes backward first, while all is still kept
     kept += _once(config, encoded, decoded)
     first, last = held[0].first, held[-1].last
     # Of a rank's chunks the first embeds and the last has the head; both passes are among those in flight.
@@ -160,13 +160,13 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
         placeholder, persistent = spoken * model.hidden_size * b + shown / 2, 0.0
     # The head goes backward before any layer does: its inputs are gone when the first layer begins.
     after = edges - (shown + gathered if last and head == "vocabulary" else 0.0)
-    at_head, at_layer = edges + max(placeholder, persistent), after + persistent + worst.backward + again
+    at_head, at_layer = edges + max(placeholder, persistent), after + persistent + begins.backward + again
     edges, backward = (edges, max(placeholder, persistent)) if at_head > at_layer else (after, at_layer - after)
     shared = whole if parallel.sp and not config.lora.rank else 0.0  # megatron-core's global buffer for a gathered input
     sent = (4 if parallel.vpp else 2) * stream if parallel.pp > 1 else 0.0  # interleaved, what comes next is under way too
     largest = state(config, Grid.of(config).rank(pp=pipeline_rank), vocab, head=head).largest if config.optim.clip else 0
     return Activations(
-        layers=kept * passes, edges=edges, backward=backward, buffers=shared + sent, clipping=4.0 * largest,
+        layers=kept * passes, edges=edges, backward=backward, buffers=shared + sent, clipping=4.0 * largest + persistent,
         workspace=_workspace(config, rows, spoken, last and head == "vocabulary"),
         parts={name: value * encoded * passes for name, value in one.parts.items()} if not full and not both else {"all": kept * passes},
     )
