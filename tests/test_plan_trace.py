@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import time
 from functools import cache
 
 import pytest
@@ -24,13 +25,15 @@ TEXT = """
 0    model=llama3_405b layers=4 seq=8192 micro=1 batch=4 tp=8 sp=true pp=2 cp=2 ranks=32
 16   model=llama31_70b layers=8 seq=4096 micro=1 batch=16 tp=8 sp=true pp=4 vpp=2 ranks=32
 8    model=gpt3_175b layers=8 seq=2048 micro=1 batch=16 tp=4 sp=true pp=4 ranks=16
-0    model=opt_350m layers=4 seq=1024 micro=2 batch=4 tp=2 ranks=2
-0    model=gptj_6b layers=2 seq=2048 micro=1 batch=2
-3    model=palm_8b layers=4 seq=2048 micro=1 batch=4 tp=4 sp=true ranks=8
-0    model=qwen3_0.6b layers=4 seq=2048 micro=2 batch=8 tp=2 sp=true ranks=4
-0    model=bert_base layers=4 seq=512 micro=8 batch=16
-0    model=t5_small seq=512 micro=8 batch=16
-0,3  model=transformer_base seq=256 micro=8 batch=64 pp=2 tp=2 ranks=4
+0    model=micro_opt batch=16 micro=8
+0    model=micro_gptj batch=16 micro=8
+0    model=micro_palm batch=16 micro=8
+3    model=palm_8b layers=2 seq=2048 micro=1 batch=2 tp=4 sp=true ranks=4
+0    model=qwen3_0.6b layers=2 seq=512 micro=2 batch=4 tp=2 sp=true ranks=2
+0    model=micro_bert batch=16 micro=8
+0    model=micro_t5 batch=16 micro=8
+0    model=micro_transformer batch=16 micro=8
+0,3  model=transformer_base seq=256 micro=8 batch=32 pp=2 tp=2 ranks=4
 """
 
 
@@ -80,6 +83,18 @@ def test_collectives_of_a_step_by_hand():
     assert gathers[0] >= layers * batches * 6 and gathers[1] >= gathers[0] // 2 * whole
     assert scatters[0] >= layers * batches * 4 and scatters[1] >= layers * batches * 4 * whole
     assert sent["data", "reduce-scatter"][1] == 2 * sent["data", "all-gather"][1], "fp32 gradients, bf16 weights"
+
+
+def test_a_rank_of_530_billion_parameters_on_2240_is_planned_and_run_in_under_a_minute():
+    """The last stage of MT-NLG in its published layout. Stage 0, with all of the pipeline's micro-batches in flight, takes half a minute more."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "megatron_ext", "plan", "--dry-run", "--rank", "2176", "model=mt_nlg_530b", "parallel.tp=8", "parallel.pp=35",
+               "launch.ranks=2240", "train.global_batch_size=1920", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - began < 60
+    row, = json.loads(done.stdout)["ranks"]
+    assert row["exact"] and abs(row["error"]) < 0.1 and row["counted"]["parameters"] == 2_016_678_400
 
 
 ORDERS = """

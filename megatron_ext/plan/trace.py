@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.config.geometry import Batch as Geometry
+from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config
 from megatron_ext.config.spans import spans_of
 from megatron_ext.data.batches import Batch
@@ -59,7 +60,7 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
 
     Args:
         vocab: words that exist.
-        micro_batches: of the step; None = as many as fill the pipeline, which is where memory is at its highest.
+        micro_batches: of the step; None = as many as fill the rank's part of the pipeline, which is where memory is at its highest.
     """
     started = time.perf_counter()
     config = replace(config, launch=replace(config.launch, device="cpu"))
@@ -75,7 +76,7 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
                     names.setdefault(group.group_name, name)
             held = _held(engine)
             before = ledger.restart_peak()
-            count = micro_batches or filling(config)
+            count = micro_batches or filling(config, Grid.of(config).coordinates(rank)["pp"])
             batch = _batch(config)
             engine.step([batch] * count, lr=1e-4, step=0)
             return Counted(
@@ -85,10 +86,10 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
             )
 
 
-def filling(config: Config) -> int:
-    """Micro-batches after which a pipeline's memory grows no more: as many as are in flight, and one; never more than the step has."""
+def filling(config: Config, pipeline_rank: int) -> int:
+    """Micro-batches after which a pipeline rank's memory grows no more: as many as it has in flight, and one; never more than the step has."""
     pp, has = config.parallel.pp, Geometry.of(config).accumulation
-    return min(has, 2 * pp if config.parallel.vpp else pp + 1)
+    return min(has, 2 * pp if config.parallel.vpp else pp - pipeline_rank + 1)
 
 
 def _engine(config: Config, platform: Platform, vocab: int, head: str) -> Engine:
