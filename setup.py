@@ -33,7 +33,8 @@ setup(
     # conf/ lies at the top of a checkout and inside the package of a wheel; config/overrides.py looks in both places.
     packages=[*find_packages(include=["kernels", "kernels.*", "megatron_ext", "megatron_ext.*", "rlhf", "rlhf.*"]), "megatron_ext.conf"],
     package_dir={"megatron_ext.conf": "conf"},
-    package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh"], "megatron_ext.contact": ["hook.sh"]},
+    package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh"], "megatron_ext.contact": ["hook.sh"],
+                  "megatron_ext.plan": ["calibration.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli.main:main"]},

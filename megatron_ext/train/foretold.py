@@ -29,11 +29,12 @@ def foretold(config: Config, engine: Engine, platform: Platform, seconds: Sequen
     """
     known = config.hardware if config.hardware.name is not None else _found(platform)
     config = replace(config, hardware=known, launch=replace(config.launch, ranks=len(engine.layout.ranks)))
-    planned = state(config, 0, engine.vocab_size)
+    head = "scalar" if engine.models[0].scalar else "vocabulary"
+    planned = state(config, 0, engine.vocab_size, head=head)
     found = {name: {"planned": getattr(planned, name), "measured": size} for name, size in _sizes(engine).items()}
     peak = platform.peak_memory()
     if peak is not None:
-        whole = rank_memory(config, 0, engine.vocab_size)
+        whole = rank_memory(config, 0, engine.vocab_size, head=head)
         found["peak_memory"] = {"planned": round(whole.total - whole.margin), "measured": peak}
     if hardware.timed(known) and len(seconds) >= FEWEST and platform.is_cuda:
         step = step_time(config, load(config.plan.calibration), engine.vocab_size)
