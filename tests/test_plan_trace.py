@@ -136,3 +136,36 @@ def test_the_simulated_bubble_is_that_of_megatron_cores_schedules_and_the_theory
         assert ["".join(kind for kind, _, _ in one) for one in ours] == orders, (pp, vpp, count)
         timeline = simulate(pp, vpp, count, lambda kind, stage: 1.0 if kind == "F" else 2.0)
         assert timeline.bubble == pytest.approx((pp - 1) / (count * (vpp or 1)))
+
+
+REAL = """
+import json
+from megatron_ext.platform import connect, install, quiet
+quiet()
+import torch
+from megatron_ext.config.compose import compose
+from megatron_ext.data.batches import Batch
+from megatron_ext.parallel.layout import Layout
+from megatron_ext.train.engine import Engine
+from megatron_ext.train.foretold import foretold
+platform = install("cpu")
+connect(platform, 60.0)
+config = compose(["model=micro_llama", "precision=bf16", "data.sequence_length=16", "train.micro_batch_size=1", "train.global_batch_size=1"])
+engine = Engine(config, Layout(), platform, vocab_size=300)
+tokens = torch.arange(16)[None]
+engine.step([Batch(tokens, tokens, torch.ones(1, 16), tokens, None)], lr=1e-3, step=0)
+print(json.dumps(foretold(config, engine, platform, [1.0] * 5)))
+"""
+
+
+def test_a_run_tells_what_was_planned_beside_what_it_holds(tmp_path):
+    from megatron_ext.observe import report
+
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", REAL], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"parameters", "weights", "gradients", "optimizer"}, "a CPU counts no peak, and has no planned speed"
+    assert all(row["planned"] == row["measured"] > 0 for row in found.values())
+    (tmp_path / "events.jsonl").write_text(json.dumps({"kind": "foretold", **found}) + "\n")
+    heading, table = report.foretold(report.Run.read(tmp_path))
+    assert heading == "## Planned and measured" and "MiB planned" in table
