@@ -55,7 +55,8 @@ def test_check_refuses_what_the_gpu_cannot_hold_and_names_the_nearest_layout(cap
     error = capsys.readouterr().err
     assert "hardware.name=h100_sxm: has 79.1 GiB" in error and "the nearest layout that fits: parallel.tp=" in error
     words = error.split("the nearest layout that fits: ")[1].split()
-    assert main(["check", *LARGE, *words]) == 0
+    told = {word.partition("=")[0] for word in words}
+    assert main(["check", *(word for word in LARGE if word.partition("=")[0] not in told), *words]) == 0
     assert main(["check", *(word for word in LARGE if "hardware" not in word)]) == 0, "without a GPU nothing is judged"
 
 
@@ -87,7 +88,8 @@ def test_gpus_by_when(capsys):
                       "train.micro_batch_size=1", "train.global_batch_size=128", "plan.stages=[base:1e12:30,sft:1e9:7:3]"])
     base, sft = acquisition.acquire(config, load(), 128256)
     assert base.end <= 30 and sft.start == 30 and sft.copies == 3 and sft.gpus % 6 == 0
-    assert base.gpus > 100 and base.gpu_hours == pytest.approx(24 * (base.end - base.start) * base.gpus)
+    # 6 N D operations (Kaplan et al. 2020) and attention in 30 days at 90 %: 4.8e22 / (30 x 86,400 x 0.9) = 2.1e16 a second, 40 to 80 GPUs at 26 to 52 %.
+    assert 40 <= base.gpus <= 80 and base.gpu_hours == pytest.approx(24 * (base.end - base.start) * base.gpus)
     out = said(capsys, "plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[base:1e10:3]")
     assert "base" in out and "GPU-hours" in out
     assert main(["plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[base:many:3]"]) == 2
