@@ -86,7 +86,7 @@ def test_collectives_of_a_step_by_hand():
 
 
 def test_a_rank_of_530_billion_parameters_on_2240_is_planned_and_run_in_under_a_minute():
-    """The last stage of MT-NLG in its published layout. Stage 0, with all of the pipeline's micro-batches in flight, takes half a minute more."""
+    """The last stage of MT-NLG in its published layout; stage 0 has all of the pipeline's micro-batches in flight, and takes longer."""
     began = time.monotonic()
     command = [sys.executable, "-m", "megatron_ext", "plan", "--dry-run", "--rank", "2176", "model=mt_nlg_530b", "parallel.tp=8", "parallel.pp=35",
                "launch.ranks=2240", "train.global_batch_size=1920", "--json"]
