@@ -83,7 +83,7 @@ def test_the_command_line_trains_validates_evaluates_and_refuses_to_generate(wor
     assert len(validation) == 1 and 4 < validation[0] < 7
 
     with pytest.raises(UserError, match="generate needs a decoder"):
-        inputs.read(compose([f"checkpoint.load={run}"]), Options())
+        inputs.read(compose([f"checkpoint.load={run}"]), Options("generate", ("generate",)))
     if "micro_t5" in words[0]:
         line = [sys.executable, "-m", "megatron_ext", "evaluate", f"checkpoint.load={run}", "evaluate.split=validation", "evaluate.samples=8", "--json"]
         done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=120)
