@@ -64,6 +64,12 @@ def test_recomputation():
         flops.hardware("half")
 
 
+def test_narrow_words():
+    """2 e V of the logits, and the two projections between e and h: OPT-350M's sizes."""
+    model = ModelConfig(num_layers=24, hidden_size=1024, num_attention_heads=16, embedding_size=512, activation="relu")
+    assert token_flops(model, sequence_length=2048, vocab_size=50272).logits == 2 * 512 * 50272 + 2 * (2 * 512 * 1024)
+
+
 def test_default_sizes():
     model = ModelConfig(num_layers=1, hidden_size=256, num_attention_heads=8, activation="swiglu")
     assert token_flops(model, sequence_length=1, vocab_size=1).linear == 2 * (4 * 256**2 + 3 * 256 * 704)  # 8/3 of 256, up to 64s

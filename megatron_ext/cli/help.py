@@ -19,9 +19,11 @@ READS = {
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
+    "convert": ("checkpoint", "parallel", "launch"),
     "report": ("run",),
     "doctor": (),
 }
+TOP = {"prepare": ("input", "output"), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
@@ -30,6 +32,7 @@ EXAMPLES = {
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
+    "convert": "convert hf=downloads/Llama-3.1-8B output=outputs/llama parallel.tp=2",
     "report": "report run.dir=outputs/run",
     "doctor": "doctor --json",
 }
@@ -93,7 +96,7 @@ def verb_page(verb: str) -> str:
     if verb in ("train", "check", "run", "submit"):
         lines += ["", "Presets (conf/):", *(f"  {group + '=':<12}{' | '.join(options_of(group))}" for group in groups)]
     table = keys()
-    rows = (table[""] if verb == "prepare" else []) + [row for group in READS[verb] for row in table[group]]
+    rows = [row for row in table[""] if row[0] in TOP.get(verb, ())] + [row for group in READS[verb] for row in table[group]]
     if rows:
         width = max(len(f"{key}={default}") for key, default, _ in rows) + 2
         lines += ["", "Keys, with their defaults:"]

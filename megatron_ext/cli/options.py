@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
 }
@@ -30,6 +31,7 @@ TAKES = {
     "run": (),
     "train": (),
     "prepare": (),
+    "convert": (),
 }
 
 

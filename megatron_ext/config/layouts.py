@@ -47,6 +47,31 @@ def rotary_is_even(config: Config) -> Iterator[UserError]:
                         f"of a head of {sizes.head_dim(model)} is {width:g} dimensions; rotations need an even whole number")
 
 
+def scaling_rises(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.rope_scaling_factor is not None and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        yield UserError("model.rope_high_freq_factor", model.rope_high_freq_factor,
+                        f"must be greater than model.rope_low_freq_factor={model.rope_low_freq_factor:g}")
+
+
+def offset_has_a_table(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.position_offset and model.position_embedding != "learned":
+        yield UserError("model.position_offset", model.position_offset, "counts rows of a table of positions: needs model.position_embedding=learned, or 0")
+
+
+def proj_bias_comes_with_qkv(config: Config) -> Iterator[UserError]:
+    model = config.model
+    if model.proj_bias and not (model.bias or model.qkv_bias):
+        yield UserError("model.proj_bias", "true", "comes with model.qkv_bias=true: megatron-core gives attention's projections biases together")
+
+
+def layers_serve_block(config: Config) -> Iterator[UserError]:
+    if config.kernels.layers == "te" and (config.model.block != "serial" or config.model.qk_norm):
+        wrong = ("model.qk_norm", "true") if config.model.qk_norm else ("model.block", config.model.block)
+        yield UserError(*wrong, "is not what the layers on Transformer Engine compute; kernels.layers=fused does (auto takes it without precision.fp8)")
+
+
 # ---- the model in a layout -------------------------------------------------------------------------------------------------------
 
 def ranks_fit(config: Config) -> Iterator[UserError]:
@@ -108,5 +133,6 @@ def recompute_fits(config: Config) -> Iterator[UserError]:
         yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
 
 
-MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even)
+MODEL: tuple[Rule, ...] = (heads_divide_hidden, groups_divide_heads, rotary_is_even, scaling_rises, offset_has_a_table, proj_bias_comes_with_qkv,
+                            layers_serve_block)
 LAYOUT: tuple[Rule, ...] = (ranks_fit, tp_divides, context_parallel_fits, stages_divide_layers, recompute_fits)

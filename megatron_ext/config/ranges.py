@@ -10,6 +10,7 @@ from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.position_embedding": ("rope", "learned"),
+    "model.block": ("serial", "parallel", "parallel_one_norm", "post_norm"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "parallel.recompute": ("none", "selective", "full"),
@@ -44,7 +45,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 RANGES: dict[str, str] = {
     **dict.fromkeys((
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.head_dim",
-        "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "parallel.tp", "parallel.pp",
+        "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "model.embedding_size", "model.rope_original_length", "parallel.tp", "parallel.pp",
         "parallel.cp", "parallel.recompute_layers", "precision.loss_scale_window", "precision.fp8_history", "data.sequence_length", "train.steps", "train.tokens",
         "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
         "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "chat.max_length", "rollout.prompts",
@@ -53,14 +54,14 @@ RANGES: dict[str, str] = {
         *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
-        "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
+        "model.position_offset", "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
         "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl", "cluster.gpus_per_node", "cluster.max_restarts", "recovery.max_rewinds",
     ), "[0,inf)"),
     **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
-    **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "stop.wall_time", "launch.timeout",
+    **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "model.rope_low_freq_factor", "model.rope_high_freq_factor", "stop.wall_time", "launch.timeout",
                      "precision.initial_loss_scale", "lora.alpha", "rewards.timeout", "rewards.clip", "rollout.logprob_bound", "ppo.clip_high",
                      "ppo.value_clip", "ppo.value_coef", "ppo.kl_target", "ppo.kl_horizon", "ppo.beta", "critic.lr", "stop.kl_budget",
                      "stop.entropy_floor"), "(0,inf)"),

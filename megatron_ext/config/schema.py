@@ -27,12 +27,22 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
     rope_scaling_factor: float | None = None  # Llama 3.1's frequency-dependent scaling; None = off
+    rope_low_freq_factor: float = 1.0  # wavelengths above rope_original_length / this are scaled whole ...
+    rope_high_freq_factor: float = 4.0  # ... those below rope_original_length / this not at all, those between in part
+    rope_original_length: int = 8192  # tokens of the context before scaling
+    position_offset: int = 0  # learned: rows of the table before that of the first token (OPT: 2)
+    block: str = "serial"  # serial | parallel (attention beside the MLP, a norm each) | parallel_one_norm (one for both) | post_norm (norms after the sums)
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-5
     activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
-    bias: bool = False  # of the linear layers
+    bias: bool = False  # of all linear layers
     qkv_bias: bool = False
+    proj_bias: bool = False  # of attention's output
+    mlp_bias: bool = False  # of both layers of the MLP
+    head_bias: bool = False  # of the logits
+    qk_norm: bool = False  # RMSNorm or LayerNorm of each head's queries and keys, before rotation
     tied_embeddings: bool = False
+    embedding_size: int | None = None  # width of the word table, projected to and from hidden_size; None = hidden_size
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
@@ -416,5 +426,8 @@ class Config:
     reward_layout: PlacementConfig = field(default_factory=PlacementConfig)
     critic_layout: PlacementConfig = field(default_factory=PlacementConfig)
     rollout_layout: PlacementConfig = field(default_factory=PlacementConfig)
+    hf: str | None = None  # convert: a Hugging Face directory to read
+    megatron: str | None = None  # convert: a checkpoint of Megatron-LM (torch_dist) to read
+    adapter: str | None = None  # convert: with hf, a PEFT directory of a LoRA adapter that lies on it; with checkpoint.load, only: its adapter alone is written
     input: str | None = None  # prepare: text to read
     output: str | None = None  # prepare, convert: directory to write

@@ -59,6 +59,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         rules += MODEL + LAYOUT + TRAIN + (CLUSTER if verb == "submit" else ())
     elif verb in ("generate", "evaluate"):
         rules += READ
+    elif verb == "convert":
+        rules += CONVERT
     return [error for rule in rules for error in rule(config)]
 
 
@@ -184,6 +186,24 @@ def load_is_given(config: Config) -> Iterator[UserError]:
         yield UserError("checkpoint.load", "null", "name the checkpoint or run directory to read, such as checkpoint.load=outputs/run")
 
 
+# ---- convert ---------------------------------------------------------------------------------------------------------------------
+
+def one_side_is_given(config: Config) -> Iterator[UserError]:
+    hf = config.hf
+    given = {key: value for key, value in (("hf", hf), ("megatron", config.megatron), ("checkpoint.load", config.checkpoint.load)) if value is not None}
+    if not given:
+        yield UserError("hf", "null", "name what is converted: convert hf=DIR output=DIR reads a Hugging Face directory, convert checkpoint.load=DIR "
+                                      "output=DIR writes one")
+    elif len(given) > 1:
+        yield UserError(*list(given.items())[-1], f"and {next(iter(given))} are both given: a command converts one thing")
+    if config.output is None:
+        yield UserError("output", "null", "name the directory to write")
+    if config.adapter is not None and hf is not None and not Path(config.adapter).is_dir():
+        yield UserError("adapter", config.adapter, "is not there; name a directory as PEFT saves it")
+    elif config.adapter is not None and hf is None and (config.adapter != "only" or config.checkpoint.load is None):
+        yield UserError("adapter", config.adapter, "with checkpoint.load it is adapter=only: the adapter of the checkpoint is written, without its model")
+
+
 def skips_are_ranges(config: Config) -> Iterator[UserError]:
     for text in config.recovery.skip:
         try:
@@ -198,3 +218,4 @@ TRAIN: tuple[Rule, ...] = (
     figures_can_be_published, skips_are_ranges, *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
+CONVERT: tuple[Rule, ...] = (one_side_is_given,)

@@ -22,8 +22,9 @@ class Inputs:
     tokenizer: Tokenizer
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of each prompt. Raises UserError for one that is too long."""
-        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        """Token ids of each prompt; for an imported model behind what its tokenizer begins a text with. Raises UserError for one that is too long."""
+        begin = self.tokenizer.begin() if self.source.imported else []
+        encoded = [begin + self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, encoded):
             check_prompt(tokens, "prompt", textwrap.shorten(prompt, 60, placeholder="..."), vocab_size=self.source.vocab_size,
                          max_sequence_length=self.source.config.model.max_sequence_length)

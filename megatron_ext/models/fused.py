@@ -5,6 +5,7 @@ The parallel linear layers, the split of heads over tensor-parallel ranks and th
 one of its modules with another `forward`, so that `fused` and `plain` layers have the same parameters and the same checkpoints.
 Which backend serves an op stands in `config.kernels` (`LayerConfig`); Triton on GPUs and torch on CPU by default.
 """
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,14 @@ class FusedNorm(Norm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, backend=self.backend)
 
 
+class HeadNorm(FusedNorm):
+    """Of each head's queries or keys: views of the joined projection, whose rows the kernels want one after the other."""
+
+    def forward(self, x: Tensor, residual: None = None) -> Tensor:
+        """[seq, batch, heads, d] -> the same."""
+        return super().forward(x.contiguous())
+
+
 def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
     """`model.activation` as a function of the first projection [..., 2 ffn] or [..., ffn] and its bias (or None)."""
 
@@ -52,7 +61,23 @@ def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
     }[name]
 
 
-class FusedSelfAttention(SelfAttention):
+class OwnBias:
+    """In front of an attention: whether its output has a bias is its own matter, where megatron-core has one word for it and for the MLP."""
+
+    def __init__(self, config, *args, **kwargs):
+        own = config
+        if config.proj_bias != config.add_bias_linear:
+            own = copy.copy(config)
+            own.add_bias_linear = config.proj_bias
+        super().__init__(own, *args, **kwargs)
+        self.config = config
+
+
+class PlainSelfAttention(OwnBias, SelfAttention):
+    """megatron-core's self-attention."""
+
+
+class FusedSelfAttention(OwnBias, SelfAttention):
     """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,

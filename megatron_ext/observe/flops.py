@@ -5,7 +5,7 @@ embedding lookup are not). Forward, for one token, with h hidden, a heads and g 
 
     linear layers     L [2 h d (a + 2 g) + 2 h d a + 2 h f c]        c = 3 for gated activations (SwiGLU, GeGLU), else 2
     core attention    L [4 a d s]                                    scores and weighted values; causal=True: s -> s / 2
-    logits            2 h V
+    logits            2 h V                                      with words of width e: 2 e V + 4 e h for the two projections
 
 Training is three times that: backward has two products for every one of forward. Without the embedding table this is the 6 N + 12 L H Q T
 of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which counts the *whole* attention matrix; so does `causal=False`, the default.
@@ -127,7 +127,9 @@ def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, ca
     linear = 2 * hidden * (2 * width + key_value) + 2 * hidden * sizes.ffn_size(model) * matrices
     attention = 4 * width * sequence_length * (0.5 if causal else 1.0)
     quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
-    return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=2.0 * hidden * vocab_size,
+    embedded = sizes.embedding_size(model)
+    logits = 2.0 * embedded * vocab_size + (4.0 * embedded * hidden if embedded != hidden else 0.0)
+    return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=logits,
                       fp8=float(quantised * linear))
 
 

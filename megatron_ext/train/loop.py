@@ -269,7 +269,7 @@ class _Loop:
                 "model": records.architecture(config.model, self.stage.vocab_size), "layout": records.layout(config), "config": asdict(config),
                 "stage": config.stage.name, "stop": self.criteria.state_dict(), "parent": position.parent, "parent_path": position.parent_path,
                 "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None,
-                "recovery": self.recovery.state_dict(), **own,
+                "recovery": self.recovery.state_dict(), "origin": position.origin, **own,
             }, background=background)
         self.saves.done = position.steps
 
@@ -340,7 +340,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         if start is None:
             return Position(), None
         stage.start(start)
-        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute())), start
+        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute()), origin=checkpoint.read_record(start).get("origin")), start
     stored = checkpoint.read_record(source)
     if stored.get("stage", config.stage.name) != config.stage.name:
         raise UserError("checkpoint.load", source, f"is of stage {stored['stage']}, this one is {config.stage.name}; a stage starts from an earlier one "
@@ -351,6 +351,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         raise UserError("checkpoint.start", start, f"is not what this run began with ({stored.get('parent_path')}, hash {known[:12]}...). To go on with the "
                                                    f"run, name that one; to begin from this one, remove {config.run.dir} or name another run.dir")
     position = _loaded(stage, source, criteria, recovery)
+    position.origin = stored.get("origin")
     # A run that goes on in its own directory has the parent that it had.
     position.parent, position.parent_path = (known, stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
     return position, source
