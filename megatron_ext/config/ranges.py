@@ -9,7 +9,8 @@ from megatron_ext.config.stages import LAYOUTS
 from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.position_embedding": ("rope", "learned"),
+    "model.family": ("decoder", "encoder", "encoder_decoder"),
+    "model.position_embedding": ("rope", "learned", "sinusoidal", "relative"),
     "model.block": ("serial", "parallel", "parallel_one_norm", "post_norm"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
@@ -45,7 +46,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 RANGES: dict[str, str] = {
     **dict.fromkeys((
         "model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.num_query_groups", "model.head_dim",
-        "model.ffn_hidden_size", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "model.embedding_size", "model.rope_original_length", "parallel.tp", "parallel.pp",
+        "model.ffn_hidden_size", "model.decoder_layers", "model.max_sequence_length", "model.vocab_size", "model.vocab_multiple", "model.embedding_size",
+        "model.rope_original_length", "parallel.tp", "parallel.pp",
         "parallel.cp", "parallel.recompute_layers", "precision.loss_scale_window", "precision.fp8_history", "data.sequence_length", "train.steps", "train.tokens",
         "train.global_batch_size", "train.micro_batch_size", "validation.samples", "stop.plateau_patience", "launch.ranks", "log.every",
         "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "chat.max_length", "rollout.prompts",
@@ -54,7 +56,8 @@ RANGES: dict[str, str] = {
         *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
-        "model.position_offset", "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers", "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
+        "model.position_offset", "model.token_types", "precision.fp8_margin", "precision.fp8_edge_layers", "data.max_bad_lines", "data.workers",
+        "optim.warmup_steps", "optim.decay_steps", "train.max_bad_steps", "validation.every",
         "checkpoint.every", "checkpoint.keep", "launch.threads", "log.gpu_every", "generate.top_k", "evaluate.samples",
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
@@ -67,9 +70,13 @@ RANGES: dict[str, str] = {
                      "stop.entropy_floor"), "(0,inf)"),
     **dict.fromkeys(("rewards.model_weight", "rewards.missing_eos"), "(-inf,inf)"),
     "model.init_std": "[0,inf)",
+    "model.relative_buckets": "[4,inf)",
+    "model.relative_distance": "[2,inf)",
+    **dict.fromkeys(("model.attention_scale", "model.embedding_scale", "model.logit_scale"), "(0,inf)"),
+    "data.span_length": "[1,inf)",
     "model.rope_scaling_factor": "[1,inf)",
     **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2", "chat.validation_share"), "[0,1)"),
-    **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error"), "(0,1)"),
+    **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error", "data.masked_share"), "(0,1)"),
     **dict.fromkeys(("ppo.gamma", "ppo.lam"), "[0,1]"),
     "ppo.label_smoothing": "[0,0.5)",
     "stop.reward_accuracy": "(0.5,1]",  # a coin is right half the time

@@ -12,17 +12,26 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder. `None` means: derived from the other sizes."""
+    """A decoder, an encoder, or both. `None` means: derived from the other sizes."""
 
     name: str = "tiny"
+    family: str = "decoder"  # decoder (the next word; GPT, Llama) | encoder (masked words; BERT) | encoder_decoder (spans; T5)
     num_layers: int = 4
     hidden_size: int = 256
     num_attention_heads: int = 4
     num_query_groups: int | None = None  # key/value heads: None = as many as heads, 1 = multi-query
     head_dim: int | None = None  # None = hidden_size / num_attention_heads
     ffn_hidden_size: int | None = None  # None = 4 hidden (gelu) or 8/3 hidden rounded up to 64 (swiglu)
+    decoder_layers: int | None = None  # encoder_decoder: layers of the decoder, beside num_layers of the encoder; None = as many
+    token_types: int = 0  # encoder: rows of a table for kinds of text (BERT: 2); 0 = no table
+    embedding_norm: bool = False  # encoder: a norm of the embeddings, before the first layer (BERT)
     max_sequence_length: int = 1024  # rows of a learned position table; the limit of generation for both kinds
-    position_embedding: str = "rope"  # rope | learned
+    position_embedding: str = "rope"  # rope | learned; encoder_decoder: learned | sinusoidal | relative (T5)
+    relative_buckets: int = 32  # relative: numbers that a head has for distances, and ...
+    relative_distance: int = 128  # ... the distance behind which all is one
+    attention_scale: float | None = None  # encoder_decoder: of the scores; None = 1 / sqrt(head_dim)
+    embedding_scale: float = 1.0  # encoder_decoder: of the words' vectors, before positions are added
+    logit_scale: float = 1.0  # encoder_decoder: of the last norm's output, before the logits
     rotary_percent: float = 1.0
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
@@ -46,7 +55,7 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
-    vocab_size: int | None = None  # None = the tokenizer's
+    vocab_size: int | None = None  # None = the tokenizer's, with the words of the objective: a mask (encoder), sentinels (encoder_decoder)
     vocab_multiple: int = 128  # the table is padded to a multiple of this and of parallel.tp
 
 
@@ -107,6 +116,8 @@ class DataConfig:
     seed: int = 1234  # of the order of samples
     reset_positions: bool = False  # positions start at 0 in each document
     reset_attention: bool = False  # no attention across documents
+    masked_share: float = 0.15  # encoder, encoder_decoder: share of the words that are to be found again
+    span_length: float = 3.0  # encoder_decoder: words of a span, on average
     mask_eod_loss: bool = False  # no loss where the input is an end-of-document token (megatron-core's eod_mask_loss)
     max_bad_lines: int = 100  # corrupt JSONL lines skipped before preparation refuses
     text_key: str = "text"  # the field of a JSONL object or Parquet row
