@@ -233,6 +233,15 @@ class EvaluateConfig:
     split: str = "test"  # train | validation | test
     samples: int = 0  # sequences; 0 = the whole split
     batch_size: int = 8
+    harness: tuple[str, ...] = ()  # tasks of EleutherAI's lm-evaluation-harness to run instead of a split (docs/evaluate.md)
+    task_dir: str | None = None  # harness: a directory with task files (YAML) and their data
+    fewshot: int | None = None  # harness: solved examples before each question; null = what the task says
+    limit: int | None = None  # harness: documents of each task; null = all
+    output: str | None = None  # harness: where results go; null = harness/ in the checkpoint's run directory
+    max_length: int | None = None  # harness: tokens that the model sees at once; null = model.max_sequence_length
+    add_bos: bool | None = None  # harness: a beginning-of-sequence token before every text; null = what the tokenizer does by itself
+    bootstrap: int = 100000  # harness: resamples that a standard error is estimated from; 0 = none
+    task_code: bool = False  # harness: let files of task_dir run Python (!function and the like); the same as running a program of theirs
 
 
 @dataclass(frozen=True)
