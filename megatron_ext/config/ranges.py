@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cluster.container": ("none", "pyxis", "apptainer"),
     "log.wandb": ("auto", "disabled", "offline", "online"),
     "evaluate.split": ("train", "validation", "test"),
+    "scaling.law": ("auto", "chinchilla", "power"),
     "chat.format": ("auto", "prompt_response", "messages", "alpaca", "sharegpt", "preference", "ranking", "prompts"),
     "chat.overlong": ("skip", "truncate"),
     # Of the registries of rlhf/; tests/test_config_rlhf.py compares.
@@ -66,6 +67,9 @@ RANGES: dict[str, str] = {
                      "stop.entropy_floor"), "(0,inf)"),
     **dict.fromkeys(("rewards.model_weight", "rewards.missing_eos"), "(-inf,inf)"),
     "model.init_std": "[0,inf)",
+    "scaling.noise": "(0,0.5)",
+    "scaling.level": "(0,1)",
+    "scaling.resamples": "[20,inf)",
     "model.rope_scaling_factor": "[1,inf)",
     **dict.fromkeys(("model.hidden_dropout", "model.attention_dropout", "optim.beta1", "optim.beta2", "chat.validation_share"), "[0,1)"),
     **dict.fromkeys(("ppo.clip", "ppo.ema", "stop.calibration_error"), "(0,1)"),

@@ -245,6 +245,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ScalingConfig:
+    """`plan scaling`: the loss of the configured run, predicted from small runs (docs/scaling.md)."""
+
+    runs: tuple[str, ...] = ()  # run directories, or folders of them
+    law: str = "auto"  # auto (by what the runs vary) | chinchilla (size and tokens) | power (compute)
+    noise: float = 0.005  # least relative spread of the losses of runs that differ in their seed alone
+    level: float = 0.9  # of the intervals
+    resamples: int = 200  # fits that the intervals are made of
+    output: str | None = None  # where page and plot go; null = prediction/ in the first of runs
+
+
+@dataclass(frozen=True)
 class ChatConfig:
     """Instructions (sft), preferences (reward, dpo) and prompts (ppo, grpo, rloo)."""
 
@@ -414,6 +426,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)

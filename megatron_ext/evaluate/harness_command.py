@@ -12,8 +12,8 @@ from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.config.sizes import parameters
 from megatron_ext.evaluate import tasks
-from megatron_ext.evaluate.ranks import Ranks
 from megatron_ext.evaluate.harness_inputs import check
+from megatron_ext.evaluate.ranks import Ranks
 from megatron_ext.evaluate.text import PlainTokenizer
 from megatron_ext.train import record as records
 from megatron_ext.train.restored import Source, restored_engine

@@ -65,6 +65,7 @@ class Tasks:
 def offline(environ: MutableMapping[str, str]) -> None:
     """Keeps Hugging Face's libraries from the network. They read this when they are imported."""
     environ.update(dict.fromkeys(OFFLINE, "1"))
+    environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # a line for each file that is read
 
 
 def check_installed(names: tuple[str, ...]) -> Path:
