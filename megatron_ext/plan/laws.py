@@ -24,8 +24,8 @@ DELTA = 1e-3  # of Huber's loss, as in the paper
 COARSE, FINE = 25, 200  # iterations: of all starts, and of those that are best then
 KEPT = 24
 KINDS = ("chinchilla", "power")
-STARTS = {  # log A, log B and exponents: around what language models show; the paper's grid, thinned
-    "chinchilla": tuple(itertools.product((0.0, 5.0, 10.0, 15.0), (0.0, 5.0, 10.0, 15.0), (-1.0, 0.0, 1.0), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0))),
+STARTS = {  # how large each term is in the middle of the runs, log E, exponents: around what language models show; thinner than the paper's 4,500
+    "chinchilla": tuple(itertools.product((2.0, 7.0, 12.0), (2.0, 7.0, 12.0), (-0.5, 0.7), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0))),
     "power": tuple(itertools.product((0.0, 2.0, 5.0, 10.0, 15.0), (-3.0, -1.0, 0.0, 0.5, 1.0), (0.05, 0.1, 0.2, 0.4, 0.8))),
 }
 LEAST = {"chinchilla": 6, "power": 3}  # runs

@@ -26,6 +26,7 @@ from megatron_ext.plan import laws
 from megatron_ext.plan.laws import Law, Points
 
 KEY = "scaling.runs"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _is_run(directory: Path) -> bool:
 def read_run(directory: Path) -> SmallRun:
     """Raises UserError: a file that is damaged, a run that has not ended or was not validated at its end."""
     try:
-        config = from_dict(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+        config = from_dict(yaml.load((directory / "config.yaml").read_text(encoding="utf-8"), Loader=LOADER))
         steps, events = ([json.loads(line) for line in (directory / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
                          for name in ("metrics", "events"))
         start = next(event for event in reversed(events) if event["kind"] == "start")
