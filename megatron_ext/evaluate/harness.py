@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lm_eval
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import METRIC_REGISTRY
@@ -196,11 +196,14 @@ def run_tasks(model: Runtime, tasks: Tasks, settings: EvaluateConfig, *, name: s
 
 def _fence() -> None:
     """Templates of task files run in a sandbox: plain Jinja gives them all of Python (`''.__class__.__mro__` ...)."""
-    plain = utils.env
-    if not isinstance(plain, ImmutableSandboxedEnvironment):
-        fenced = ImmutableSandboxedEnvironment(loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
-        fenced.filters.update(plain.filters)
+    open_ = utils.env
+    if not isinstance(open_, SandboxedEnvironment):
+        fenced = SandboxedEnvironment(loader=open_.loader, undefined=open_.undefined, keep_trailing_newline=open_.keep_trailing_newline)
+        fenced.filters.update(open_.filters)
         utils.env = fenced
+
+
+plain = utils.handle_non_serializable  # what json.dumps calls for numbers of numpy and the like
 
 
 def table(results: dict) -> str:

@@ -27,7 +27,7 @@ def run(config: Config, options: Options) -> int:
     Raises:
         UserError: the harness is not installed; no checkpoint, a layout that does not fit, a task that is unknown or runs code, ...
     """
-    found = check(config, options)
+    found = check(config, options, files=platform.is_first_rank())
     settings = found.config.evaluate
     device = platform.install(config.launch.device)
     platform.connect(device, config.launch.timeout)
@@ -58,7 +58,8 @@ def _drive(found: Source, ranks: Ranks, options: Options) -> None:
     ranks.end()
     if options.json:
         kept = {key: results[key] for key in PRINTED if key in results}
-        print(json.dumps(kept | {"checkpoint": str(found.path), "layout": records.layout(found.config), "files": [str(file) for file in files]}))
+        kept |= {"checkpoint": str(found.path), "layout": records.layout(found.config), "files": [str(file) for file in files]}
+        print(json.dumps(kept, default=harness.plain, ensure_ascii=False))
     else:
         print(harness.table(results))
         print(f"{found.path}: {output}/results.json, and {files[0].parent}/")

@@ -10,14 +10,15 @@ from megatron_ext.generate.checks import check_layout
 from megatron_ext.train.restored import Source, source
 
 
-def check(config: Config, options: Options) -> Source:
-    """Finds the checkpoint and looks at the layout, the lengths and the task files. Raises UserError."""
+def check(config: Config, options: Options, *, files: bool = True) -> Source:
+    """Finds the checkpoint and looks at the layout, the lengths and, with `files`, the task files. Raises UserError."""
     check_layout(config.parallel)
     found = source(config, options.overrides)
     asked, has = config.evaluate.max_length, found.config.model.max_sequence_length
     if asked is not None and asked > has:
         raise UserError("evaluate.max_length", asked, f"the model of {found.path} has positions for {has} tokens")
     found.tokenizer_file()
-    with tempfile.TemporaryDirectory() as folder:
-        tasks.gather(config.evaluate, Path(folder))
+    if files:
+        with tempfile.TemporaryDirectory() as folder:
+            tasks.gather(config.evaluate, Path(folder))
     return found

@@ -83,36 +83,42 @@ def gather(settings: EvaluateConfig, directory: Path) -> Tasks:
         UserError: a file that is no task, that would run code, whose data is not there, or comes from elsewhere; a task that nobody knows.
     """
     harness = check_installed(settings.harness) / "tasks"
-    names: set[str] = set()
-    metrics: dict[str, Path] = {}
-    brought = False
+    here = _Local(set(), set(), {})
     if settings.task_dir is not None:
         root = Path(settings.task_dir).resolve()
         if not root.is_dir():
             raise UserError(KEY, settings.task_dir, "is no directory; name one that holds the task files (YAML) and their data")
-        names, metrics = _local(root, directory, code=settings.task_code)
-        names |= _data_only(root, names, harness, directory)
-    unknown = [name for name in settings.harness if name not in names]
-    if unknown:
-        found = _brought(harness)
-        if all(name in found for name in unknown) and all(found[name] is not None for name in unknown):
-            raise UserError("evaluate.harness", unknown[0], f"is a task that the harness brings, without its data: put one file a split (such as "
-                                                            f"test.jsonl) into {settings.task_dir or 'evaluate.task_dir'}/{unknown[0]}/")
-        if any(name not in found for name in unknown):
-            name = next(name for name in unknown if name not in found)
-            known = ", ".join(sorted(names)) or "none"
-            raise UserError("evaluate.harness", name, f"no such task; {KEY}={settings.task_dir} has: {known}")
-        brought = True
-    return Tasks(settings.harness, directory, brought, metrics)
+        here = _local(root, directory, code=settings.task_code)
+    unknown = {*settings.harness, *here.members} - here.names
+    if not unknown:
+        return Tasks(settings.harness, directory, False, here.metrics)
+    known = _brought(harness)
+    if settings.task_dir is not None:
+        unknown -= _data_only(root, known, directory)
+    for name in sorted(unknown):
+        if name not in known:
+            raise UserError("evaluate.harness", name, f"no such task; {KEY}={settings.task_dir} has: {', '.join(sorted(here.names)) or 'none'}")
+        if known[name] is not None:
+            raise UserError("evaluate.harness", name, f"is a task that the harness brings, without its data: put one file a split (such as test.jsonl) "
+                                                      f"into {settings.task_dir or KEY}/{name}/")
+    return Tasks(settings.harness, directory, bool(unknown), here.metrics)
 
 
 # ---- files of the user's --------------------------------------------------------------------------------------------------------------
 
 
-def _local(root: Path, directory: Path, *, code: bool) -> tuple[set[str], dict[str, Path]]:
-    """Names of the tasks, groups and tags in `root`, whose files are in `directory` then, and of the metrics they ask for."""
-    names: set[str] = set()
-    metrics: dict[str, Path] = {}
+@dataclass(frozen=True)
+class _Local:
+    """What the user's files define (tasks, groups, tags), the members that groups name, and the metrics that they ask for."""
+
+    names: set[str]
+    members: set[str]
+    metrics: dict[str, Path]
+
+
+def _local(root: Path, directory: Path, *, code: bool) -> _Local:
+    """What stands in `root`, whose files are in `directory` then."""
+    here = _Local(set(), set(), {})
     waiting, done = sorted(path for path in root.rglob("*.yaml") if path.is_file()), set()
     while waiting:
         path = waiting.pop(0)
@@ -130,15 +136,21 @@ def _local(root: Path, directory: Path, *, code: bool) -> tuple[set[str], dict[s
             for part in _parts(found):
                 _check(path, part, code=code)
                 _locate_data(path, part)
-                names.update(str(name) for key in ("task", "group", "tag") for name in _list(part.get(key)) if isinstance(name, str))
-                if not code:
-                    metrics |= {metric["metric"]: path for metric in _list(part.get("metric_list"))}
+                _note(path, part, here, code=code)
         except (RecursionError, TypeError, KeyError) as error:  # a mapping that holds itself, a metric without a name, ...
             raise UserError(KEY, path, f"is no task file ({type(error).__name__}: {error})") from None
         _write(directory / path.relative_to(root), yaml.dump(found, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
     for path in root.rglob("*.py") if code else ():
         _write(directory / path.relative_to(root), path.read_text(encoding="utf-8"))
-    return names, metrics
+    return here
+
+
+def _note(path: Path, part: dict, here: _Local, *, code: bool) -> None:
+    tasks = {str(name) for name in _list(part.get("task")) if isinstance(name, str)}
+    (here.members if "group" in part else here.names).update(tasks)
+    here.names.update(str(name) for key in ("group", "tag") for name in _list(part.get(key)))
+    if not code:
+        here.metrics.update({metric["metric"]: path for metric in _list(part.get("metric_list"))})
 
 
 def _write(path: Path, text: str) -> None:
@@ -253,21 +265,18 @@ def _brought(harness: Path) -> dict[str, Path | None]:
     return found
 
 
-def _data_only(root: Path, local: set[str], harness: Path, directory: Path) -> set[str]:
+def _data_only(root: Path, known: dict[str, Path | None], directory: Path) -> set[str]:
     """Folders of `root` that hold data for a task of the harness's: writes the task with that data. Returns the names."""
-    folders = {folder.name: files for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name not in local
-               if (files := [file for file in sorted(folder.iterdir()) if file.suffix in BY_ENDING])}
-    if not folders:
-        return set()
-    known, names = _brought(harness), set()
-    for name, files in folders.items():
-        if known.get(name) is None:
+    names = set()
+    for folder in sorted(root.iterdir()):
+        files = [file for file in sorted(folder.iterdir()) if file.suffix in BY_ENDING] if folder.is_dir() else []
+        if not files or known.get(folder.name) is None:
             continue  # data of one of the user's own tasks
         kinds = {BY_ENDING[file.suffix] for file in files}
         if len(kinds) > 1:
-            raise UserError(KEY, root / name, f"holds files of several kinds ({', '.join(sorted(kinds))}); one file a split, all of one kind")
-        task = {"include": str(known[name]), "dataset_path": kinds.pop(), "dataset_name": None,
+            raise UserError(KEY, folder, f"holds files of several kinds ({', '.join(sorted(kinds))}); one file a split, all of one kind")
+        task = {"include": str(known[folder.name]), "dataset_path": kinds.pop(), "dataset_name": None,
                 "dataset_kwargs": {"data_files": {file.stem: str(file) for file in files}}}
-        _write(directory / f"{name}.yaml", yaml.dump(task, sort_keys=False))
-        names.add(name)
+        _write(directory / f"{folder.name}.yaml", yaml.dump(task, sort_keys=False))
+        names.add(folder.name)
     return names
