@@ -13,7 +13,7 @@ VERBS = {
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
-    "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "evaluate": "a checkpoint's perplexity on a split, or tasks of lm-evaluation-harness: evaluate checkpoint.load=DIR evaluate.split=test",
     "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
