@@ -372,6 +372,10 @@ COUNTED = {
     "gelu": replace(SMALL, activation="gelu", bias=True),
     "relu": replace(SMALL, activation="relu", ffn_hidden_size=100),
     "untied gpt2": replace(GPT2, tied_embeddings=False),
+    "parallel": replace(SMALL, block="parallel", norm="layernorm"),
+    "one norm, biases apart": replace(SMALL, block="parallel_one_norm", qkv_bias=True, mlp_bias=True, head_bias=True),
+    "attention's biases": replace(SMALL, qkv_bias=True, proj_bias=True, qk_norm=True),
+    "post-norm, narrow words": replace(GPT2, block="post_norm", embedding_size=24, position_offset=2, tied_embeddings=False),
 }
 
 

@@ -18,7 +18,7 @@ def chain(path: Path | str) -> list[dict]:
 
     Returns:
         one dict each: `stage`, `step`, `hash`, `path`, `parent` (its hash, None at the origin), `data` (what the record says of it: hashes), `roles`
-        (other models that took part: [{"role", "path", "hash"}]). Where a parent cannot be read the last dict is {"hash", "path", "broken": why}.
+        (other models that took part: [{"role", "path", "hash"}]), `origin` (of imported weights: what convert/origin.py says, else None). Where a parent cannot be read the last dict is {"hash", "path", "broken": why}.
 
     Raises:
         UserError: `path` itself is no checkpoint, or is damaged.
@@ -29,7 +29,7 @@ def chain(path: Path | str) -> list[dict]:
         record = manifest["record"]
         parent, place = record.get("parent"), record.get("parent_path")
         found.append({"stage": record.get("stage"), "step": record.get("step"), "hash": manifest["hash"], "path": str(path), "parent": parent,
-                      "data": record.get("data") or {}, "roles": _roles(record)})
+                      "data": record.get("data") or {}, "roles": _roles(record), "origin": record.get("origin")})
         if parent is None:
             return found
         manifest, why = _parent(path, parent, place)
@@ -75,6 +75,8 @@ def described(found: Sequence[Mapping]) -> list[str]:
             continue
         data = ", ".join(f"{name} {word}" for name, word in data_words(link["data"]).items())
         lines.append(f"{link['stage'] or '?'} step {link['step']}  {link['hash'][:SHOWN]}  {link['path']}" + (f"  ({data})" if data else ""))
+        if link["parent"] is None and link.get("origin"):
+            lines.append(f"    imported from {link['origin'].get('name')}, licence {link['origin'].get('licence')}")
         lines += [f"    {one['role']} {one['hash'][:SHOWN]}  {one['path']}" for one in link["roles"] if one["hash"] != link["parent"]]
     return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
+from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
@@ -39,7 +40,7 @@ def validate(config: Config, verb: str = "train") -> None:
     """Raises UserError (one mistake) or ConfigErrors (several).
 
     Args:
-        verb: what the configuration is for. `prepare` trains nothing; `generate` and `evaluate` take their model from a checkpoint,
+        verb: what the configuration is for. `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
             so that `check_layout` is called again once it is known.
     """
     errors = problems(config, verb)
@@ -56,15 +57,22 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         return errors
     rules: tuple[Rule, ...] = COMMON
     if verb in ("train", "check", "run", "submit"):
-        rules += MODEL + LAYOUT + TRAIN + (CLUSTER if verb == "submit" else ())
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, spans_fit, *TRAIN) + (CLUSTER if verb == "submit" else ())
+    elif verb == "plan":
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, spans_fit, stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits,
+                  sequence_fits_positions)
+    elif verb == "search":
+        rules += (family_has_its_keys, *MODEL)
     elif verb in ("generate", "evaluate"):
         rules += READ
+    elif verb == "convert":
+        rules += CONVERT
     return [error for rule in rules for error in rule(config)]
 
 
 def check_layout(config: Config) -> None:
     """The rules of a model in a layout alone: for a model that came out of a checkpoint. Raises UserError."""
-    errors = [error for rule in MODEL + LAYOUT for error in rule(config)]
+    errors = [error for rule in (*MODEL, family_fits_layout, *LAYOUT) for error in rule(config)]
     if errors:
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
 
@@ -184,6 +192,24 @@ def load_is_given(config: Config) -> Iterator[UserError]:
         yield UserError("checkpoint.load", "null", "name the checkpoint or run directory to read, such as checkpoint.load=outputs/run")
 
 
+# ---- convert ---------------------------------------------------------------------------------------------------------------------
+
+def one_side_is_given(config: Config) -> Iterator[UserError]:
+    hf = config.hf
+    given = {key: value for key, value in (("hf", hf), ("megatron", config.megatron), ("checkpoint.load", config.checkpoint.load)) if value is not None}
+    if not given:
+        yield UserError("hf", "null", "name what is converted: convert hf=DIR output=DIR reads a Hugging Face directory, convert checkpoint.load=DIR "
+                                      "output=DIR writes one")
+    elif len(given) > 1:
+        yield UserError(*list(given.items())[-1], f"and {next(iter(given))} are both given: a command converts one thing")
+    if config.output is None:
+        yield UserError("output", "null", "name the directory to write")
+    if config.adapter is not None and hf is not None and not Path(config.adapter).is_dir():
+        yield UserError("adapter", config.adapter, "is not there; name a directory as PEFT saves it")
+    elif config.adapter is not None and hf is None and (config.adapter != "only" or config.checkpoint.load is None):
+        yield UserError("adapter", config.adapter, "with checkpoint.load it is adapter=only: the adapter of the checkpoint is written, without its model")
+
+
 def skips_are_ranges(config: Config) -> Iterator[UserError]:
     for text in config.recovery.skip:
         try:
@@ -198,3 +224,4 @@ TRAIN: tuple[Rule, ...] = (
     figures_can_be_published, skips_are_ranges, *RLHF, *STOPPING,
 )
 READ: tuple[Rule, ...] = (load_is_given, ranks_fit)
+CONVERT: tuple[Rule, ...] = (one_side_is_given,)

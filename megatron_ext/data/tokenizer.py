@@ -41,8 +41,11 @@ class Tokenizer:
         return all(self.decode(self.encode(text)) == text for text in texts)
 
     @classmethod
-    def from_file(cls, path: str | Path, *, key: str = "data.tokenizer") -> "Tokenizer":
+    def from_file(cls, path: str | Path, *, key: str = "data.tokenizer", end: str | None = None) -> "Tokenizer":
         """Reads a `tokenizer.json`, or the one in a directory.
+
+        Args:
+            end: how the end of a document is written, where it is none of EOD_NAMES.
 
         Raises:
             UserError: not there, not a tokenizer, or without an end-of-document token.
@@ -52,10 +55,10 @@ class Tokenizer:
             content = path.read_bytes()
         except OSError as error:
             raise UserError(key, path, f"cannot be read ({error.strerror}); give a Hugging Face tokenizer.json") from error
-        return cls.from_bytes(content, name=path, key=key)
+        return cls.from_bytes(content, name=path, key=key, end=end)
 
     @classmethod
-    def from_bytes(cls, content: bytes, *, name: object = "tokenizer.json", key: str = "data.tokenizer") -> "Tokenizer":
+    def from_bytes(cls, content: bytes, *, name: object = "tokenizer.json", key: str = "data.tokenizer", end: str | None = None) -> "Tokenizer":
         import tokenizers
 
         try:
@@ -64,7 +67,7 @@ class Tokenizer:
             raise UserError(key, name, f"not a Hugging Face tokenizer.json: {str(error).splitlines()[0][:200]}") from error
         inner.no_truncation()
         inner.no_padding()
-        eod_text = next((text for text in EOD_NAMES if inner.token_to_id(text) is not None), None)
+        eod_text = next((text for text in (*EOD_NAMES, *((end,) if end else ())) if inner.token_to_id(text) is not None), None)
         if eod_text is None:
             raise UserError(key, name, f"has no end-of-document token; add one of {', '.join(EOD_NAMES)} to its added_tokens")
         # Not stored in the file: special tokens written out in a document are plain text.
@@ -82,6 +85,12 @@ class Tokenizer:
         if self._cut and self.eod_text in text:
             return [token for part in self._parts(text) for token in self._inner.encode(part, add_special_tokens=False).ids]
         return self._inner.encode(text, add_special_tokens=False).ids
+
+    def begin(self) -> list[int]:
+        """Ids that the file's own template puts before a text, such as the begin-of-sequence token of Llama. Training data has none of them."""
+        bare = self._inner.encode("a", add_special_tokens=False).ids
+        whole = self._inner.encode("a", add_special_tokens=True).ids
+        return next((whole[:start] for start in range(len(whole)) if whole[start : start + len(bare)] == bare), [])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; the library's threads share the work (`RAYON_NUM_THREADS`)."""

@@ -8,7 +8,8 @@ from megatron_ext import platform
 from megatron_ext.cli.options import Options
 from megatron_ext.config import validate
 from megatron_ext.config.schema import Config
-from megatron_ext.data.build import build_datasets, dataset_tokenizer, ensure_prepared
+from megatron_ext.data.build import dataset_tokenizer, ensure_prepared
+from megatron_ext.data.objective import pretraining_samples
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate.split import SplitLoss, evaluate_split
 from megatron_ext.train import record as records
@@ -35,7 +36,7 @@ def run(config: Config, options: Options) -> int:
         ensure_prepared(config.data)
     platform.connect(device, config.launch.timeout)
     dist.barrier()
-    samples = build_datasets(config.data, (settings.split,))[settings.split]
+    samples = pretraining_samples(config, (settings.split,))[settings.split]
     _check_tokenizer(found)
     count = min(settings.samples or samples.samples_per_epoch, samples.samples_per_epoch)
     result = evaluate_split(restored_engine(found, device), samples, count=count, micro_batch=settings.batch_size)

@@ -27,7 +27,7 @@ def run(config: Config, options: Options) -> int:
     dist.broadcast_object_list(box, src=0, device=device.device)
     prompts, settings = box[0], given.source.config.generate
     encoded = given.encode(prompts)
-    completions = generate(restored_engine(given.source, device), encoded, settings, tokenizer=given.tokenizer)
+    completions = generate(restored_engine(given.source, device), encoded, settings, tokenizer=given.tokenizer, eod=given.source.ends)
     if dist.get_rank() == 0:
         whose = [prompt for prompt in prompts for _ in range(settings.samples)]
         if options.json:

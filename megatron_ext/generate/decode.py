@@ -70,7 +70,7 @@ class Row:
 
 
 def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: GenerateConfig, *, tokenizer: Tokenizer | None = None,
-             eod: int | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False, pack: bool = True,
+             eod: int | Sequence[int] | None = None, sample_ids: Sequence[int] | None = None, modules_only: bool = False, pack: bool = True,
              leave: Callable[[], object] | None = None) -> list[Completion]:
     """Continues each prompt `settings.samples` times. Collective over the engine's ranks; all get all completions, in order.
 
@@ -78,7 +78,7 @@ def generate(engine: Engine, prompts: Sequence[Sequence[int]], settings: Generat
         prompts: token ids, the same on every rank.
         settings: `batch_size` rows are decoded together (with P pipeline stages, P times as many are under way).
         tokenizer: gives texts and finds stop strings.
-        eod: the token that ends a completion; the tokenizer's where None.
+        eod: the token that ends a completion, or several of which each does; the tokenizer's where None.
         sample_ids: for each completion its number, in order (prompt 0's samples first); 0, 1, 2, ... where None. Sample i draws from a
             generator seeded by (settings.seed, i).
         modules_only: single tokens go through megatron-core's modules too (slower, to compare with).
@@ -135,12 +135,13 @@ def _gathered(engine: Engine, mine: list[tuple[int, Completion]]) -> list[tuple[
 class _Run:
     """Works through one replica's rows."""
 
-    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | None, modules_only: bool, pack: bool,
+    def __init__(self, engine: Engine, settings: GenerateConfig, tokenizer: Tokenizer | None, eod: int | Sequence[int] | None, modules_only: bool, pack: bool,
                  leave: Callable[[], object] | None):
         self.stage = Stage(engine.models[0], engine.platform.device, modules_only=modules_only, pack=pack)
         self.wire = Wire(engine)
         self.hidden_size, self.dtype = engine.core_config.hidden_size, engine.core_config.params_dtype
-        self._settings, self._tokenizer, self._eod, self._stages, self._leave = settings, tokenizer, eod, engine.layout.pp, leave
+        self._settings, self._tokenizer, self._stages, self._leave = settings, tokenizer, engine.layout.pp, leave
+        self._ends = frozenset(() if eod is None else (eod,) if isinstance(eod, int) else eod)
         self._stop = text.StopStrings(tokenizer, settings.stop) if tokenizer is not None else None
 
     def all(self, rows: list[Row]) -> None:
@@ -175,7 +176,7 @@ class _Run:
         return torch.tensor([tokens, [int(row.stop is None) for row in rows]])
 
     def _why(self, row: Row) -> str | None:
-        if row.tokens[-1] == self._eod:
+        if row.tokens[-1] in self._ends:
             return "eod"
         if self._stop is not None and self._stop.found(row.prompt, row.tokens):
             return "stop_string"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.cli.options import Options
+from megatron_ext.config.families import generates
 from megatron_ext.config.schema import Config
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
@@ -22,8 +23,9 @@ class Inputs:
     tokenizer: Tokenizer
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
-        """Token ids of each prompt. Raises UserError for one that is too long."""
-        encoded = [self.tokenizer.encode(prompt) for prompt in prompts]
+        """Token ids of each prompt; for an imported model behind what its tokenizer begins a text with. Raises UserError for one that is too long."""
+        begin = self.tokenizer.begin() if self.source.imported else []
+        encoded = [begin + self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, tokens in zip(prompts, encoded):
             check_prompt(tokens, "prompt", textwrap.shorten(prompt, 60, placeholder="..."), vocab_size=self.source.vocab_size,
                          max_sequence_length=self.source.config.model.max_sequence_length)
@@ -34,6 +36,7 @@ def read(config: Config, options: Options) -> Inputs:
     """Finds the checkpoint and its tokenizer, and checks the layout. Raises UserError."""
     check_layout(config.parallel)
     found = source(config, options.overrides)
+    generates(found.config, found.path)
     return Inputs(found, found.tokenizer())
 
 

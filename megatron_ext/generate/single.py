@@ -1,6 +1,6 @@
 """The decoder's forward pass for one new token a row, on the modules' own weights.
 
-    h <- h + W_o attention(rope(W_qkv norm(h)), cache),    h <- h + W_2 f(W_1 norm(h)),    logits = W norm(h)
+    h <- h + W_o attention(rope(W_qkv norm(h)), cache),    h <- h + W_2 f(W_1 norm(h)),    logits = W norm(h)      (or as models/blocks.py has it)
 
 For one token the Python around megatron-core's layers (autograd functions, permutations, angles turned into cosines in each layer, ...)
 takes longer than their arithmetic. Here it is left out: rotary cosines are made once a step, the query heads of a group are taken as the
@@ -14,28 +14,28 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_ext.generate.cache import StageCache
 from megatron_ext.generate.packed import Linear
 from megatron_ext.models.attention import CoreAttention, LayerCache
+from megatron_ext.models.blocks import BLOCKS
 from megatron_ext.models.decoder import Decoder
-from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention, rotary_tables
+from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, HeadNorm, PlainSelfAttention, rotary_tables
 from megatron_ext.models.lora import Adapted, active
 from megatron_ext.models.norm import Norm
 
 KINDS = {
-    "": (TransformerLayer, FusedLayer),
+    "": tuple({kind for kinds in BLOCKS.values() for kind in kinds}),
     "input_layernorm": (Norm, FusedNorm),
-    "self_attention": (SelfAttention, FusedSelfAttention),
+    "self_attention": (PlainSelfAttention, FusedSelfAttention),
     "self_attention.linear_qkv": ColumnParallelLinear,
-    "self_attention.q_layernorm": (IdentityOp, type(None)),
-    "self_attention.k_layernorm": (IdentityOp, type(None)),
+    "self_attention.q_layernorm": (IdentityOp, type(None), Norm, HeadNorm),
+    "self_attention.k_layernorm": (IdentityOp, type(None), Norm, HeadNorm),
     "self_attention.core_attention": CoreAttention,
     "self_attention.linear_proj": RowParallelLinear,
     "cross_attention": IdentityOp,
-    "pre_mlp_layernorm": (Norm, FusedNorm),
+    "pre_mlp_layernorm": (Norm, FusedNorm, IdentityOp),
     "mlp": MLP,
     "mlp.linear_fc1": ColumnParallelLinear,
     "mlp.linear_fc2": RowParallelLinear,
@@ -70,6 +70,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(q.shape)
 
 
+norm = Norm.forward  # torch's: for one token a row the way into a fused kernel takes longer than the norm
+
+
 class SingleToken:
     """Called with tokens [rows], positions [rows, 1], hides (bool [rows, 1, 1, keys], True hides, or None), hidden ([1, rows, hidden] of
     the stage before) and the cache; returns [1, rows, hidden], or on the last stage this rank's columns of the logits [rows, V / TP]."""
@@ -84,20 +87,38 @@ class SingleToken:
         h = (model.embedding(tokens[:, None], positions) if model.pre_process else hidden)[0]
         mask = None if hides is None else torch.zeros(hides.shape, dtype=h.dtype, device=h.device).masked_fill_(hides, float("-inf"))
         rotation = self._rotation(positions, h.dtype)
-        norm = Norm.forward  # torch's: for one token a row the way into a fused kernel takes longer than the norm
+        block = {"serial": self._serial, "post_norm": self._post_norm}.get(self.config.block, self._beside)
         for layer, kept in zip(model.decoder.layers, cache.layers):
-            h = h + self._attention(layer.self_attention, norm(layer.input_layernorm, h), rotation, mask, kept)
-            h = h + self._mlp(layer.mlp, norm(layer.pre_mlp_layernorm, h))
+            h = block(layer, h, rotation, mask, kept)
         self._linear.passed()
         if not model.post_process:
             return h[None]
         weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else model.output_layer.weight
-        return self._linear(norm(model.decoder.final_layernorm, h), weight)
+        if model.decoder.final_layernorm is not None:
+            h = norm(model.decoder.final_layernorm, h)
+        if model.project_out is not None:
+            h = model.project_out(h)
+        return self._linear(h, weight, model.output_layer.bias)
+
+    def _serial(self, layer, h: Tensor, *attending) -> Tensor:
+        h = h + self._attention(layer.self_attention, norm(layer.input_layernorm, h), *attending)
+        return h + self._mlp(layer.mlp, norm(layer.pre_mlp_layernorm, h))
+
+    def _beside(self, layer, h: Tensor, *attending) -> Tensor:
+        normed = norm(layer.input_layernorm, h)
+        other = normed if self.config.block == "parallel_one_norm" else norm(layer.pre_mlp_layernorm, h)
+        return h + self._attention(layer.self_attention, normed, *attending) + self._mlp(layer.mlp, other)
+
+    def _post_norm(self, layer, h: Tensor, *attending) -> Tensor:
+        h = norm(layer.input_layernorm, h + self._attention(layer.self_attention, h, *attending))
+        return norm(layer.pre_mlp_layernorm, h + self._mlp(layer.mlp, h))
 
     def _attention(self, attention: SelfAttention, x: Tensor, rotation, mask: Tensor | None, kept: LayerCache) -> Tensor:
         groups, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
         heads = self._product(x, attention.linear_qkv).view(len(x), groups, -1, width)
         turned, values = heads[:, :, :-1], heads[:, :, -1:]  # the queries of a group, its key; its value
+        if self.config.qk_layernorm:
+            turned = torch.cat((norm(attention.q_layernorm, turned[:, :, :-1]), norm(attention.k_layernorm, turned[:, :, -1:])), dim=2)
         if rotation is not None:
             turned = self._rotate(turned, *rotation)
         k, v = kept.append(turned[:, :, -1:], values)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -19,11 +18,14 @@ from torch import Tensor
 
 from kernels.linear_cross_entropy import TokenScores, linear_cross_entropy, linear_cross_entropy_sum
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.sizes import embedding_size
+from megatron_ext.models.embedding import Embedding, ProjectOut
 from megatron_ext.models.fused import FusedLayer, rotary_tables
 from megatron_ext.models.heads import Head, ValueHead
 from megatron_ext.models.layers import LayerConfig, block_spec
 from megatron_ext.models.likelihood import word_likelihoods
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
+from megatron_ext.models.positions import scaled
 from megatron_ext.models.truncated import Kept, truncated_scores
 
 
@@ -48,30 +50,40 @@ class Decoder(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.scalar = head == "scalar"
         self.share_embeddings_and_output_weights = model.tied_embeddings and not self.scalar
-        learned = model.position_embedding == "learned"
         if first:
-            self.embedding = LanguageModelEmbedding(
-                config, padded_vocab_size, model.max_sequence_length,
-                position_embedding_type="learned_absolute" if learned else "rope", tp_group=groups.tp,
-            )
-        self.rotary = None if learned else RotaryEmbedding(
+            self.embedding = self.embeddings(model, config, groups, padded_vocab_size)
+        self.rotary = None if model.position_embedding != "rope" else RotaryEmbedding(
             config.kv_channels, model.rotary_percent, model.rotary_interleaved, rotary_base=model.rotary_base,
-            rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 1.0,
             use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
         )
-        stage = (chunk or 0) * groups.pp.size() + groups.pp.rank()
-        self.decoder = TransformerBlock(
-            config, block_spec(config, stage), pre_process=first, post_process=last, pg_collection=groups, vp_stage=chunk,
-        )
+        if self.rotary is not None and model.rope_scaling_factor is not None:
+            self.rotary.inv_freq = scaled(self.rotary.inv_freq, model)
+        self.make_layers(model, config, groups)
+        self.project_out = ProjectOut(config, model, groups.tp) if last and not self.scalar and embedding_size(model) != config.hidden_size else None
         if last and self.scalar:
             self.value_head = ValueHead(config, groups.tp)
         elif last:
             self.output_layer = Head(
-                config.hidden_size, padded_vocab_size, config=config, init_method=config.init_method, bias=False,
+                embedding_size(model), padded_vocab_size, config=config, init_method=config.init_method, bias=model.head_bias,
                 skip_weight_param_allocation=first and model.tied_embeddings, tp_group=groups.tp,
             )
         if (first or last) and not self.scalar:
             self.setup_embeddings_and_output_layer()
+
+    @staticmethod
+    def embeddings(model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, padded_vocab_size: int) -> torch.nn.Module:
+        """What the first stage begins with."""
+        return Embedding(config, model, padded_vocab_size, groups.tp)
+
+    def make_layers(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection) -> None:
+        """This stage's layers, and the norm after the last."""
+        stage = (self.vp_stage or 0) * groups.pp.size() + groups.pp.rank()
+        self.decoder = TransformerBlock(config, block_spec(config, stage), post_layer_norm=model.block != "post_norm", pre_process=self.pre_process,
+                                        post_process=self.post_process, pg_collection=groups, vp_stage=self.vp_stage)
+
+    def wire_length(self, tokens: Tensor, **inputs: Tensor) -> int:
+        """Length of the sequence that one stage sends to the next, of a micro-batch [batch, seq]."""
+        return tokens.shape[1]
 
     def set_input_tensor(self, tensor) -> None:
         """What the previous stage sent, [seq, batch, hidden]; called by the pipeline schedules."""
@@ -98,7 +110,7 @@ class Decoder(LanguageModule):
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
                 select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None,
-                needed: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                needed: Tensor | None = None, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
@@ -111,12 +123,13 @@ class Decoder(LanguageModule):
             score: what the last stage gives instead, of itself and the last norm's output (see `loss`, `token_scores`, `values`).
             needed: int64 [n], rising: of the batch x seq tokens (row after row) those that `score` reads. Where the last layer can leave out the
                 others, the last norm's output is [n, 1, hidden].
+            inputs: what the embeddings of another family take beside tokens and positions (`Batch.inputs`).
         Returns:
             [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
             each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
             ([batch, 1, V/TP] with `select`).
         """
-        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        hidden = self.embedding(tokens, positions, **inputs) if self.pre_process else None
         with self._last_layer_for(needed, positions.shape):
             hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:
@@ -129,8 +142,12 @@ class Decoder(LanguageModule):
             return self.loss(hidden, labels, torch.ones_like(labels, dtype=torch.float32) if loss_mask is None else loss_mask)
         if select is not None:
             hidden = hidden.gather(0, select.view(1, -1, 1).expand(1, -1, hidden.shape[2]))
-        logits, _ = self.output_layer(hidden, weight=self._shared_weight())
+        logits, _ = self.output_layer(self._projected(hidden), weight=self._shared_weight())
         return logits.transpose(0, 1)
+
+    def _projected(self, hidden: Tensor) -> Tensor:
+        """What the head reads: the last norm's output, or where words are narrower a projection of it."""
+        return hidden if self.project_out is None else self.project_out(hidden)
 
     def _shared_weight(self) -> Tensor | None:
         return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -187,13 +204,13 @@ class Decoder(LanguageModule):
         Returns:
             fp32 [n] each, the same on every tensor-parallel rank.
         """
-        hidden = self._whole(hidden).transpose(0, 1).flatten(0, 1)
+        hidden = self._whole(self._projected(hidden)).transpose(0, 1).flatten(0, 1)
         labels = labels.flatten()
         if select is not None:
             hidden, labels = _selected(hidden, select), labels.index_select(0, select)
         group = self.tp_group if self.tp_group.size() > 1 else None
 
-        def score(weight: Tensor) -> TokenScores:
+        def score(hidden: Tensor, weight: Tensor) -> TokenScores:
             if kept is not None:
                 return truncated_scores(hidden, weight, labels, kept, temperature=temperature, vocab_size=self.vocab_size, group=group)
             return linear_cross_entropy(
@@ -202,7 +219,7 @@ class Decoder(LanguageModule):
                 backend="torch" if self.config.layers == "plain" else self.config.kernels.linear_cross_entropy,
             )
 
-        return self.output_layer(hidden, weight=self._shared_weight(), score=score)
+        return self.output_layer(hidden, self._shared_weight(), score=score)
 
     def likelihoods(self, hidden: Tensor, needed: Tensor, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of words behind tokens, and whether each is the most probable one. Without gradients.
@@ -215,18 +232,18 @@ class Decoder(LanguageModule):
         Returns:
             fp32 [n] and bool [n], the same on every tensor-parallel rank.
         """
-        hidden = _selected(self._whole(hidden).transpose(0, 1).flatten(0, 1), needed)
+        hidden = _selected(self._whole(self._projected(hidden)).transpose(0, 1).flatten(0, 1), needed)
         hidden = hidden.index_select(0, torch.searchsorted(needed, places))
         group, bias = self.tp_group if self.tp_group.size() > 1 else None, self.output_layer.bias
         return self.output_layer(
-            hidden, weight=self._shared_weight(),
-            score=lambda weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
+            hidden, self._shared_weight(), adds_bias=True,
+            score=lambda hidden, weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
         )
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The head and the cross-entropy. hidden [seq (/ TP with sequence parallel), batch, hidden], labels and loss_mask [batch, seq] ->
         (sum of loss_mask x loss, each token's loss [batch, seq] without gradient). The `plain` layers hold the logits, the others never do."""
-        shared = self._shared_weight()
+        shared, hidden = self._shared_weight(), self._projected(hidden)
         if self.config.layers == "plain":
             logits, _ = self.output_layer(hidden, weight=shared)
             losses = vocab_parallel_cross_entropy(logits, labels.t(), vocab_size=self.vocab_size, group=self.tp_group).t()
@@ -237,7 +254,7 @@ class Decoder(LanguageModule):
             "backend": self.config.kernels.linear_cross_entropy,
         }
 
-        def score(weight: Tensor) -> tuple[Tensor, Tensor]:
+        def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             if not torch.is_grad_enabled():
                 losses = linear_cross_entropy(hidden, weight, labels.t(), **options).loss.t()
                 return (losses * loss_mask).sum(), losses

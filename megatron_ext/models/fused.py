@@ -5,6 +5,7 @@ The parallel linear layers, the split of heads over tensor-parallel ranks and th
 one of its modules with another `forward`, so that `fused` and `plain` layers have the same parameters and the same checkpoints.
 Which backend serves an op stands in `config.kernels` (`LayerConfig`); Triton on GPUs and torch on CPU by default.
 """
+import copy
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from megatron_ext.models.norm import Norm
+from megatron_ext.models.shared_keys import SharedKeys
 
 
 class FusedNorm(Norm):
@@ -35,6 +37,14 @@ class FusedNorm(Norm):
         if self.rms:
             return rms_norm(x, self.weight, eps=self.eps, residual=residual, backend=self.backend)
         return layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, backend=self.backend)
+
+
+class HeadNorm(FusedNorm):
+    """Of each head's queries or keys: views of the joined projection, whose rows the kernels want one after the other."""
+
+    def forward(self, x: Tensor, residual: None = None) -> Tensor:
+        """[seq, batch, heads, d] -> the same."""
+        return super().forward(x.contiguous())
 
 
 def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -52,21 +62,39 @@ def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
     }[name]
 
 
-class FusedSelfAttention(SelfAttention):
+class OwnBias:
+    """In front of an attention: whether its output has a bias is its own matter, where megatron-core has one word for it and for the MLP."""
+
+    def __init__(self, config, *args, **kwargs):
+        own = config
+        if config.proj_bias != config.add_bias_linear:
+            own = copy.copy(config)
+            own.add_bias_linear = config.proj_bias
+        super().__init__(own, *args, **kwargs)
+        self.config = config
+
+
+class PlainSelfAttention(OwnBias, SharedKeys, SelfAttention):
+    """megatron-core's self-attention."""
+
+
+class FusedSelfAttention(OwnBias, SharedKeys, SelfAttention):
     """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
-                packed_seq_params=None, needed: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
-        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None); with `needed` [n] as `rows` of that, [n, 1, hidden]."""
+                packed_seq_params=None, attention_bias: Tensor | None = None, needed: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None); with `needed` [n] as `rows` of that, [n, 1, hidden].
+        attention_bias: [1, heads / TP, seq, seq], added to the scores."""
         q, k, v = self.get_query_key_value_tensors(hidden_states)[:3]
         if rotary_pos_emb is not None:
             q, k = rope(q, k, rotary_pos_emb[0], rotary_pos_emb[1], interleaved=self.config.rotary_interleaved,
                         backend=self.config.kernels.rope)
 
-        def core(q, k, v):
-            return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params)
+        def core(q, k, v, bias):
+            return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params, attention_bias=bias)
 
-        attended = tensor_parallel.checkpoint(core, False, q, k, v) if self.checkpoint_core_attention and self.training else core(q, k, v)
+        inputs = q, k, v, attention_bias
+        attended = tensor_parallel.checkpoint(core, False, *inputs) if self.checkpoint_core_attention and self.training else core(*inputs)
         return self.linear_proj(attended if needed is None else rows(attended, needed))
 
 

@@ -10,18 +10,28 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 HEADS = ("vocabulary", "scalar")
+ALIGNED = 8  # elements: 16 bytes of the narrowest dtype
 
 
 class Head(ColumnParallelLinear):
     """The projection onto the vocabulary, split over the tensor-parallel ranks."""
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, *,
-                score: Callable[[Tensor], tuple] | None = None) -> tuple:
-        """Logits and no bias, as megatron-core's; with `score` what it makes of the weight, without logits. It is called in here because hooks hang
-        on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
+                score: Callable[[Tensor, Tensor], tuple] | None = None, adds_bias: bool = False) -> tuple:
+        """Logits and no bias, as megatron-core's (whose logits hold it); with `score` what it makes of the hidden states and the weight, without logits.
+        adds_bias: `score` does that by itself. It is called in here because hooks hang on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
         if score is not None:
-            return score(self.weight if weight is None else weight)
+            return score(*widened(hidden, self.weight if weight is None else weight, None if adds_bias else self.bias))
         return super().forward(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
+
+
+def widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden [..., h] and weight [V, h] whose products are logits with their bias, for ops that know of none: the bias is a column of the weight, which a
+    column of ones meets (and zeros, so that rows stay aligned). Copies the weight: few models have such a bias (GPT-J)."""
+    if bias is None:
+        return hidden, weight
+    beside = F.pad(torch.ones_like(hidden[..., :1]), (0, ALIGNED - 1))
+    return torch.cat((hidden, beside), dim=-1), torch.cat((weight, F.pad(bias[:, None], (0, ALIGNED - 1))), dim=-1)
 
 
 class ValueHead(MegatronModule):

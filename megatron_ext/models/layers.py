@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from kernels.fp8_scaling import Fp8Recipe
 from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_ext.config.sizes import ffn_size, head_dim, query_groups
+from megatron_ext.config.sizes import biases, ffn_size, head_dim, layers, query_groups
+from megatron_ext.models.blocks import BLOCKS
 from megatron_ext.models.fp8 import fp8_linears, is_edge
-from megatron_ext.models.fused import FusedLayer, FusedNorm, FusedSelfAttention
+from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, HeadNorm, PlainSelfAttention
 from megatron_ext.models.norm import Norm
 from megatron_ext.models.spec import layer_spec
 from megatron_ext.models.te import fp8_settings, te_layer
@@ -48,16 +48,21 @@ class LayerConfig(TransformerConfig):
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     layers: str = "fused"
     activation: str = "swiglu"
+    block: str = "serial"
+    proj_bias: bool = False
     cp_method: str = "ring"
+    causal: bool = True  # of self-attention
     fp8_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 
-def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> str:
+def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: ParallelConfig, model: ModelConfig) -> str:
     """`kernels.layers` with auto resolved: fused, te, fp8 or plain."""
     if kernels.layers != "auto":
         return kernels.layers
     if precision.fp8 is None:
         return "fused"
+    if model.block != "serial" or model.qk_norm:
+        return "fp8"
     # What te cannot do with delayed scaling, ours can (config/precision.py).
     ours = precision.fp8 == "delayed" and (parallel.pp > 1 or precision.fp8_edge_layers > 0)
     return "te" if precision.fp8 == "mxfp8" or not ours and transformer_engine_missing() is None else "fp8"
@@ -65,7 +70,7 @@ def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: Pa
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = DEFAULTS, *,
                        on_cpu: bool, accumulate: bool = False) -> LayerConfig:
-    """megatron-core's configuration of a decoder in a layout.
+    """megatron-core's configuration of a model in a layout.
 
     Args:
         accumulate: weight gradients are added straight into the main gradients, which must then exist (`DistributedDataParallel`).
@@ -77,14 +82,19 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     elif parallel.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": parallel.recompute_layers}
-    kind = layers_kind(kernels, precision, parallel)
+    kind = layers_kind(kernels, precision, parallel, model)
+    qkv_bias, proj_bias, mlp_bias = biases(model)
     return LayerConfig(
         kernels=kernels,
         layers=kind,
         fp8_precision=precision,
         activation=model.activation,
+        block=model.block,
+        proj_bias=proj_bias,
+        qk_layernorm=model.qk_norm,
         cp_method=parallel.cp_method,
-        num_layers=model.num_layers,
+        causal=model.family == "decoder",
+        num_layers=layers(model),
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=query_groups(model),
@@ -94,12 +104,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         layernorm_epsilon=model.norm_eps,
         activation_func=activation,
         gated_linear_unit=gated,
-        add_bias_linear=model.bias,
-        add_qkv_bias=model.qkv_bias,
+        add_bias_linear=mlp_bias,  # attention's output has a word of its own (fused.OwnBias)
+        add_qkv_bias=qkv_bias,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         rotary_interleaved=model.rotary_interleaved,
         init_method_std=model.init_std,
+        softmax_scale=model.attention_scale,
         perform_initialization=False,  # models/initialise.py draws the weights, the same for every layout
         use_cpu_initialization=on_cpu,
         params_dtype=dtype,
@@ -141,14 +152,20 @@ def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodule
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm if config.layers == "plain" else FusedNorm)
 
 
+def _spec(config: LayerConfig, fused: bool, column: type, row: type) -> ModuleSpec:
+    attention, norm, head_norm = (FusedSelfAttention, FusedNorm, HeadNorm) if fused else (PlainSelfAttention, Norm, Norm)
+    return layer_spec(BLOCKS[config.block][fused], attention, norm, column, row, head_norm=head_norm if config.qk_layernorm else IdentityOp,
+                      one_norm=config.block == "parallel_one_norm", causal=config.causal)
+
+
 def plain_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """megatron-core's layer with torch's operations: what the others are compared with."""
-    return layer_spec(TransformerLayer, SelfAttention, Norm, ColumnParallelLinear, RowParallelLinear)
+    return _spec(config, False, ColumnParallelLinear, RowParallelLinear)
 
 
 def fused_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     """The layer on `kernels/`."""
-    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, ColumnParallelLinear, RowParallelLinear)
+    return _spec(config, True, ColumnParallelLinear, RowParallelLinear)
 
 
 def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:
@@ -156,4 +173,4 @@ def fp8_layer(config: LayerConfig, layer: int) -> ModuleSpec:
     precision = config.fp8_precision
     recipe = Fp8Recipe(kind=precision.fp8, format=precision.fp8_format, margin=precision.fp8_margin, history=precision.fp8_history)
     edge = is_edge(layer, config.num_layers, precision.fp8_edge_layers)
-    return layer_spec(FusedLayer, FusedSelfAttention, FusedNorm, *fp8_linears(recipe, high_precision=edge, backend=config.kernels.fp8_linear))
+    return _spec(config, True, *fp8_linears(recipe, high_precision=edge, backend=config.kernels.fp8_linear))

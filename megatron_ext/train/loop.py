@@ -9,6 +9,7 @@ that go wrong in recovery.py, when to save in saves.py.
 import contextlib
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_ext.parallel.signals import Interrupted
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
 from megatron_ext.train.fallback import undamaged
+from megatron_ext.train.foretold import foretold
 from megatron_ext.train.journal import Journal
 from megatron_ext.train.life import Watched
 from megatron_ext.train.recovery import Recovery, bad
@@ -127,6 +129,7 @@ class _Loop:
         self.criteria, self.recovery, self.position = criteria, recovery, position
         self.saves = Saves(config, saver)
         self.validation: dict[str, float] = {}
+        self.seconds: deque[float] = deque(maxlen=1000)  # of the newest steps
 
     def run(self) -> Outcome:
         config, position = self.config, self.position
@@ -147,7 +150,18 @@ class _Loop:
         if (config.checkpoint.save_at_end or stop.unfinished and position.steps) and not stop.failed and self.saves.done != position.steps:
             self.saver.poll()
             self._save(background=False)
+        self._compare_with_plan()
         return self._outcome(stop)
+
+    def _compare_with_plan(self) -> None:
+        """What the plan said beside what was measured: a figure for people, never worth a run."""
+        engine = getattr(self.stage, "engine", None)
+        if not self.journal.writes or engine is None or engine.optimizer is None or not self.seconds:
+            return
+        try:
+            self.journal.event("foretold", **foretold(self.config, engine, self.stage.platform, self.seconds))
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(f"the plan could not be compared with the run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=1)
 
     def _taken(self) -> tuple[StepReport, float]:
         """One step, and its seconds."""
@@ -183,6 +197,7 @@ class _Loop:
         position.samples += report.samples
         position.tokens += report.tokens
         self.life.stepped(position.steps, seconds, self.journal)
+        self.seconds.append(seconds)
         stop = criteria.after_step(steps_done=position.steps, tokens_done=position.tokens, finite=report.applied or report.searching)
         stop = _agreed(stop, config)  # before the ranks validate together, or do not
 
@@ -269,7 +284,7 @@ class _Loop:
                 "model": records.architecture(config.model, self.stage.vocab_size), "layout": records.layout(config), "config": asdict(config),
                 "stage": config.stage.name, "stop": self.criteria.state_dict(), "parent": position.parent, "parent_path": position.parent_path,
                 "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None,
-                "recovery": self.recovery.state_dict(), **own,
+                "recovery": self.recovery.state_dict(), "origin": position.origin, **own,
             }, background=background)
         self.saves.done = position.steps
 
@@ -340,7 +355,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         if start is None:
             return Position(), None
         stage.start(start)
-        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute())), start
+        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute()), origin=checkpoint.read_record(start).get("origin")), start
     stored = checkpoint.read_record(source)
     if stored.get("stage", config.stage.name) != config.stage.name:
         raise UserError("checkpoint.load", source, f"is of stage {stored['stage']}, this one is {config.stage.name}; a stage starts from an earlier one "
@@ -351,6 +366,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         raise UserError("checkpoint.start", start, f"is not what this run began with ({stored.get('parent_path')}, hash {known[:12]}...). To go on with the "
                                                    f"run, name that one; to begin from this one, remove {config.run.dir} or name another run.dir")
     position = _loaded(stage, source, criteria, recovery)
+    position.origin = stored.get("origin")
     # A run that goes on in its own directory has the parent that it had.
     position.parent, position.parent_path = (known, stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
     return position, source

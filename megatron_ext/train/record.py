@@ -13,6 +13,9 @@ from megatron_ext.data.build import dataset_tokenizer, default_directory
 from megatron_ext.data.prepared import FILE, Prepared
 from megatron_ext.errors import UserError
 
+# Keys that came later: left out at their default, so that what older checkpoints say of the same model stays the same.
+LATER = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length", "position_offset", "block", "proj_bias", "mlp_bias", "head_bias",
+         "qk_norm", "embedding_size")
 # Choices of training, not of the model that a checkpoint holds.
 NOT_THE_MODEL = ("name", "hidden_dropout", "attention_dropout", "init_std", "vocab_multiple")
 
@@ -22,6 +25,8 @@ def architecture(model: ModelConfig, vocab_size: int) -> dict:
     found = {key: value for key, value in asdict(model).items() if key not in NOT_THE_MODEL}
     if model.position_embedding == "rope":
         del found["max_sequence_length"]
+    usual = ModelConfig()
+    found = {key: value for key, value in found.items() if key not in LATER or value != getattr(usual, key)}
     return found | {
         "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
         "ffn_hidden_size": sizes.ffn_size(model),
@@ -34,8 +39,8 @@ def layout(config: Config) -> dict:
             "distributed_optimizer": parallel.distributed_optimizer}
 
 
-def data_identity(data: DataConfig) -> dict:
-    """What the order of samples depends on."""
+def data_identity(data: DataConfig, model: ModelConfig) -> dict:
+    """What the order of samples, and what is asked of each, depends on."""
     sources = {}
     for path in data.paths or (data.path or str(default_directory(data)),):
         if (Path(path) / FILE).exists():
@@ -45,7 +50,7 @@ def data_identity(data: DataConfig) -> dict:
     return {
         "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
         "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
-    }
+    } | {key: getattr(data, key) for key in {"encoder": ("masked_share",), "encoder_decoder": ("masked_share", "span_length")}.get(model.family, ())}
 
 
 def check_data(stored: dict, ours: dict, path) -> None:

@@ -14,6 +14,7 @@ from megatron_ext.config.build import from_dict
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import check_layout
+from megatron_ext.convert import carried
 from megatron_ext.data.tokenizer import Tokenizer, tokenizer_file
 from megatron_ext.errors import UserError
 from megatron_ext.train import record as records
@@ -47,6 +48,21 @@ class Source:
     def tokenizer_sha256(self) -> str:
         return self.record["data"]["tokenizer"]
 
+    @property
+    def imported(self) -> bool:
+        """Whether the weights are as they came out of a Hugging Face directory."""
+        return self.record.get("stage") == "import"
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie that were imported beside the weights, if there are any."""
+        return self.path.absolute().parent.parent / carried.FOLDER
+
+    @property
+    def ends(self) -> tuple[int, ...] | None:
+        """The tokens that end a completion, where the imported settings of generation name them; None: the tokenizer's end of document."""
+        return tuple(token for token in carried.ends(self.folder) if 0 <= token < self.vocab_size) or None
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run (see `tokenizer_file`)."""
         return self._tokenizer()[1]
@@ -60,13 +76,16 @@ class Source:
         return self._tokenizer()[0]
 
     def _tokenizer(self) -> tuple[Path, Tokenizer]:
+        if not self.tokenizer_sha256:
+            raise UserError(KEY, self.path, "was imported from a directory without a tokenizer: save one there with "
+                                            "AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR) and convert it again")
         data = self.config.data
         seen = []
         for place in (self.path.absolute().parent.parent, data.tokenizer, data.path, *data.paths):
             file = None if place is None else tokenizer_file(place)
             if file is None or not file.is_file():
                 continue
-            found = Tokenizer.from_file(file)
+            found = Tokenizer.from_file(file, end=carried.end_text(self.folder))
             if found.sha256 == self.tokenizer_sha256:
                 return file, found
             seen.append(str(file))
@@ -102,9 +121,9 @@ def source(config: Config, words: Sequence[str]) -> Source:
     merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data, lora=stored.lora))
     theirs = records.architecture(merged.model, vocab_size)
     typed = {word.lstrip("+").partition("=")[0] for word in words}
-    for key in sorted(theirs, key=lambda key: f"model.{key}" not in typed):  # derived sizes differ too: name what was typed
-        if theirs[key] != ours.get(key):
-            raise UserError(f"model.{key}", theirs[key], f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
+    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (f"model.{key}" not in typed, key)):  # derived sizes differ too: name what was typed
+        if theirs.get(key) != ours.get(key):
+            raise UserError(f"model.{key}", theirs.get(key), f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
                                                          "knows them")
     check_layout(merged)
     return Source(path, record, merged)

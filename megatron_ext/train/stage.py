@@ -25,6 +25,7 @@ class Position:
         steps: optimizer steps, or iterations of ppo and its kin.
         samples: sequences (episodes) used. tokens: that were trained on.
         parent: hash of the checkpoint that this run came from; parent_path: where it was.
+        origin: where the weights were imported from at the beginning of the chain, and under what licence (convert/origin.py).
     """
 
     steps: int = 0
@@ -32,6 +33,7 @@ class Position:
     tokens: int = 0
     parent: str | None = None
     parent_path: str | None = None
+    origin: dict | None = None
 
 
 @dataclass(frozen=True)
