@@ -32,7 +32,7 @@ def run(config: Config, options: Options) -> int:
     device = platform.install(config.launch.device)
     platform.connect(device, config.launch.timeout)
     engine = restored_engine(found, device)
-    ranks = Ranks(engine, found.tokenizer(), batch_size=settings.batch_size,
+    ranks = Ranks(engine, found.tokenizer(), batch_size=settings.batch_size, ends=found.ends,
                   max_length=settings.max_length or found.config.model.max_sequence_length)
     if dist.get_rank() == 0:
         _drive(found, ranks, options)
@@ -50,7 +50,7 @@ def _drive(found: Source, ranks: Ranks, options: Options) -> None:
         from megatron_ext.evaluate import harness
 
         checked = tasks.gather(settings, Path(folder) / "tasks")
-        tokenizer = PlainTokenizer(found.tokenizer_file(), eos=ranks.tokenizer.eod)
+        tokenizer = PlainTokenizer(found.tokenizer_file(), eos=ranks.tokenizer.eod, folder=found.folder)
         model = harness.Runtime(ranks, tokenizer, facts=_facts(found), add_bos=settings.add_bos, batch_size=settings.batch_size,
                                 seed=found.config.generate.seed)
         with torch.random.fork_rng(devices=[]):  # the harness seeds torch; the model's generators are its own

@@ -3,6 +3,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_ext.cli.options import Options
+from megatron_ext.config.families import generates
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate import tasks
@@ -14,6 +15,7 @@ def check(config: Config, options: Options, *, files: bool = True) -> Source:
     """Finds the checkpoint and looks at the layout, the lengths and, with `files`, the task files. Raises UserError."""
     check_layout(config.parallel)
     found = source(config, options.overrides)
+    generates(found.config, found.path)
     asked, has = config.evaluate.max_length, found.config.model.max_sequence_length
     if asked is not None and asked > has:
         raise UserError("evaluate.max_length", asked, f"the model of {found.path} has positions for {has} tokens")

@@ -20,12 +20,13 @@ class Ranks:
 
     Args:
         tokenizer: finds stop strings.
+        ends: tokens that end a completion; None: the tokenizer's end of document.
         batch_size, max_length: see `likelihood.likelihoods`.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, batch_size: int, max_length: int):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, *, batch_size: int, max_length: int, ends: Sequence[int] | None = None):
         self.engine, self.tokenizer, self.max_length = engine, tokenizer, max_length
-        self._batch_size = batch_size
+        self._batch_size, self._ends = batch_size, ends
 
     def likelihoods(self, requests: Sequence[Continuation]) -> list[Likelihood]:
         """Scores each request, in order."""
@@ -62,7 +63,7 @@ class Ranks:
         return likelihoods(self.engine, requests, batch_size=self._batch_size, max_length=self.max_length)
 
     def _completions(self, prompts: tuple, settings: GenerateConfig, numbers: list[int]) -> list[Completion]:
-        return generate(self.engine, _unpacked(*prompts), settings, tokenizer=self.tokenizer, sample_ids=numbers)
+        return generate(self.engine, _unpacked(*prompts), settings, tokenizer=self.tokenizer, eod=self._ends, sample_ids=numbers)
 
 
 def _packed(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -232,12 +232,12 @@ class Decoder(LanguageModule):
         Returns:
             fp32 [n] and bool [n], the same on every tensor-parallel rank.
         """
-        hidden = _selected(self._whole(hidden).transpose(0, 1).flatten(0, 1), needed)
+        hidden = _selected(self._whole(self._projected(hidden)).transpose(0, 1).flatten(0, 1), needed)
         hidden = hidden.index_select(0, torch.searchsorted(needed, places))
         group, bias = self.tp_group if self.tp_group.size() > 1 else None, self.output_layer.bias
         return self.output_layer(
-            hidden, weight=self._shared_weight(),
-            score=lambda weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
+            hidden, self._shared_weight(), adds_bias=True,
+            score=lambda hidden, weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
         )
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
