@@ -254,6 +254,27 @@ class EvaluateConfig:
     split: str = "test"  # train | validation | test
     samples: int = 0  # sequences; 0 = the whole split
     batch_size: int = 8
+    harness: tuple[str, ...] = ()  # tasks of EleutherAI's lm-evaluation-harness to run instead of a split (docs/evaluate.md)
+    task_dir: str | None = None  # harness: a directory with task files (YAML) and their data
+    fewshot: int | None = None  # harness: solved examples before each question; null = what the task says
+    limit: int | None = None  # harness: documents of each task; null = all
+    output: str | None = None  # harness: where results go; null = harness/ in the checkpoint's run directory
+    max_length: int | None = None  # harness: tokens that the model sees at once; null = model.max_sequence_length
+    add_bos: bool | None = None  # harness: a beginning-of-sequence token before every text; null = what the tokenizer does by itself
+    bootstrap: int = 100000  # harness: resamples that a standard error is estimated from; 0 = none
+    task_code: bool = False  # harness: let files of task_dir run Python (!function and the like); the same as running a program of theirs
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """`plan scaling`: the loss of the configured run, predicted from small runs (docs/scaling.md)."""
+
+    runs: tuple[str, ...] = ()  # run directories, or folders of them
+    law: str = "auto"  # auto (by what the runs vary) | chinchilla (size and tokens) | power (compute)
+    noise: float = 0.005  # least relative spread of the losses of runs that differ in their seed alone
+    level: float = 0.9  # of the intervals
+    resamples: int = 200  # fits that the intervals are made of
+    output: str | None = None  # where page and plot go; null = prediction/ in the first of runs
 
 
 @dataclass(frozen=True)
@@ -406,6 +427,42 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """The GPU that is planned for, and how GPUs are joined (conf/hardware; dense peaks with fp32 accumulation, speeds in one direction)."""
+
+    name: str | None = None  # null = unknown: no MFU, no step time, and nothing is refused for its memory
+    device: str | None = None  # as torch reports it
+    memory: float | None = None  # GiB that torch reports
+    bf16: float | None = None  # TFLOP/s
+    fp8: float | None = None  # TFLOP/s; null = none
+    bandwidth: float | None = None  # of its memory, TB/s
+    nvlink: float | None = None  # GB/s of a GPU to the others of its domain
+    domain: int = 8  # GPUs that NVLink joins: a node's, or a rack's
+    network: float | None = None  # GB/s of a GPU to other nodes
+    power: float | None = None  # W, at most
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `plan` counts with beside the run's own keys."""
+
+    margin: float = 0.06  # share of a GPU's memory left to the CUDA context, NCCL and fragmentation
+    availability: float = 0.9  # share of the wall time in which steps are made (failures, restarts, checkpoints)
+    price: float | None = None  # of a GPU-hour, in any currency; null = no cost
+    power_price: float | None = None  # of a kWh
+    pue: float = 1.25  # energy of the whole site over that of its computers
+    draw: float = 0.85  # share of its power that a busy GPU draws
+    server: float = 1.3  # energy of a computer over that of its GPUs
+    token_bytes: int = 4  # of a token on disk
+    text_bytes: float = 4.5  # of a token's text on disk
+    mttf: float | None = None  # hours between failures of the whole job; null = from mttf_gpu
+    mttf_gpu: float = 50000.0  # hours between failures of one GPU's share of the machine (Llama 3: 419 in 54 days of 16,384 GPUs)
+    calibration: str | None = None  # a file written by `plan calibrate`; null = the one that is shipped
+    shown: int = 10  # layouts that `plan search` lists
+    stages: tuple[str, ...] = ("base:2.7e11:60", "adapt:2e10:14", "sft:1e9:7:4", "ppo:2e8:14:4")  # `plan acquire`: NAME:TOKENS:DAYS[:COPIES], one after the other
+
+
+@dataclass(frozen=True)
 class Config:
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -420,12 +477,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)

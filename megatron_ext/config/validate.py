@@ -40,7 +40,7 @@ def validate(config: Config, verb: str = "train") -> None:
     """Raises UserError (one mistake) or ConfigErrors (several).
 
     Args:
-        verb: what the configuration is for. `prepare` trains nothing; `generate` and `evaluate` take their model from a checkpoint,
+        verb: what the configuration is for. `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
             so that `check_layout` is called again once it is known.
     """
     errors = problems(config, verb)
@@ -58,6 +58,11 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
     rules: tuple[Rule, ...] = COMMON
     if verb in ("train", "check", "run", "submit"):
         rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, spans_fit, *TRAIN) + (CLUSTER if verb == "submit" else ())
+    elif verb == "plan":
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, spans_fit, stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits,
+                  sequence_fits_positions)
+    elif verb == "search":
+        rules += (family_has_its_keys, *MODEL)
     elif verb in ("generate", "evaluate"):
         rules += READ
     elif verb == "convert":
