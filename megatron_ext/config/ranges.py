@@ -13,7 +13,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.position_embedding": ("rope", "learned", "sinusoidal", "relative"),
     "model.block": ("serial", "parallel", "parallel_one_norm", "post_norm"),
     "model.norm": ("rmsnorm", "layernorm"),
-    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "model.activation": ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"),
     "parallel.recompute": ("none", "selective", "full"),
     "parallel.cp_method": ("ring", "ulysses", "gather"),
     "precision.dtype": ("fp32", "bf16", "fp16"),

@@ -43,7 +43,7 @@ class ModelConfig:
     block: str = "serial"  # serial | parallel (attention beside the MLP, a norm each) | parallel_one_norm (one for both) | post_norm (norms after the sums)
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-5
-    activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
+    activation: str = "swiglu"  # swiglu | geglu | geglu_tanh | gelu | gelu_tanh | relu
     bias: bool = False  # of all linear layers
     qkv_bias: bool = False
     proj_bias: bool = False  # of attention's output

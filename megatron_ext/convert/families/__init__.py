@@ -3,6 +3,7 @@ from dataclasses import replace
 
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.convert.families.bert import BERT
 from megatron_ext.convert.families.gpt2 import GPT2
 from megatron_ext.convert.families.gpt_neox import GPT_NEOX
 from megatron_ext.convert.families.gptj import GPTJ
@@ -10,12 +11,13 @@ from megatron_ext.convert.families.llama import LLAMA
 from megatron_ext.convert.families.mistral import MISTRAL
 from megatron_ext.convert.families.opt import OPT
 from megatron_ext.convert.families.qwen import QWEN2, QWEN3
+from megatron_ext.convert.families.t5 import T5
 from megatron_ext.convert.family import Family
 from megatron_ext.convert.settings import Settings
 from megatron_ext.errors import UserError
 from megatron_ext.train.record import architecture
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GPTJ, OPT)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX, GPTJ, OPT, BERT, T5)}
 
 
 def family_of(settings: Settings) -> Family:
