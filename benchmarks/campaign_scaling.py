@@ -26,7 +26,7 @@ BOUND = 0.03
 TIMES = 4  # the compute of the largest small run
 WIDTH = 96  # hidden size of the fourth run; its tokens follow from its compute
 COMMON = ["model.num_layers=3", "data.sequence_length=128", "train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=0.004",
-          "optim.min_lr=0.0002", "optim.warmup_steps=20", "validation.every=0", "validation.samples=512", "checkpoint.save_at_end=false", "log.report=false",
+          "optim.min_lr=0.0002", "optim.warmup_steps=10", "validation.every=0", "validation.samples=512", "checkpoint.save_at_end=false", "log.report=false",
           "log.wandb=disabled"]
 
 

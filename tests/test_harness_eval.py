@@ -40,7 +40,7 @@ def lm_eval(tmp_path_factory):
 def trained(small_data, tmp_path_factory) -> Path:
     """A run whose model says something else of every word."""
     run = tmp_path_factory.mktemp("run") / "run"
-    small.train(run, small_data, f"model.max_sequence_length={LENGTH}", "model.init_std=0.1", "train.steps=2")
+    small.train(run, small_data, f"model.max_sequence_length={LENGTH}", "model.init_std=0.1", "train.steps=3")
     return run
 
 
@@ -158,7 +158,7 @@ def test_two_tensor_parallel_ranks_find_them_from_the_command_line(trained, dire
     written = json.loads(files[0].read_text(encoding="utf-8"))
     compare(written, samples_of(files), truth)
     assert told["results"] == written["results"] and told["layout"]["tp"] == 2
-    assert written["config"]["checkpoint"].endswith("step_00000002") and written["lm_eval_version"] and written["task_hashes"].keys() == set(harness_tasks.LEAVES)
+    assert written["config"]["checkpoint"].endswith("step_00000003") and written["lm_eval_version"] and written["task_hashes"].keys() == set(harness_tasks.LEAVES)
 
 
 def test_samples_are_drawn_from_the_seed_and_the_limit_holds(engine, trained, directory, tmp_path):
