@@ -84,7 +84,7 @@ class Online:
         self.best = self.criteria.best if config.checkpoint.best else None
         self.ptx = self.prompts.pretraining() if config.ppo.ptx_coef else None
         if self.ptx is not None:
-            self.identity = self.identity | {"pretraining": data_identity(config.data)}
+            self.identity = self.identity | {"pretraining": data_identity(config.data, config.model)}
         precision = "fp8" if config.precision.fp8 else config.precision.dtype
         self.bound = LOGPROB_BOUNDS[precision] if config.rollout.logprob_bound is None else config.rollout.logprob_bound
 

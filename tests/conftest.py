@@ -12,14 +12,6 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: the kernels run on CPU tensors
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items) -> None:
-    """Two workers (`.ci/test`: pytest-xdist, --dist loadgroup) take whole files, whose ranks are spawned once; all that use the one Slurm go to one of them."""
-    slurm = {item.path for item in items if "lab" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path in slurm else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory) -> Path:
     """A prepared directory of real text: 500 words, about 40,000 tokens, short documents."""

@@ -132,7 +132,7 @@ class Trainer:
     """A job on the ranks given, one step at a time."""
 
     def __init__(self, job: Job, ranks: tuple[int, ...], directory: Path, platform):
-        from megatron_ext.data.build import build_datasets
+        from megatron_ext.data.objective import pretraining_samples
         from megatron_ext.parallel.layout import Layout
         from megatron_ext.train.engine import Engine
 
@@ -145,7 +145,7 @@ class Trainer:
             train=TrainConfig(steps=job.length, global_batch_size=BATCH, micro_batch_size=job.micro),
         )
         self.steps = job.steps
-        self.samples = build_datasets(self.config.data, ("train",))["train"]
+        self.samples = pretraining_samples(self.config, ("train",))["train"]
         self.engine = Engine(self.config, Layout(**sizes, ranks=ranks), platform, vocab_size=self.samples.vocab_size)
         self.initial = weights_hash(self.engine)
         self.losses: list[float] = []
@@ -183,8 +183,9 @@ def together(directory: Path, platform) -> dict:
     return {name: trainer.facts for name, trainer in trainers.items()}
 
 
-def main(directory: Path, jobs: Sequence[Job] = JOBS, also: Callable[[Path, object], dict] | None = together) -> None:
-    """Runs the jobs in their order, each on the next ranks of four that it fits on; `also` runs on the ranks 0 and 1 at the end."""
+def main(directory: Path, jobs: Sequence[Job] = JOBS, also: Callable[[Path, object], dict] | None = together, *,
+         count: int = RANKS) -> None:
+    """Runs the jobs in their order, each on the next of the `count` ranks that it fits on; `also` runs on the ranks 0 and 1 at the end."""
     from megatron_ext.platform import connect, disconnect, install, quiet
 
     quiet()
@@ -194,7 +195,7 @@ def main(directory: Path, jobs: Sequence[Job] = JOBS, also: Callable[[Path, obje
 
     rank, facts, place = dist.get_rank(), {}, 0
     for job in jobs:
-        place = -(-place // job.ranks) * job.ranks % RANKS
+        place = -(-place // job.ranks) * job.ranks % count
         ranks = tuple(range(place, place + job.ranks))
         if rank in ranks:
             began = time.monotonic()
@@ -212,14 +213,15 @@ def main(directory: Path, jobs: Sequence[Job] = JOBS, also: Callable[[Path, obje
 # ---- in the process that starts the ranks: no torch ------------------------------------------------------------------------------
 
 
-def run_ranks(directory: Path, *, script: Path = Path(__file__), arguments: Sequence[str] = (), timeout: float = 540) -> dict[str, dict]:
-    """Four ranks of `script DIRECTORY ARGUMENTS`, whose main is the one above.
+def run_ranks(directory: Path, *, script: Path = Path(__file__), arguments: Sequence[str] = (), timeout: float = 540,
+              count: int = RANKS) -> dict[str, dict]:
+    """`count` ranks of `script DIRECTORY ARGUMENTS`, whose main is the one above.
 
     Returns the facts of every job: {"losses", "norms", "initial", "final"}. AssertionError where a rank fails or the ranks of a job disagree.
     """
-    spawn([str(script), str(directory), *arguments], RANKS, timeout=timeout, show=True)
+    spawn([str(script), str(directory), *arguments], count, timeout=timeout, show=True)
     found: dict[str, dict] = {}
-    for rank in range(RANKS):
+    for rank in range(count):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
             known = found.setdefault(name, facts)
             assert (known["losses"], known["norms"]) == (facts["losses"], facts["norms"]), f"{name}: its ranks disagree"

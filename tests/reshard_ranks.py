@@ -48,7 +48,8 @@ class Rank:
                fp8: str | None = None, grad_reduce_in_fp32: bool = True, plain: bool = False, **model):
         from megatron_ext.config import schema
         from megatron_ext.parallel.layout import Layout
-        from megatron_ext.train.engine import LANGUAGE_MODELLING, Engine
+        from megatron_ext.train.engine import Engine
+        from megatron_ext.train.objective import LanguageModelling
 
         sizes = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "max_sequence_length": SEQUENCE}
         data = {"distributed_optimizer": False, "overlap_grad_reduce": False, "overlap_param_gather": False} if plain else {}
@@ -61,7 +62,7 @@ class Rank:
         )
         where = Layout(**LAYOUTS[layout], ranks=tuple(range(RANKS)))
         engine = Engine(config, where, self.platform, vocab_size=WORDS, train=train, head=head)
-        engine.objective = Values() if head == "scalar" else LANGUAGE_MODELLING
+        engine.objective = Values() if head == "scalar" else LanguageModelling()
         return engine
 
     def batches(self, engine, number: int) -> list:

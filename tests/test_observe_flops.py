@@ -1,7 +1,8 @@
 """megatron_ext/observe/flops.py against torch's own counter, published throughputs, and the peaks of data sheets."""
 import pytest
 
-from megatron_ext.config.schema import ModelConfig, PrecisionConfig
+from megatron_ext.config.schema import DataConfig, ModelConfig, PrecisionConfig
+from megatron_ext.config.spans import spans_of
 from megatron_ext.observe.flops import peak_flops, token_flops, utilisation
 
 LLAMA3 = {  # Llama-3 paper (arXiv 2407.21783), table 3
@@ -142,3 +143,25 @@ def test_without_fp8_nothing_changes_and_without_its_peak_there_is_none():
     assert quantised.fp8 == quantised.linear
     assert utilisation(quantised.training, fp8_flops=quantised.training_fp8, fp8_peak=peak_flops("NVIDIA A100-SXM4-80GB", "fp8"), **options) is None
     assert utilisation(quantised.training, fp8_flops=quantised.training_fp8, fp8_peak=1.0, tokens_per_second=1.0, devices=1, peak=None) is None
+
+
+def test_encoders_and_encoder_decoders_against_transformers_counted_by_torch():
+    """BERT's head on all tokens there, so all are masked here; T5's decoder says as many tokens as spans of the encoder's sequence have."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(model, **inputs) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(**inputs)
+        return counter.get_total_flops()
+
+    sizes = {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4}
+    tokens = torch.ones(1, 64, dtype=torch.int64)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=80, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=160))
+    ours = token_flops(ModelConfig(family="encoder", activation="gelu", ffn_hidden_size=160, **sizes), sequence_length=64, vocab_size=80, causal=True,
+                       data=DataConfig(masked_share=1.0))
+    assert ours.forward * 64 == counted(bert, input_ids=tokens)
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=80, d_model=48, d_kv=20, d_ff=160, num_layers=2, num_decoder_layers=3, num_heads=4))
+    model = ModelConfig(family="encoder_decoder", activation="relu", ffn_hidden_size=160, decoder_layers=3, head_dim=20, **sizes)
+    said = torch.ones(1, spans_of(64, 0.15, 3.0).decoder, dtype=torch.int64)
+    assert token_flops(model, sequence_length=64, vocab_size=80).forward * 64 == pytest.approx(counted(t5, input_ids=tokens, decoder_input_ids=said), rel=1e-12)

@@ -255,6 +255,7 @@ FAKE = """
         torch.Tensor.__invert__, torch.Tensor.to = lambda self: aten.bitwise_not.default(self), moved
     from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
     from megatron_ext.models import decoder, norm
+    from megatron_ext.models.build import FAMILIES
     from megatron_ext.models.layers import transformer_config
     from megatron_ext.parallel.groups import build_groups
     from megatron_ext.parallel.layout import Layout
@@ -270,6 +271,8 @@ FAKE = """
         "llama": ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, rope_scaling_factor=8.0),
         "gpt2": ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, position_embedding="learned", norm="layernorm",
                             activation="gelu_tanh", bias=True, qkv_bias=True, tied_embeddings=True),
+        "t5": ModelConfig(family="encoder_decoder", num_layers=1, hidden_size=64, num_attention_heads=4, position_embedding="relative", activation="relu",
+                          attention_scale=1.0, tied_embeddings=True),
     }
     model = models[what.split("-")[0]]
     parallel = ParallelConfig(tp=2, sp=what.endswith("sp"))
@@ -285,7 +288,7 @@ FAKE = """
         decoder.Decoder.rotary_angles = lambda self, *a: honest(self, *a).cpu()
     with FakeTensorMode(), torch.no_grad():
         config = transformer_config(model, parallel, PrecisionConfig(dtype="bf16"), KernelsConfig(layers=layers), on_cpu=False)
-        built = decoder.Decoder(model, config, groups, vocab_size=500, padded_vocab_size=512, first=True, last=True)
+        built = FAMILIES[model.family](model, config, groups, vocab_size=500, padded_vocab_size=512, first=True, last=True)
         for module in built.modules():  # what megatron-core makes on the CPU and build_model moves: Module.to cannot swap fake tensors
             for name, value in list(module._parameters.items()):
                 if value is not None and value.device.type != "cuda":
@@ -297,10 +300,11 @@ FAKE = """
         if "documents" in what:
             documents = torch.zeros(2, 16, dtype=torch.int32, device="cuda")
             mask, packed = (document_mask(documents), None) if layers == "plain" else (None, pack(documents))
-        total, loss = built(tokens, positions, mask, labels=tokens, packed=packed, rows_differ="documents" in what)
+        inputs = {"decoder_tokens": tokens} if what == "t5" else {}
+        total, loss = built(tokens, positions, mask, labels=tokens, packed=packed, rows_differ="documents" in what, **inputs)
         assert total.shape == () and total.device.type == "cuda", total
         assert loss.shape == (2, 16) and loss.device.type == "cuda", loss
-        logits = built(tokens, positions, mask, packed=packed)
+        logits = built(tokens, positions, mask, packed=packed, **inputs)
         assert logits.shape == (2, 16, 256) and logits.device.type == "cuda"
         left = [name for name, tensor in (*built.named_parameters(), *built.named_buffers()) if tensor.device.type != "cuda"]
         assert not left, left
@@ -312,7 +316,7 @@ NEEDS_CUDA_BUILD = pytest.mark.skipif(torch.version.cuda is None, reason="torch'
 
 
 @pytest.mark.parametrize(("what", "layers"), [
-    ("llama", "fused"), ("llama-sp", "fused"), ("llama-sp", "plain"),
+    ("llama", "fused"), ("t5", "fused"), ("llama-sp", "fused"), ("llama-sp", "plain"),
     ("llama-documents", "plain"),  # the kernels look at where documents end, which fake tensors cannot tell
     pytest.param("gpt2", "fused", marks=NEEDS_CUDA_BUILD), pytest.param("gpt2-sp", "plain", marks=NEEDS_CUDA_BUILD),
 ])

@@ -15,7 +15,8 @@ READS = {
     "run": ("launch", "run"),
     "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run", *RLHF),
     "submit": ("cluster", "run"),
-    "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", *RLHF),
+    "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", "hardware", *RLHF),
+    "plan": ("hardware", "plan", "scaling", "model", "parallel", "precision", "train", "data", "launch", "checkpoint", *RLHF),
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
@@ -29,6 +30,7 @@ EXAMPLES = {
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
     "submit": "submit stage=pretrain model=llama3_8b data.path=/data/tokens cluster=slurm_gpu parallel.tp=4 run.dir=/runs/8b --dry-run",
     "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
+    "plan": "plan model=mtnlg_530b parallel.tp=8 parallel.pp=35 launch.ranks=2240 hardware=a100_80g train.tokens=270000000000",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
@@ -92,8 +94,8 @@ def verb_page(verb: str) -> str:
         lines += ["", *(f"  {name:<16}{(FLAGS | VALUES)[name]}" for name in TAKES[verb])]
     if verb == "generate":
         lines += ["", "Without --prompt and --prompt-file, standard input is one prompt a line."]
-    groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check", "submit"))]
-    if verb in ("train", "check", "run", "submit"):
+    groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check", "submit", "plan"))]
+    if verb in ("train", "check", "run", "submit", "plan"):
         lines += ["", "Presets (conf/):", *(f"  {group + '=':<12}{' | '.join(options_of(group))}" for group in groups)]
     table = keys()
     rows = [row for row in table[""] if row[0] in TOP.get(verb, ())] + [row for group in READS[verb] for row in table[group]]

@@ -11,18 +11,21 @@ VERBS = {
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
     "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
+    "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate | scaling",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
-    "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "evaluate": "a checkpoint's perplexity on a split, or tasks of lm-evaluation-harness: evaluate checkpoint.load=DIR evaluate.split=test",
     "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
 }
-FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "print the script and the placement; submit nothing"}
+FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "submit: print the script and the placement, submit nothing; plan: build and step ranks without memory, and count"}
 VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line",
+          "--rank": "a rank to dry-run (repeatable); default: the first of the first and of the last pipeline stage",
           "--sweep": "KEY=VALUE,VALUE,...: a job array over the values (repeatable: all combinations)"}
 TAKES = {
     "check": ("--json",),
+    "plan": ("--json", "--dry-run", "--rank"),
     "doctor": ("--json",),
     "generate": ("--json", "--prompt", "--prompt-file"),
     "evaluate": ("--json",),
@@ -33,6 +36,8 @@ TAKES = {
     "prepare": (),
     "convert": (),
 }
+# Words that stand right after a verb.
+ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling")}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class Options:
     sweeps: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
+    action: str | None = None
+    ranks: tuple[int, ...] = ()
     help: bool = False
 
 
@@ -59,6 +66,10 @@ def parse(argv: Sequence[str]) -> Options:
         raise UserError("verb", verb, f"unknown; {_closest(verb, list(VERBS))}")
     options = Options(verb, tuple(argv))
     position = 0
+    if words and words[0] in ACTIONS.get(verb, ()):
+        options, position = replace(options, action=words[0]), 1
+    elif words and verb in ACTIONS and "=" not in words[0] and not words[0].startswith("-"):
+        raise UserError(verb, words[0], f"unknown; {_closest(words[0], list(ACTIONS[verb]))}, or overrides such as model=llama3_8b")
     while position < len(words):
         word = words[position]
         position += 1
@@ -83,6 +94,10 @@ def parse(argv: Sequence[str]) -> Options:
             position += 1
         if name == "--prompt":
             options = replace(options, prompts=(*options.prompts, value))
+        elif name == "--rank":
+            if not value.isdecimal():
+                raise UserError(name, value, "must be a whole number, such as 0")
+            options = replace(options, ranks=(*options.ranks, int(value)))
         elif name == "--sweep":
             options = replace(options, sweeps=(*options.sweeps, value))
         else:

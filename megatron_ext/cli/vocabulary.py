@@ -7,15 +7,21 @@ from megatron_ext.errors import UserError
 def words(config: Config) -> int | None:
     """Words of the tokenizer of `data.path`; None when no prepared directory is named, so that only the configuration tells.
 
-    Raises UserError: no such directory, or a model with fewer words than the tokenizer.
+    Raises UserError: no such directory, or a model with fewer words than the data.
     """
     if config.data.path is None:
         return None
     from megatron_ext.data.prepared import Prepared
 
-    found = Prepared.load(config.data.path).vocab_size
+    prepared = Prepared.load(config.data.path)
+    found = prepared.vocab_size
+    if config.model.family != "decoder":  # the objective may have words that the tokenizer has not
+        from megatron_ext.data.objective import words_of
+        from megatron_ext.data.tokenizer import Tokenizer
+
+        found = words_of(config.model, Tokenizer.from_file(prepared.tokenizer_path))
     if config.model.vocab_size is not None and config.model.vocab_size < found:
-        raise UserError("model.vocab_size", config.model.vocab_size, f"is below the {found} words of the tokenizer in {config.data.path}")
+        raise UserError("model.vocab_size", config.model.vocab_size, f"is below the {found} words of {config.data.path}")
     return config.model.vocab_size or found
 
 

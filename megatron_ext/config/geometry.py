@@ -147,8 +147,8 @@ def report(config: Config, vocab: int | None = None) -> dict[str, object]:
         "parameters": sizes.parameters(config.model, vocab),
         "vocab_size": vocab,
         "padded_vocab_size": padded,
-        "layers_per_stage": config.model.num_layers // config.parallel.pp,
-        "layers_per_chunk": config.model.num_layers // chunks,
+        "layers_per_stage": sizes.layers(config.model) // config.parallel.pp,
+        "layers_per_chunk": sizes.layers(config.model) // chunks,
         "ranks": grid.ranks,
         "grid": asdict(grid),
     }

@@ -98,7 +98,7 @@ def context_parallel_fits(config: Config) -> Iterator[UserError]:
         yield UserError("kernels.layers", "plain", "keeps documents apart with a mask over whole sequences, which ranks with parallel.cp greater than 1 do "
                                                    "not hold; fused layers (auto) take documents")
     if parallel.cp_method == "ulysses" and not config.data.reset_attention:
-        heads, groups = model.num_attention_heads // parallel.tp, sizes.query_groups(model) // parallel.tp
+        heads, groups = model.num_attention_heads // parallel.tp, max(1, sizes.query_groups(model) // parallel.tp)
         if heads % parallel.cp or (groups % parallel.cp and parallel.cp % groups):
             yield UserError("parallel.cp_method", "ulysses", f"shares the {heads} heads and {groups} key/value heads of a tensor-parallel rank out over "
                                                              f"parallel.cp={parallel.cp} ranks, which must divide them; ring has no such limit")
@@ -111,24 +111,28 @@ def tp_divides(config: Config) -> Iterator[UserError]:
     if wrong:
         yield UserError("parallel.tp", tp, f"must divide {', '.join(wrong)}; what divides all: {divisors(math.gcd(*sized.values()))}")
     groups = sizes.query_groups(model)
-    if not wrong and groups % tp:  # megatron-core 0.16 asks a global for the ranks that share a key/value head, and layouts are values here
-        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}: key/value heads are not shared between ranks")
+    if not wrong and groups % tp and tp % groups:  # a key/value head may be shared by ranks, not by some more and by some less
+        yield UserError("parallel.tp", tp, f"must divide model.num_query_groups={groups}, or be a multiple of it")
+    width = sizes.head_dim(model) * (model.num_attention_heads + 2 * groups)
+    if not wrong and groups < tp and width % tp:
+        yield UserError("parallel.tp", tp, f"must divide the {width} rows of queries, keys and values: {divisors(width)}")
 
 
 def stages_divide_layers(config: Config) -> Iterator[UserError]:
-    parallel, layers = config.parallel, config.model.num_layers
+    parallel, layers = config.parallel, sizes.layers(config.model)
     if parallel.vpp is not None and parallel.pp == 1:
         yield UserError("parallel.vpp", parallel.vpp, "interleaves pipeline stages: needs parallel.pp greater than 1, or null")
     elif parallel.vpp is not None and layers % (parallel.pp * parallel.vpp):
         yield UserError("model.num_layers", layers, f"must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
                                                     f"{parallel.pp * parallel.vpp}")
     elif layers % parallel.pp:
-        yield UserError("parallel.pp", parallel.pp, f"must divide model.num_layers={layers}: {divisors(layers)}")
+        named = "the layers of both stacks, " if config.model.family == "encoder_decoder" else "model.num_layers="
+        yield UserError("parallel.pp", parallel.pp, f"must divide {named}{layers}: {divisors(layers)}")
 
 
 def recompute_fits(config: Config) -> Iterator[UserError]:
     parallel = config.parallel
-    chunk = config.model.num_layers // (parallel.pp * (parallel.vpp or 1))
+    chunk = sizes.layers(config.model) // (parallel.pp * (parallel.vpp or 1))
     if parallel.recompute == "full" and parallel.recompute_layers > max(chunk, 1):
         yield UserError("parallel.recompute_layers", parallel.recompute_layers, f"a pipeline chunk has only {chunk} layers")
 

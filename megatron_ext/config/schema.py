@@ -12,17 +12,26 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder. `None` means: derived from the other sizes."""
+    """A decoder, an encoder, or both. `None` means: derived from the other sizes."""
 
     name: str = "tiny"
+    family: str = "decoder"  # decoder (the next word; GPT, Llama) | encoder (masked words; BERT) | encoder_decoder (spans; T5)
     num_layers: int = 4
     hidden_size: int = 256
     num_attention_heads: int = 4
     num_query_groups: int | None = None  # key/value heads: None = as many as heads, 1 = multi-query
     head_dim: int | None = None  # None = hidden_size / num_attention_heads
     ffn_hidden_size: int | None = None  # None = 4 hidden (gelu) or 8/3 hidden rounded up to 64 (swiglu)
+    decoder_layers: int | None = None  # encoder_decoder: layers of the decoder, beside num_layers of the encoder; None = as many
+    token_types: int = 0  # encoder: rows of a table for kinds of text (BERT: 2); 0 = no table
+    embedding_norm: bool = False  # encoder: a norm of the embeddings, before the first layer (BERT)
     max_sequence_length: int = 1024  # rows of a learned position table; the limit of generation for both kinds
-    position_embedding: str = "rope"  # rope | learned
+    position_embedding: str = "rope"  # rope | learned; encoder_decoder: learned | sinusoidal | relative (T5)
+    relative_buckets: int = 32  # relative: numbers that a head has for distances, and ...
+    relative_distance: int = 128  # ... the distance behind which all is one
+    attention_scale: float | None = None  # encoder_decoder: of the scores; None = 1 / sqrt(head_dim)
+    embedding_scale: float = 1.0  # encoder_decoder: of the words' vectors, before positions are added
+    logit_scale: float = 1.0  # encoder_decoder: of the last norm's output, before the logits
     rotary_percent: float = 1.0
     rotary_base: float = 10000.0
     rotary_interleaved: bool = False
@@ -46,7 +55,7 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     init_std: float = 0.02
-    vocab_size: int | None = None  # None = the tokenizer's
+    vocab_size: int | None = None  # None = the tokenizer's, with the words of the objective: a mask (encoder), sentinels (encoder_decoder)
     vocab_multiple: int = 128  # the table is padded to a multiple of this and of parallel.tp
 
 
@@ -107,6 +116,8 @@ class DataConfig:
     seed: int = 1234  # of the order of samples
     reset_positions: bool = False  # positions start at 0 in each document
     reset_attention: bool = False  # no attention across documents
+    masked_share: float = 0.15  # encoder, encoder_decoder: share of the words that are to be found again
+    span_length: float = 3.0  # encoder_decoder: words of a span, on average
     mask_eod_loss: bool = False  # no loss where the input is an end-of-document token (megatron-core's eod_mask_loss)
     max_bad_lines: int = 100  # corrupt JSONL lines skipped before preparation refuses
     text_key: str = "text"  # the field of a JSONL object or Parquet row
@@ -243,6 +254,27 @@ class EvaluateConfig:
     split: str = "test"  # train | validation | test
     samples: int = 0  # sequences; 0 = the whole split
     batch_size: int = 8
+    harness: tuple[str, ...] = ()  # tasks of EleutherAI's lm-evaluation-harness to run instead of a split (docs/evaluate.md)
+    task_dir: str | None = None  # harness: a directory with task files (YAML) and their data
+    fewshot: int | None = None  # harness: solved examples before each question; null = what the task says
+    limit: int | None = None  # harness: documents of each task; null = all
+    output: str | None = None  # harness: where results go; null = harness/ in the checkpoint's run directory
+    max_length: int | None = None  # harness: tokens that the model sees at once; null = model.max_sequence_length
+    add_bos: bool | None = None  # harness: a beginning-of-sequence token before every text; null = what the tokenizer does by itself
+    bootstrap: int = 100000  # harness: resamples that a standard error is estimated from; 0 = none
+    task_code: bool = False  # harness: let files of task_dir run Python (!function and the like); the same as running a program of theirs
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """`plan scaling`: the loss of the configured run, predicted from small runs (docs/scaling.md)."""
+
+    runs: tuple[str, ...] = ()  # run directories, or folders of them
+    law: str = "auto"  # auto (by what the runs vary) | chinchilla (size and tokens) | power (compute)
+    noise: float = 0.005  # least relative spread of the losses of runs that differ in their seed alone
+    level: float = 0.9  # of the intervals
+    resamples: int = 200  # fits that the intervals are made of
+    output: str | None = None  # where page and plot go; null = prediction/ in the first of runs
 
 
 @dataclass(frozen=True)
@@ -395,6 +427,42 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class HardwareConfig:
+    """The GPU that is planned for, and how GPUs are joined (conf/hardware; dense peaks with fp32 accumulation, speeds in one direction)."""
+
+    name: str | None = None  # null = unknown: no MFU, no step time, and nothing is refused for its memory
+    device: str | None = None  # as torch reports it
+    memory: float | None = None  # GiB that torch reports
+    bf16: float | None = None  # TFLOP/s
+    fp8: float | None = None  # TFLOP/s; null = none
+    bandwidth: float | None = None  # of its memory, TB/s
+    nvlink: float | None = None  # GB/s of a GPU to the others of its domain
+    domain: int = 8  # GPUs that NVLink joins: a node's, or a rack's
+    network: float | None = None  # GB/s of a GPU to other nodes
+    power: float | None = None  # W, at most
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What `plan` counts with beside the run's own keys."""
+
+    margin: float = 0.06  # share of a GPU's memory left to the CUDA context, NCCL and fragmentation
+    availability: float = 0.9  # share of the wall time in which steps are made (failures, restarts, checkpoints)
+    price: float | None = None  # of a GPU-hour, in any currency; null = no cost
+    power_price: float | None = None  # of a kWh
+    pue: float = 1.25  # energy of the whole site over that of its computers
+    draw: float = 0.85  # share of its power that a busy GPU draws
+    server: float = 1.3  # energy of a computer over that of its GPUs
+    token_bytes: int = 4  # of a token on disk
+    text_bytes: float = 4.5  # of a token's text on disk
+    mttf: float | None = None  # hours between failures of the whole job; null = from mttf_gpu
+    mttf_gpu: float = 50000.0  # hours between failures of one GPU's share of the machine (Llama 3: 419 in 54 days of 16,384 GPUs)
+    calibration: str | None = None  # a file written by `plan calibrate`; null = the one that is shipped
+    shown: int = 10  # layouts that `plan search` lists
+    stages: tuple[str, ...] = ("base:2.7e11:60", "adapt:2e10:14", "sft:1e9:7:4", "ppo:2e8:14:4")  # `plan acquire`: NAME:TOKENS:DAYS[:COPIES], one after the other
+
+
+@dataclass(frozen=True)
 class Config:
     stage: StageConfig = field(default_factory=StageConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -409,12 +477,15 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)

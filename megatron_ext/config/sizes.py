@@ -1,9 +1,12 @@
-"""The sizes of a decoder that follow from its configuration, and its number of parameters. No torch.
+"""The sizes of a model that follow from its configuration, and its number of parameters. No torch.
 
 With h hidden, L layers, a heads of d, g key/value heads, f feed-forward, V words, S learned positions, a layer holds
     attention  h (a + 2 g) d + a d h,    feed-forward  h f (2, or 3 with a gate),    two norms,    biases where there are any,
 and around the layers stand V h (twice when untied), S h with learned positions, and a last norm. With a word table of width e (embedding_size)
 these are V e and two projections h e. A parallel block of one norm has one a layer; with norms after the sums there is no last one.
+An encoder has beside these a row for each token type, a norm of the embeddings where it is asked for, and before its logits a layer h h with bias and
+norm (BERT's head). Of an encoder-decoder L layers are the encoder's; the decoder's have attention and a norm more; two last norms, and two tables of
+relative positions.
 """
 import math
 
@@ -20,6 +23,16 @@ def head_dim(model: ModelConfig) -> int:
 def query_groups(model: ModelConfig) -> int:
     """Key/value heads."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def layers(model: ModelConfig) -> int:
+    """Layers of all stacks."""
+    return model.num_layers + (decoder_layers(model) if model.family == "encoder_decoder" else 0)
+
+
+def decoder_layers(model: ModelConfig) -> int:
+    """Layers of an encoder-decoder's decoder."""
+    return model.decoder_layers or model.num_layers
 
 
 def embedding_size(model: ModelConfig) -> int:
@@ -69,5 +82,12 @@ def parameters(model: ModelConfig, vocab: int) -> int:
     tables = vocab * embedded * (1 if model.tied_embeddings else 2) + (vocab if model.head_bias else 0)
     projections = 0 if embedded == hidden else 2 * hidden * embedded
     positions = position_rows(model) * hidden if model.position_embedding == "learned" else 0
-    last_norm = 0 if model.block == "post_norm" else per_norm * hidden
-    return model.num_layers * layer + tables + projections + positions + last_norm
+    norm = per_norm * hidden
+    last_norm, extra = 0 if model.block == "post_norm" else norm, 0
+    if model.family == "encoder":
+        extra = model.token_types * hidden + (norm if model.embedding_norm else 0) + hidden * hidden + hidden + norm
+    if model.family == "encoder_decoder":
+        crossing = 4 * hidden * width + norm + (3 * width + hidden if model.bias else 0)
+        extra = decoder_layers(model) * (layer + crossing) + last_norm
+        extra += 2 * model.relative_buckets * model.num_attention_heads if model.position_embedding == "relative" else 0
+    return model.num_layers * layer + tables + projections + positions + last_norm + extra

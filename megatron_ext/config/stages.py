@@ -82,6 +82,10 @@ def meaningless(config: Config) -> dict[str, str]:
             found |= dict.fromkeys(("rewards.model_weight", "reward_layout."), "there are no rewards.models")
         if not config.rewards.functions:
             found["rewards.timeout"] = "there are no rewards.functions"
+    if config.model.family != "encoder_decoder" or stage not in TEXT:
+        found["data.span_length"] = "no spans are cut out: that is what model.family=encoder_decoder learns from"
+    if config.model.family == "decoder" or stage not in TEXT:
+        found["data.masked_share"] = "no words are masked: that is what model.family=encoder and encoder_decoder learn from"
     if stage != "reward":
         found["ranking."] = "belongs to stage=reward"
     if stage in TEXT:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
+from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
 from megatron_ext.config.overrides import options_of
@@ -39,7 +40,7 @@ def validate(config: Config, verb: str = "train") -> None:
     """Raises UserError (one mistake) or ConfigErrors (several).
 
     Args:
-        verb: what the configuration is for. `prepare` trains nothing; `generate` and `evaluate` take their model from a checkpoint,
+        verb: what the configuration is for. `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
             so that `check_layout` is called again once it is known.
     """
     errors = problems(config, verb)
@@ -56,7 +57,12 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         return errors
     rules: tuple[Rule, ...] = COMMON
     if verb in ("train", "check", "run", "submit"):
-        rules += MODEL + LAYOUT + TRAIN + (CLUSTER if verb == "submit" else ())
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, family_fits_stage, spans_fit, *TRAIN) + (CLUSTER if verb == "submit" else ())
+    elif verb == "plan":
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, spans_fit, stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits,
+                  sequence_fits_positions)
+    elif verb == "search":
+        rules += (family_has_its_keys, *MODEL)
     elif verb in ("generate", "evaluate"):
         rules += READ
     elif verb == "convert":
@@ -66,7 +72,7 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
 
 def check_layout(config: Config) -> None:
     """The rules of a model in a layout alone: for a model that came out of a checkpoint. Raises UserError."""
-    errors = [error for rule in MODEL + LAYOUT for error in rule(config)]
+    errors = [error for rule in (*MODEL, family_fits_layout, *LAYOUT) for error in rule(config)]
     if errors:
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
 

@@ -15,12 +15,13 @@ class Batch:
 
     Attributes:
         tokens: int64 [b, s], the inputs.
-        labels: int64 [b, s], the token that follows each.
-        loss_mask: float32 [b, s], 1 where the loss counts. With `mask_eod_loss` it is 0 where the *input* is an end-of-document token: what begins
+        labels: int64 [b, s], the token that follows each, or what else the objective wants said there.
+        loss_mask: float32, as the labels, 1 where the loss counts. With `mask_eod_loss` it is 0 where the *input* is an end-of-document token: what begins
             the next document cannot be known (megatron-core's `eod_mask_loss`). That a document ends is still learned.
         position_ids: int64 [b, s], from 0; with `reset_positions` from 0 in each document (one that began in an earlier sample: from 0 too).
         documents: int32 [b, s], the number of each token's document in its sample, when attention is reset; else None.
         fields: what an objective reads beside these, by name.
+        inputs: what the model reads beside these, by the name that it has in its call.
     """
 
     tokens: torch.Tensor
@@ -29,6 +30,7 @@ class Batch:
     position_ids: torch.Tensor
     documents: torch.Tensor | None
     fields: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The same on `device` (copies run beside the computation where memory is pinned)."""
@@ -38,8 +40,8 @@ class Batch:
         def there(part):
             return part.to(device, non_blocking=True) if isinstance(part, torch.Tensor) else part
 
-        parts = {name: there(part) for name, part in vars(self).items() if name != "fields"}
-        return Batch(**parts, fields={name: there(part) for name, part in self.fields.items()})
+        named = {group: {name: there(part) for name, part in getattr(self, group).items()} for group in ("fields", "inputs")}
+        return Batch(**{name: there(part) for name, part in vars(self).items() if name not in named}, **named)
 
     def context_part(self, rank: int, size: int) -> "Batch":
         """What context-parallel rank `rank` of `size` holds of every sequence: the chunks `rank` and `2 size - 1 - rank` of 2 size, so that
@@ -68,18 +70,21 @@ def micro_batches(samples: Samples, first: int, *, global_batch: int, micro_batc
 
 def collate(samples: list[Sample], *, eod: int, masking: Masking) -> Batch:
     """Stacks samples of equal length into one micro-batch."""
-    tokens = np.stack([sample.tokens for sample in samples])
-    documents = np.stack([sample.documents[:-1] for sample in samples])
-    inputs = tokens[:, :-1]
-    mask = np.stack([np.ones(inputs.shape[1], dtype=np.float32) if sample.loss_mask is None else sample.loss_mask for sample in samples])
+    tokens, documents = np.stack([sample.tokens for sample in samples]), np.stack([sample.documents for sample in samples])
+    if samples[0].labels is None:
+        inputs, labels, documents = tokens[:, :-1], tokens[:, 1:], documents[:, :-1]
+    else:
+        inputs, labels = tokens, np.stack([sample.labels for sample in samples])
+    mask = np.stack([np.ones(labels.shape[1], dtype=np.float32) if sample.loss_mask is None else sample.loss_mask for sample in samples])
     if masking.mask_eod_loss:
         mask[inputs == eod] = 0.0
     return Batch(
         tokens=torch.from_numpy(np.ascontiguousarray(inputs)),
-        labels=torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+        labels=torch.from_numpy(np.ascontiguousarray(labels)),
         loss_mask=torch.from_numpy(mask),
         position_ids=torch.from_numpy(positions(documents, reset=masking.reset_positions)),
-        documents=torch.from_numpy(documents) if masking.reset_attention else None,
+        documents=torch.from_numpy(np.ascontiguousarray(documents)) if masking.reset_attention else None,
+        inputs={name: torch.from_numpy(np.stack([sample.inputs[name] for sample in samples])) for name in samples[0].inputs},
     )
 
 

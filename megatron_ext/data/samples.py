@@ -1,6 +1,6 @@
 """Samples: token sequences by global index, from one data set or a blend of several."""
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,14 +24,18 @@ class Sample:
     """One sequence.
 
     Attributes:
-        tokens: int64 [sequence_length + 1]: inputs are all but the last, labels all but the first.
-        documents: int32 [sequence_length + 1]: 0, 1, 2, … for the first, second, … document in this sample.
-        loss_mask: float32 [sequence_length], 1 where the next token is to be learnt; None = everywhere.
+        tokens: int64 [sequence_length + 1]: inputs are all but the last, labels all but the first. With `labels` the inputs alone, [sequence_length].
+        documents: int32 [sequence_length + 1]: 0, 1, 2, … for the first, second, … document in this sample; as long as `tokens`.
+        loss_mask: float32, as long as the labels, 1 where the next token (the label) is to be learnt; None = everywhere.
+        labels: int64, what is to be said where that is not the next token; None = the next token.
+        inputs: what else the model reads, by the name that it has in the model's call.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     loss_mask: np.ndarray | None = None
+    labels: np.ndarray | None = None
+    inputs: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Samples:

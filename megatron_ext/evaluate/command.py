@@ -8,7 +8,8 @@ from megatron_ext import platform
 from megatron_ext.cli.options import Options
 from megatron_ext.config import validate
 from megatron_ext.config.schema import Config
-from megatron_ext.data.build import build_datasets, dataset_tokenizer, ensure_prepared
+from megatron_ext.data.build import dataset_tokenizer, ensure_prepared
+from megatron_ext.data.objective import pretraining_samples
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate.split import SplitLoss, evaluate_split
 from megatron_ext.train import record as records
@@ -21,6 +22,10 @@ def run(config: Config, options: Options) -> int:
     Raises:
         UserError: no checkpoint, a layout that does not fit, data of another tokenizer, a split without documents, ...
     """
+    if config.evaluate.harness:
+        from megatron_ext.evaluate import harness_command
+
+        return harness_command.run(config, options)
     found = source(config, options.overrides)
     config, settings = found.config, found.config.evaluate
     for rule in (validate.sequence_parallel_fits, validate.sequence_fits_positions):
@@ -31,7 +36,7 @@ def run(config: Config, options: Options) -> int:
         ensure_prepared(config.data)
     platform.connect(device, config.launch.timeout)
     dist.barrier()
-    samples = build_datasets(config.data, (settings.split,))[settings.split]
+    samples = pretraining_samples(config, (settings.split,))[settings.split]
     _check_tokenizer(found)
     count = min(settings.samples or samples.samples_per_epoch, samples.samples_per_epoch)
     result = evaluate_split(restored_engine(found, device), samples, count=count, micro_batch=settings.batch_size)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.cli.options import Options
+from megatron_ext.config.families import generates
 from megatron_ext.config.schema import Config
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
@@ -35,6 +36,7 @@ def read(config: Config, options: Options) -> Inputs:
     """Finds the checkpoint and its tokenizer, and checks the layout. Raises UserError."""
     check_layout(config.parallel)
     found = source(config, options.overrides)
+    generates(found.config, found.path)
     return Inputs(found, found.tokenizer())
 
 

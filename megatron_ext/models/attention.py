@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.attention import attention, cu_seqlens_of
 from kernels.context_parallel import ring_attention, ulysses_attention
 from kernels.gather_attention import gather_attention
+from megatron_ext.models.relative import biased_attention
 
 
 @dataclass
@@ -44,7 +45,7 @@ class LayerCache:
 class CoreAttention(MegatronModule):
     """Attention over the heads of this tensor-parallel rank.
 
-    Without a mask it is causal. A boolean mask is broadcast to [batch, heads, query, key]; True hides, as in megatron-core.
+    Without a mask it is causal, or over the whole sequence in the layers of encoders. A boolean mask is broadcast to [batch, heads, query, key]; True hides, as in megatron-core.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type, softmax_scale=None, pg_collection=None, **_):
@@ -57,10 +58,11 @@ class CoreAttention(MegatronModule):
         self.cache: LayerCache | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None = None, /, *,
-                packed_seq_params: PackedSeqParams | None = None, **_) -> Tensor:
+                packed_seq_params: PackedSeqParams | None = None, attention_bias: Tensor | None = None, **_) -> Tensor:
         """q [query, batch, heads, head_dim], k and v [key, batch, groups, head_dim] -> [query, batch, heads * head_dim].
 
         packed_seq_params: of `pack`; with context parallelism the documents of whole sequences, else of q's tokens.
+        attention_bias: [1, heads, query, key], added to the scores; it also says what is hidden (-inf).
         """
         queries, batch = q.shape[:2]
         causal = attention_mask is None and self.mask_type == AttnMaskType.causal
@@ -75,15 +77,17 @@ class CoreAttention(MegatronModule):
         if self.dropout and self.training and not self.config.sequence_parallel:
             # Ranks of a tensor-parallel group hold different heads, and must drop different weights; with sequence parallelism the block forks already.
             with get_cuda_rng_tracker().fork():
-                out = self._attend(q, k, v, attention_mask, packed_seq_params, options)
+                out = self._attend(q, k, v, attention_mask, packed_seq_params, attention_bias, options)
         else:
-            out = self._attend(q, k, v, attention_mask, packed_seq_params, options)
+            out = self._attend(q, k, v, attention_mask, packed_seq_params, attention_bias, options)
         return out.reshape(queries, batch, -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, packed_seq_params: PackedSeqParams | None,
-                options: dict) -> Tensor:
+                attention_bias: Tensor | None, options: dict) -> Tensor:
         """[query, batch, heads, head_dim]."""
         queries, batch = q.shape[:2]
+        if attention_bias is not None:
+            return biased_attention(q, k, v, attention_bias, scale=self.scale, dropout=self.dropout if self.training else 0.0)
         if self.cp_group.size() > 1:
             if attention_mask is not None:
                 raise ValueError("context parallelism takes documents (packed_seq_params), not a mask: a rank holds part of the rows only")
@@ -123,14 +127,17 @@ def pack(documents: Tensor) -> Documents:
                      max_seqlen_kv=documents.shape[1], documents=documents)
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """The causal mask that also hides other documents.
+def document_mask(documents: Tensor, *, causal: bool = True) -> Tensor:
+    """The mask that hides other documents, and what comes later.
 
     Args:
         documents: [batch, seq], the document that each token belongs to.
+        causal: False leaves what comes later in the same document.
     Returns:
         [batch, 1, seq, seq] bool, True where the query (row) must not see the key (column).
     """
     length = documents.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
-    return (later | (documents[:, :, None] != documents[:, None, :]))[:, None]
+    others = documents[:, :, None] != documents[:, None, :]
+    if causal:
+        others = others | torch.ones(length, length, dtype=torch.bool, device=documents.device).triu(1)
+    return others[:, None]

@@ -8,9 +8,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron_ext.config.schema import KernelsConfig, LoraConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_ext.config.sizes import padded_vocabulary
 from megatron_ext.models.decoder import Decoder
+from megatron_ext.models.encoder import Encoder
+from megatron_ext.models.encoder_decoder import EncoderDecoder
 from megatron_ext.models.initialise import initialise
 from megatron_ext.models.layers import DEFAULTS, transformer_config
 from megatron_ext.models.lora import apply_lora
+
+FAMILIES = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
 
 
 def _mark_partitions(chunk: torch.nn.Module) -> None:
@@ -48,7 +52,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, precision: Precisi
     pp_rank, chunks = groups.pp.rank(), parallel.vpp or 1
     built = []
     for index in range(chunks):
-        chunk = Decoder(
+        chunk = FAMILIES[model.family](
             model, config, groups,
             vocab_size=vocab_size,
             padded_vocab_size=padded_vocabulary(vocab_size, model.vocab_multiple, parallel.tp),

@@ -23,6 +23,7 @@ from megatron_ext.models.embedding import Embedding, ProjectOut
 from megatron_ext.models.fused import FusedLayer, rotary_tables
 from megatron_ext.models.heads import Head, ValueHead
 from megatron_ext.models.layers import LayerConfig, block_spec
+from megatron_ext.models.likelihood import word_likelihoods
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
 from megatron_ext.models.positions import scaled
 from megatron_ext.models.truncated import Kept, truncated_scores
@@ -49,20 +50,15 @@ class Decoder(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, chunk
         self.scalar = head == "scalar"
         self.share_embeddings_and_output_weights = model.tied_embeddings and not self.scalar
-        learned = model.position_embedding == "learned"
         if first:
-            self.embedding = Embedding(config, model, padded_vocab_size, groups.tp)
-        self.rotary = None if learned else RotaryEmbedding(
+            self.embedding = self.embeddings(model, config, groups, padded_vocab_size)
+        self.rotary = None if model.position_embedding != "rope" else RotaryEmbedding(
             config.kv_channels, model.rotary_percent, model.rotary_interleaved, rotary_base=model.rotary_base,
             use_cpu_initialization=config.use_cpu_initialization, cp_group=groups.cp,
         )
         if self.rotary is not None and model.rope_scaling_factor is not None:
             self.rotary.inv_freq = scaled(self.rotary.inv_freq, model)
-        stage = (chunk or 0) * groups.pp.size() + groups.pp.rank()
-        self.decoder = TransformerBlock(
-            config, block_spec(config, stage), post_layer_norm=model.block != "post_norm", pre_process=first, post_process=last, pg_collection=groups,
-            vp_stage=chunk,
-        )
+        self.make_layers(model, config, groups)
         self.project_out = ProjectOut(config, model, groups.tp) if last and not self.scalar and embedding_size(model) != config.hidden_size else None
         if last and self.scalar:
             self.value_head = ValueHead(config, groups.tp)
@@ -73,6 +69,21 @@ class Decoder(LanguageModule):
             )
         if (first or last) and not self.scalar:
             self.setup_embeddings_and_output_layer()
+
+    @staticmethod
+    def embeddings(model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, padded_vocab_size: int) -> torch.nn.Module:
+        """What the first stage begins with."""
+        return Embedding(config, model, padded_vocab_size, groups.tp)
+
+    def make_layers(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection) -> None:
+        """This stage's layers, and the norm after the last."""
+        stage = (self.vp_stage or 0) * groups.pp.size() + groups.pp.rank()
+        self.decoder = TransformerBlock(config, block_spec(config, stage), post_layer_norm=model.block != "post_norm", pre_process=self.pre_process,
+                                        post_process=self.post_process, pg_collection=groups, vp_stage=self.vp_stage)
+
+    def wire_length(self, tokens: Tensor, **inputs: Tensor) -> int:
+        """Length of the sequence that one stage sends to the next, of a micro-batch [batch, seq]."""
+        return tokens.shape[1]
 
     def set_input_tensor(self, tensor) -> None:
         """What the previous stage sent, [seq, batch, hidden]; called by the pipeline schedules."""
@@ -99,7 +110,7 @@ class Decoder(LanguageModule):
     def forward(self, tokens: Tensor, positions: Tensor, attention_mask: Tensor | None = None, *, labels: Tensor | None = None,
                 loss_mask: Tensor | None = None, packed: PackedSeqParams | None = None, rows_differ: bool = False,
                 select: Tensor | None = None, score: Callable[["Decoder", Tensor], object] | None = None,
-                needed: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+                needed: Tensor | None = None, **inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Runs this stage.
 
         Args:
@@ -112,12 +123,13 @@ class Decoder(LanguageModule):
             score: what the last stage gives instead, of itself and the last norm's output (see `loss`, `token_scores`, `values`).
             needed: int64 [n], rising: of the batch x seq tokens (row after row) those that `score` reads. Where the last layer can leave out the
                 others, the last norm's output is [n, 1, hidden].
+            inputs: what the embeddings of another family take beside tokens and positions (`Batch.inputs`).
         Returns:
             [seq, batch, hidden] on all stages but the last. There with labels the loss over the tokens that count, summed (a scalar), and of
             each token without its gradient [batch, seq], both fp32; else this rank's columns of the logits [batch, seq, V/TP]
             ([batch, 1, V/TP] with `select`).
         """
-        hidden = self.embedding(tokens, positions) if self.pre_process else None
+        hidden = self.embedding(tokens, positions, **inputs) if self.pre_process else None
         with self._last_layer_for(needed, positions.shape):
             hidden = self.decoder(hidden, attention_mask, rotary_pos_emb=self._rotary(positions, rows_differ), packed_seq_params=packed)
         if not self.post_process:
@@ -208,6 +220,25 @@ class Decoder(LanguageModule):
             )
 
         return self.output_layer(hidden, self._shared_weight(), score=score)
+
+    def likelihoods(self, hidden: Tensor, needed: Tensor, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of words behind tokens, and whether each is the most probable one. Without gradients.
+
+        Args:
+            hidden: the last norm's output, of all tokens or of those needed alone.
+            needed: int64 [m], rising, what `forward` was given.
+            places: int64 [n], which of the batch x seq tokens (row after row) a word is asked behind; each among `needed`, some perhaps twice.
+            words: int64 [n].
+        Returns:
+            fp32 [n] and bool [n], the same on every tensor-parallel rank.
+        """
+        hidden = _selected(self._whole(self._projected(hidden)).transpose(0, 1).flatten(0, 1), needed)
+        hidden = hidden.index_select(0, torch.searchsorted(needed, places))
+        group, bias = self.tp_group if self.tp_group.size() > 1 else None, self.output_layer.bias
+        return self.output_layer(
+            hidden, self._shared_weight(), adds_bias=True,
+            score=lambda hidden, weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
+        )
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The head and the cross-entropy. hidden [seq (/ TP with sequence parallel), batch, hidden], labels and loss_mask [batch, seq] ->

@@ -22,6 +22,7 @@ from kernels.rms_norm import rms_norm
 from kernels.rope import rope
 from kernels.swiglu import swiglu
 from megatron_ext.models.norm import Norm
+from megatron_ext.models.shared_keys import SharedKeys
 
 
 class FusedNorm(Norm):
@@ -73,25 +74,27 @@ class OwnBias:
         self.config = config
 
 
-class PlainSelfAttention(OwnBias, SelfAttention):
+class PlainSelfAttention(OwnBias, SharedKeys, SelfAttention):
     """megatron-core's self-attention."""
 
 
-class FusedSelfAttention(OwnBias, SelfAttention):
+class FusedSelfAttention(OwnBias, SharedKeys, SelfAttention):
     """megatron-core's self-attention with our rotary kernel. `rotary_pos_emb` holds cosines and sines, [2, seq, batch or 1, rotated / 2]."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, rotary_pos_emb: Tensor | None = None,
-                packed_seq_params=None, needed: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
-        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None); with `needed` [n] as `rows` of that, [n, 1, hidden]."""
+                packed_seq_params=None, attention_bias: Tensor | None = None, needed: Tensor | None = None, **_) -> tuple[Tensor, Tensor | None]:
+        """[seq, batch, hidden] -> ([seq, batch, hidden], bias that is not yet added or None); with `needed` [n] as `rows` of that, [n, 1, hidden].
+        attention_bias: [1, heads / TP, seq, seq], added to the scores."""
         q, k, v = self.get_query_key_value_tensors(hidden_states)[:3]
         if rotary_pos_emb is not None:
             q, k = rope(q, k, rotary_pos_emb[0], rotary_pos_emb[1], interleaved=self.config.rotary_interleaved,
                         backend=self.config.kernels.rope)
 
-        def core(q, k, v):
-            return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params)
+        def core(q, k, v, bias):
+            return self.core_attention(q, k, v, attention_mask, packed_seq_params=packed_seq_params, attention_bias=bias)
 
-        attended = tensor_parallel.checkpoint(core, False, q, k, v) if self.checkpoint_core_attention and self.training else core(q, k, v)
+        inputs = q, k, v, attention_bias
+        attended = tensor_parallel.checkpoint(core, False, *inputs) if self.checkpoint_core_attention and self.training else core(*inputs)
         return self.linear_proj(attended if needed is None else rows(attended, needed))
 
 

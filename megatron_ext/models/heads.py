@@ -17,11 +17,11 @@ class Head(ColumnParallelLinear):
     """The projection onto the vocabulary, split over the tensor-parallel ranks."""
 
     def forward(self, hidden: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None, *,
-                score: Callable[[Tensor, Tensor], tuple] | None = None) -> tuple:
+                score: Callable[[Tensor, Tensor], tuple] | None = None, adds_bias: bool = False) -> tuple:
         """Logits and no bias, as megatron-core's (whose logits hold it); with `score` what it makes of the hidden states and the weight, without logits.
-        It is called in here because hooks hang on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
+        adds_bias: `score` does that by itself. It is called in here because hooks hang on this module: with `parallel.overlap_param_gather` they wait for the newest weight."""
         if score is not None:
-            return score(*widened(hidden, self.weight if weight is None else weight, self.bias))
+            return score(*widened(hidden, self.weight if weight is None else weight, None if adds_bias else self.bias))
         return super().forward(hidden, weight=weight, runtime_gather_output=runtime_gather_output)
 
 

@@ -6,7 +6,7 @@ what it is called globally, which layer it is, how large the whole is, and where
 
 Embeddings, and all matrices: normal with standard deviation `init_std`; those that write into the residual stream (attention's output,
 the second of the MLP): init_std / sqrt(2 L), as GPT-2 (Radford et al. 2019). Value heads and adapters: see heads.py
-and lora.py. Gains 1, biases 0. Rows that only pad the vocabulary are 0.
+and lora.py. A word table whose logits are scaled (T5) is as much wider: init_std / logit_scale. Gains 1, biases 0. Rows that only pad the vocabulary are 0.
 """
 import hashlib
 import math
@@ -43,6 +43,8 @@ def _std(key: str, shape: list[int], model: ModelConfig) -> float:
         return ValueHead.std(model.hidden_size)
     if key.endswith("lora_a"):
         return 1 / math.sqrt(3 * shape[-1])
+    if key.endswith("word_embeddings.weight"):
+        return model.init_std / model.logit_scale
     return model.init_std / (math.sqrt(2 * model.num_layers) if key.endswith(RESIDUAL) else 1.0)
 
 

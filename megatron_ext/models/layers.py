@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from kernels.fp8_scaling import Fp8Recipe
 from megatron_ext.config.schema import KernelsConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_ext.config.sizes import biases, ffn_size, head_dim, query_groups
+from megatron_ext.config.sizes import biases, ffn_size, head_dim, layers, query_groups
 from megatron_ext.models.blocks import BLOCKS
 from megatron_ext.models.fp8 import fp8_linears, is_edge
 from megatron_ext.models.fused import FusedNorm, FusedSelfAttention, HeadNorm, PlainSelfAttention
@@ -51,6 +51,7 @@ class LayerConfig(TransformerConfig):
     block: str = "serial"
     proj_bias: bool = False
     cp_method: str = "ring"
+    causal: bool = True  # of self-attention
     fp8_precision: PrecisionConfig = field(default_factory=PrecisionConfig)
 
 
@@ -69,7 +70,7 @@ def layers_kind(kernels: KernelsConfig, precision: PrecisionConfig, parallel: Pa
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, kernels: KernelsConfig = DEFAULTS, *,
                        on_cpu: bool, accumulate: bool = False) -> LayerConfig:
-    """megatron-core's configuration of a decoder in a layout.
+    """megatron-core's configuration of a model in a layout.
 
     Args:
         accumulate: weight gradients are added straight into the main gradients, which must then exist (`DistributedDataParallel`).
@@ -92,7 +93,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         proj_bias=proj_bias,
         qk_layernorm=model.qk_norm,
         cp_method=parallel.cp_method,
-        num_layers=model.num_layers,
+        causal=model.family == "decoder",
+        num_layers=layers(model),
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=query_groups(model),
@@ -108,6 +110,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         attention_dropout=model.attention_dropout,
         rotary_interleaved=model.rotary_interleaved,
         init_method_std=model.init_std,
+        softmax_scale=model.attention_scale,
         perform_initialization=False,  # models/initialise.py draws the weights, the same for every layout
         use_cpu_initialization=on_cpu,
         params_dtype=dtype,
@@ -152,7 +155,7 @@ def block_spec(config: LayerConfig, stage: int = 0) -> TransformerBlockSubmodule
 def _spec(config: LayerConfig, fused: bool, column: type, row: type) -> ModuleSpec:
     attention, norm, head_norm = (FusedSelfAttention, FusedNorm, HeadNorm) if fused else (PlainSelfAttention, Norm, Norm)
     return layer_spec(BLOCKS[config.block][fused], attention, norm, column, row, head_norm=head_norm if config.qk_layernorm else IdentityOp,
-                      one_norm=config.block == "parallel_one_norm")
+                      one_norm=config.block == "parallel_one_norm", causal=config.causal)
 
 
 def plain_layer(config: LayerConfig, layer: int) -> ModuleSpec:

@@ -11,14 +11,15 @@ from megatron_ext.models.attention import CoreAttention
 
 
 def layer_spec(layer: type, attention: type, norm: type, column: type, row: type, names: dict[str, str] | None = None, *,
-               head_norm: type = IdentityOp, one_norm: bool = False) -> ModuleSpec:
-    """A causal layer.
+               head_norm: type = IdentityOp, one_norm: bool = False, causal: bool = True) -> ModuleSpec:
+    """A layer.
 
     Args:
         layer, attention: the modules whose forward passes they are; norm: before attention and before the MLP.
         column, row: the parallel linear layers into and out of each of the two.
         names: prefixes of parameters -> their prefixes in a checkpoint, where the modules call them otherwise.
         head_norm: of each head's queries and keys. one_norm: there is none before the MLP.
+        causal: a token sees those before it and itself; False: all of the sequence.
     """
     return ModuleSpec(
         module=layer,
@@ -26,7 +27,7 @@ def layer_spec(layer: type, attention: type, norm: type, column: type, row: type
             input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=attention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=CoreAttention, linear_proj=row, q_layernorm=head_norm, k_layernorm=head_norm,
                 ),

@@ -1,4 +1,4 @@
-"""Floating-point operations of a decoder, the peak of known devices, and the two ratios between them.
+"""Floating-point operations of a model, the peak of known devices, and the two ratios between them.
 
 A matrix product of [m, k] and [k, n] is 2 m k n operations. Only matrix products are counted (norms, softmax, rotations and the
 embedding lookup are not). Forward, for one token, with h hidden, a heads and g key/value heads of size d, f the MLP's width, s the sequence:
@@ -6,6 +6,10 @@ embedding lookup are not). Forward, for one token, with h hidden, a heads and g 
     linear layers     L [2 h d (a + 2 g) + 2 h d a + 2 h f c]        c = 3 for gated activations (SwiGLU, GeGLU), else 2
     core attention    L [4 a d s]                                    scores and weighted values; causal=True: s -> s / 2
     logits            2 h V                                      with words of width e: 2 e V + 4 e h for the two projections
+
+Of an encoder the attention is never halved, and its head (2 h V + 2 h h) is for the masked tokens alone, data.masked_share of all. Of an
+encoder-decoder a token is the encoder's: the decoder's share follows from how much it has to say (config/spans.py), its cross-attention has keys and
+values of the encoder's tokens.
 
 Training is three times that: backward has two products for every one of forward. Without the embedding table this is the 6 N + 12 L H Q T
 of PaLM (Chowdhery et al. 2022, arXiv 2204.02311, appendix B), which counts the *whole* attention matrix; so does `causal=False`, the default.
@@ -25,8 +29,10 @@ import re
 from dataclasses import dataclass
 
 from megatron_ext.config import sizes
-from megatron_ext.config.schema import ModelConfig, PrecisionConfig
+from megatron_ext.config.schema import DataConfig, ModelConfig, PrecisionConfig
+from megatron_ext.config.spans import spans_of
 
+DATA = DataConfig()
 # Device name as torch and NVML report it (regular expression, whole name) -> dense TFLOP/s in bf16 (= fp16) and fp8, both with fp32
 # accumulation and without sparsity. A variant that is not listed (laptop, MIG slice, export model) is unknown rather than guessed at.
 _PEAKS: tuple[tuple[str, float, float | None], ...] = (
@@ -115,22 +121,36 @@ class TokenFlops:
 
 
 def token_flops(model: ModelConfig, *, sequence_length: int, vocab_size: int, causal: bool = False,
-                precision: PrecisionConfig | None = None) -> TokenFlops:
-    """Operations a token of a decoder; `vocab_size` without padding, since padding is no use to the model.
+                precision: PrecisionConfig | None = None, data: DataConfig = DATA) -> TokenFlops:
+    """Operations a token of a sequence; `vocab_size` without padding, since padding is no use to the model.
 
     Args:
         precision: says which of them are FP8 products; None = none.
+        data: says what the objective of a family that is no decoder asks of each sequence.
     """
     hidden, width = model.hidden_size, sizes.head_dim(model) * model.num_attention_heads
     key_value = 2 * sizes.head_dim(model) * sizes.query_groups(model)
     matrices = 3 if model.activation in sizes.GATED else 2
     linear = 2 * hidden * (2 * width + key_value) + 2 * hidden * sizes.ffn_size(model) * matrices
-    attention = 4 * width * sequence_length * (0.5 if causal else 1.0)
+    attention = 4 * width * sequence_length * (0.5 if causal and model.family == "decoder" else 1.0)
     quantised = 0 if precision is None or precision.fp8 is None else max(0, model.num_layers - 2 * precision.fp8_edge_layers)
     embedded = sizes.embedding_size(model)
     logits = 2.0 * embedded * vocab_size + (4.0 * embedded * hidden if embedded != hidden else 0.0)
+    if model.family == "encoder":
+        logits = data.masked_share * (logits + 2 * hidden * hidden)
+    if model.family == "encoder_decoder":
+        return _both_stacks(model, linear, width, logits, sequence_length, causal, data)
     return TokenFlops(linear=float(model.num_layers * linear), attention=model.num_layers * attention, logits=logits,
                       fp8=float(quantised * linear))
+
+
+def _both_stacks(model: ModelConfig, linear: int, width: int, logits: float, length: int, causal: bool, data: DataConfig) -> TokenFlops:
+    """linear: of a layer without cross-attention. width: of all heads."""
+    said = spans_of(length, data.masked_share, data.span_length).decoder
+    share, product, decoder = said / length, 2 * model.hidden_size * width, sizes.decoder_layers(model)
+    crossing = product * (2 * share + 2)  # queries and output of what is said, keys and values of what is read
+    attention = model.num_layers * length + decoder * share * (length + said * (0.5 if causal else 1.0))
+    return TokenFlops(linear=model.num_layers * linear + decoder * (share * linear + crossing), attention=4 * width * attention, logits=share * logits)
 
 
 def utilisation(flops_per_token: float, *, tokens_per_second: float, devices: int, peak: float | None, fp8_flops: float = 0.0,

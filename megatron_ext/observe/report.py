@@ -71,11 +71,26 @@ def write_report(
     parts.append(markdown.table(progress(run) | losses(run, bytes_per_token, baseline) | resources(run)))
     parts.append(pictures(run.directory, loss_pictures(run, bytes_per_token, baseline)))
     parts += time_parts(run.directory)
+    parts += foretold(run)
     parts += sections_of(sections or {})
     if samples:
         parts.append("## Samples")
         parts += [f"{markdown.fenced(s['prompt'])}\n\ncontinues\n\n{markdown.fenced(s['completion'])}" for s in samples]
     return publish(run.directory, [*parts, *ending(run)])
+
+
+def foretold(run: Run) -> list[str]:
+    """What `plan` says of the run beside what was measured on rank 0 (train/foretold.py)."""
+    event = run.last("foretold")
+    rows = {name: value for name, value in event.items() if isinstance(value, dict) and {"planned", "measured"} <= value.keys()}
+    if not rows:
+        return []
+
+    def shown(name: str, value: float) -> str:
+        return f"{value:.3f} s" if name.endswith("_seconds") else f"{value:,}" if name == "parameters" else f"{value / 2**20:,.1f} MiB"
+
+    table = {name.replace("_", " "): f"{shown(name, row['planned'])} planned, {shown(name, row['measured'])} measured" for name, row in rows.items()}
+    return ["## Planned and measured", markdown.table(table)]
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------------------------

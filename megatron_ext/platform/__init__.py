@@ -85,10 +85,11 @@ def install(device: str = "auto") -> Platform:
             raise UserError("launch.device", device, f"this process already runs on {_installed.device.type}")
         return _installed
 
-    from megatron_ext.platform import cuda_on_cpu, heap, megatron
+    from megatron_ext.platform import cuda_on_cpu, half_products, heap, megatron
 
     if not chosen.is_cuda:
         heap.keep(os.environ)
+        half_products.install()
         for patch in cuda_on_cpu.PATCHES:
             patch.apply()
     for patch in megatron.PATCHES:

@@ -31,10 +31,9 @@ from megatron_ext.parallel.layout import Layout
 from megatron_ext.parallel.seeds import seed_ranks
 from megatron_ext.platform import Platform
 from megatron_ext.platform.megatron import default_group
-from megatron_ext.train.objective import LanguageModelling, Objective
+from megatron_ext.train.objective import Objective, objective_of
 
 LOWEST_SCALE = 1.0  # of fp16's losses
-LANGUAGE_MODELLING = LanguageModelling()
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,7 @@ class Engine:
 
     def __init__(self, config: Config, layout: Layout, platform: Platform, *, vocab_size: int, train: bool = True, head: str = "vocabulary"):
         self.config, self.layout, self.platform, self.vocab_size = config, layout, platform, vocab_size
+        self.objective = objective_of(config.model)
         check_backends(config.kernels, config.precision, platform.device.type)
         self.groups = build_groups(layout, config.launch.timeout)
         # The stream must exist before the first forward pass; with dropout each step seeds it anew.
@@ -123,12 +123,14 @@ class Engine:
         def forward_step(batches, model):
             batch = next(batches)
             mask = packed = None
-            if batch.documents is not None:
-                mask, packed = (document_mask(batch.documents), None) if self.core_config.layers == "plain" else (None, pack(batch.documents))
+            if batch.documents is not None and self.core_config.layers == "plain":
+                mask = document_mask(batch.documents, causal=self.core_config.causal)
+            elif batch.documents is not None:
+                packed = pack(batch.documents)
             part = batch.context_part(self.groups.cp.rank(), self.groups.cp.size())
             out = model(
                 part.tokens, part.position_ids, mask, packed=packed, rows_differ=self.config.data.reset_positions or batch.documents is not None,
-                score=lambda decoder, hidden: objective.score(decoder, hidden, part), needed=objective.needed(part),
+                score=lambda decoder, hidden: objective.score(decoder, hidden, part), needed=objective.needed(part), **part.inputs,
             )
 
             def loss(output):
@@ -154,7 +156,7 @@ class Engine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=self.models[0].wire_length(batches[0].tokens, **batches[0].inputs),
             micro_batch_size=batches[0].tokens.shape[0],
             forward_only=forward_only,
             pg_collection=self.groups,
@@ -178,16 +180,16 @@ class Engine:
         tops = tops.tolist()[2:]
         return loss, int(count), {name: top if is_top else total for name, total, top, is_top in zip(objective.names, sums, tops, largest)}
 
-    def step(self, batches: Sequence[Batch], *, lr: float, step: int, objective: Objective = LANGUAGE_MODELLING) -> StepResult:
+    def step(self, batches: Sequence[Batch], *, lr: float, step: int, objective: Objective | None = None) -> StepResult:
         """One optimizer step.
 
         Args:
             batches: this data rank's micro-batches.
             lr: learning rate of this step.
             step: number of the step from 0; dropout depends on it.
-            objective: what is minimised.
+            objective: what is minimised; None = what the model's family is pretrained on.
         """
-        result = self._step(batches, objective, lr=lr, step=step)
+        result = self._step(batches, objective or self.objective, lr=lr, step=step)
         update_scales(self.chunks, self.groups, applied=result.applied)
         return result
 
@@ -237,9 +239,9 @@ class Engine:
                 for chunk in self.chunks:
                     chunk.train()
 
-    def evaluate(self, batches: Sequence[Batch], objective: Objective = LANGUAGE_MODELLING) -> tuple[float, int]:
+    def evaluate(self, batches: Sequence[Batch], objective: Objective | None = None) -> tuple[float, int]:
         """Sum of losses (nats) and number of tokens over all data ranks, without dropout. `batches`: this data rank's."""
-        return self.measure(batches, objective)[:2]
+        return self.measure(batches, objective or self.objective)[:2]
 
     def measure(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int, dict[str, float]]:
         """As `evaluate`, with the objective's numbers."""

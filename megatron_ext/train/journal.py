@@ -45,7 +45,8 @@ class Journal:
         self._tracker = Tracker(config.log, run_dir=directory, config=config, history=lambda: read_metrics(directory / "metrics.jsonl"))
         self._publisher = _publisher(config, directory, {"planned_steps": steps, "restarts": lives})
         self._energy = gpus.Energy()
-        self._counted = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab_size, precision=config.precision)
+        self._counted = token_flops(config.model, sequence_length=config.data.sequence_length, vocab_size=vocab_size, precision=config.precision,
+                                    data=config.data)
         name = torch.cuda.get_device_name() if platform.is_cuda and flops else ""
         self._peak, self._fp8_peak = peak_flops(name, config.precision.dtype), peak_flops(name, "fp8")
 

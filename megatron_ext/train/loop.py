@@ -9,6 +9,7 @@ that go wrong in recovery.py, when to save in saves.py.
 import contextlib
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_ext.parallel.signals import Interrupted
 from megatron_ext.platform import Platform
 from megatron_ext.train import record as records
 from megatron_ext.train.fallback import undamaged
+from megatron_ext.train.foretold import foretold
 from megatron_ext.train.journal import Journal
 from megatron_ext.train.life import Watched
 from megatron_ext.train.recovery import Recovery, bad
@@ -127,6 +129,7 @@ class _Loop:
         self.criteria, self.recovery, self.position = criteria, recovery, position
         self.saves = Saves(config, saver)
         self.validation: dict[str, float] = {}
+        self.seconds: deque[float] = deque(maxlen=1000)  # of the newest steps
 
     def run(self) -> Outcome:
         config, position = self.config, self.position
@@ -147,7 +150,18 @@ class _Loop:
         if (config.checkpoint.save_at_end or stop.unfinished and position.steps) and not stop.failed and self.saves.done != position.steps:
             self.saver.poll()
             self._save(background=False)
+        self._compare_with_plan()
         return self._outcome(stop)
+
+    def _compare_with_plan(self) -> None:
+        """What the plan said beside what was measured: a figure for people, never worth a run."""
+        engine = getattr(self.stage, "engine", None)
+        if not self.journal.writes or engine is None or engine.optimizer is None or not self.seconds:
+            return
+        try:
+            self.journal.event("foretold", **foretold(self.config, engine, self.stage.platform, self.seconds))
+        except Exception as error:  # noqa: BLE001
+            warnings.warn(f"the plan could not be compared with the run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=1)
 
     def _taken(self) -> tuple[StepReport, float]:
         """One step, and its seconds."""
@@ -183,6 +197,7 @@ class _Loop:
         position.samples += report.samples
         position.tokens += report.tokens
         self.life.stepped(position.steps, seconds, self.journal)
+        self.seconds.append(seconds)
         stop = criteria.after_step(steps_done=position.steps, tokens_done=position.tokens, finite=report.applied or report.searching)
         stop = _agreed(stop, config)  # before the ranks validate together, or do not
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_ext.config.schema import ModelConfig
 from megatron_ext.data.batches import Batch
 from megatron_ext.models.decoder import Decoder
 
@@ -45,3 +46,15 @@ class LanguageModelling:
 
     def loss(self, scores, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return scores[0], batch.loss_mask.sum().to(torch.int), {}
+
+
+class MaskedLanguageModelling(LanguageModelling):
+    """Cross-entropy of the words that were masked (Devlin et al. 2018, arXiv 1810.04805, section 3.1): `batch.loss_mask` says which."""
+
+    def needed(self, batch: Batch) -> Tensor:
+        return batch.loss_mask.flatten().nonzero().flatten()
+
+
+def objective_of(model: ModelConfig) -> LanguageModelling:
+    """What a family is pretrained on."""
+    return MaskedLanguageModelling() if model.family == "encoder" else LanguageModelling()  # the labels of spans are the decoder's next tokens

@@ -1,4 +1,4 @@
-"""pretrain and adapt: the next token of plain text, from random weights or from a checkpoint's.
+"""pretrain and adapt: plain text, from random weights or from a checkpoint's. What is learnt of it follows from the model's family (train/objective.py).
 
     data -> micro-batches -> engine.step
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from megatron_ext.config.geometry import steps_of
 from megatron_ext.config.schema import Config
 from megatron_ext.data.batches import micro_batches
-from megatron_ext.data.build import build_datasets, dataset_tokenizer, ensure_prepared
+from megatron_ext.data.build import dataset_tokenizer, ensure_prepared
+from megatron_ext.data.objective import pretraining_samples
 from megatron_ext.data.samples import Samples
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate.split import evaluate_split
@@ -49,8 +50,8 @@ class Pretraining:
         """train, and validation where it is looked at. Sets `tokenizer` and `identity`."""
         config = self.config
         validates = config.validation.every or config.validation.at_end
-        data = build_datasets(config.data, ("train", "validation") if validates else ("train",))
-        self.tokenizer, self.identity = dataset_tokenizer(config.data)[0], records.data_identity(config.data)
+        data = pretraining_samples(config, ("train", "validation") if validates else ("train",))
+        self.tokenizer, self.identity = dataset_tokenizer(config.data)[0], records.data_identity(config.data, config.model)
         return data
 
     def build(self) -> None:
@@ -106,8 +107,8 @@ class Pretraining:
 
 
 def checked_vocabulary(config: Config, samples: Samples) -> int:
-    """Words of the model: its own number, or the tokenizer's. Raises UserError when the tokenizer knows more."""
+    """Words of the model: its own number, or the data's (the tokenizer's, and the mask of an encoder). Raises UserError when the data has more."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < samples.vocab_size:
-        raise UserError("model.vocab_size", wanted, f"the tokenizer has {samples.vocab_size} words; give at least as many, or null")
+        raise UserError("model.vocab_size", wanted, f"the data has {samples.vocab_size} words; give at least as many, or null")
     return wanted or samples.vocab_size

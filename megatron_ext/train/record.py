@@ -39,8 +39,8 @@ def layout(config: Config) -> dict:
             "distributed_optimizer": parallel.distributed_optimizer}
 
 
-def data_identity(data: DataConfig) -> dict:
-    """What the order of samples depends on."""
+def data_identity(data: DataConfig, model: ModelConfig) -> dict:
+    """What the order of samples, and what is asked of each, depends on."""
     sources = {}
     for path in data.paths or (data.path or str(default_directory(data)),):
         if (Path(path) / FILE).exists():
@@ -50,7 +50,7 @@ def data_identity(data: DataConfig) -> dict:
     return {
         "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
         "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
-    }
+    } | {key: getattr(data, key) for key in {"encoder": ("masked_share",), "encoder_decoder": ("masked_share", "span_length")}.get(model.family, ())}
 
 
 def check_data(stored: dict, ours: dict, path) -> None:
