@@ -3,7 +3,7 @@ largest, which the law predicted before it was trained. Writes benchmarks/result
 
     python benchmarks/campaign_scaling.py [--runs outputs/scaling] [--result benchmarks/results/scaling.json] [--read]
 
-The small runs are the sweep of conf/sweep/scaling.yaml; each stands in a directory of its own and is not made twice. --read trains nothing. Some 25
+The small runs are the sweep of conf/sweep/scaling.yaml; each stands in a directory of its own and is not made twice. --read trains nothing. Some 10
 minutes on one core. Exit code 1 when the prediction is further than 3 % from the loss that came, or further than "as the largest small run" or the line
 through the last two.
 """
