@@ -6,12 +6,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import decoders
 import harness_tasks
 import pytest
 import small
 
 from megatron_ext.config.schema import Config, EvaluateConfig
+from megatron_ext.data.tokenizer import EOD
 from megatron_ext.errors import UserError
 from megatron_ext.evaluate import tasks
 
@@ -37,59 +37,85 @@ def lm_eval(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(small_data, tmp_path_factory) -> Path:
-    """A run whose model says something else of every word."""
+def theirs(lm_eval, small_data, tmp_path_factory) -> Path:
+    """A directory of transformers': a random Llama with grouped heads, and a tokenizer that begins every text with <s>."""
+    import tokenizers
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("hf") / "llama"
+    inner = tokenizers.Tokenizer.from_file(str(small_data / "tokenizer.json"))
+    inner.add_special_tokens(["<s>", "<|user|>"])
+    begin = inner.token_to_id("<s>")
+    inner.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOD, bos_token="<s>")
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=inner.get_vocab_size() + 1, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        max_position_embeddings=LENGTH, initializer_range=0.1, bos_token_id=begin, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
+    ))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(theirs, tmp_path_factory) -> Path:
+    """The same as a run of ours."""
+    from megatron_ext.cli.main import main
+
     run = tmp_path_factory.mktemp("run") / "run"
-    small.train(run, small_data, f"model.max_sequence_length={LENGTH}", "model.init_std=0.1", "train.steps=2")
+    assert main(["convert", f"hf={theirs}", f"output={run}"]) == 0
     return run
 
 
 @pytest.fixture(scope="module")
-def engine(lm_eval, trained):
-    from megatron_ext import platform
+def found(imported):
     from megatron_ext.config.compose import compose
-    from megatron_ext.train.restored import restored_engine, source
+    from megatron_ext.train.restored import source
+
+    return source(compose([f"checkpoint.load={imported}"]), ())
+
+
+@pytest.fixture(scope="module")
+def engine(found):
+    from megatron_ext import platform
+    from megatron_ext.train.restored import restored_engine
 
     device = platform.install("cpu")
     platform.connect(device, 60)
-    yield restored_engine(source(compose([f"checkpoint.load={trained}"]), ()), device)
+    yield restored_engine(found, device)
     platform.disconnect()
 
 
 @pytest.fixture(scope="module")
-def truth(lm_eval, engine, trained, directory) -> dict:
-    """The harness's results with its own backend, on the same weights in transformers' Llama."""
+def truth(lm_eval, theirs, directory) -> dict:
+    """The harness's results with its own backend."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerFast
 
-    from megatron_ext.data.tokenizer import EOD
-
-    model, cwd = decoders.llama_copy(engine), Path.cwd()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(trained / "tokenizer.json"), eos_token=EOD)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    cwd = Path.cwd()
     os.chdir(directory)  # the harness looks for data from where it stands
     try:
         return lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2), tasks=list(harness_tasks.TASKS), num_fewshot=FEWSHOT, bootstrap_iters=0,
+            HFLM(pretrained=str(theirs), device="cpu", dtype="float32", batch_size=2), tasks=list(harness_tasks.TASKS), num_fewshot=FEWSHOT, bootstrap_iters=0,
             task_manager=TaskManager(include_path=str(directory), include_defaults=False),
         )
     finally:
         os.chdir(cwd)
 
 
-def through_our_runtime(engine, trained: Path, directory: Path, output: Path, *, settings: EvaluateConfig = SETTINGS) -> tuple[dict, dict]:
+def through_our_runtime(engine, found, directory: Path, output: Path, *, settings: EvaluateConfig = SETTINGS) -> tuple[dict, dict]:
     """The harness's results, and its samples as they were written: {task: [...]}."""
-    from megatron_ext.data.tokenizer import Tokenizer
     from megatron_ext.evaluate import harness
     from megatron_ext.evaluate.ranks import Ranks
     from megatron_ext.evaluate.text import PlainTokenizer
 
     settings = replace(settings, task_dir=str(directory))
-    tokenizer = Tokenizer.from_file(trained / "tokenizer.json")
-    ranks = Ranks(engine, tokenizer, batch_size=settings.batch_size, max_length=LENGTH)
-    model = harness.Runtime(ranks, PlainTokenizer(trained / "tokenizer.json", eos=tokenizer.eod), facts={}, add_bos=None,
-                            batch_size=settings.batch_size, seed=5)
+    ranks = Ranks(engine, found.tokenizer(), batch_size=settings.batch_size, max_length=LENGTH, ends=found.ends)
+    plain = PlainTokenizer(found.tokenizer_file(), eos=ranks.tokenizer.eod, folder=found.folder)
+    model = harness.Runtime(ranks, plain, facts={}, add_bos=None, batch_size=settings.batch_size, seed=5)
     checked = tasks.gather(settings, output / "checked")
     results, files = harness.run_tasks(model, checked, settings, name="ours", output=output / "out")
     return results, samples_of(files)
@@ -134,8 +160,8 @@ def same_answer(found, wanted) -> None:
         assert found == wanted
 
 
-def test_the_harness_finds_the_numbers_of_its_own_backend(engine, trained, directory, truth, tmp_path):
-    results, samples = through_our_runtime(engine, trained, directory, tmp_path)
+def test_the_harness_finds_the_numbers_of_its_own_backend(engine, found, directory, truth, tmp_path):
+    results, samples = through_our_runtime(engine, found, directory, tmp_path)
     compare(results, samples, truth)
     # The reference is worth comparing with: answers differ, some texts end at a stop string and some do not, a text is longer than the context.
     answers = [one["resps"][0][0] for one in truth["samples"]["finish"]]
@@ -147,8 +173,8 @@ def test_the_harness_finds_the_numbers_of_its_own_backend(engine, trained, direc
     assert json.loads((tmp_path / "out/results.json").read_text())["results"].keys() == results["results"].keys()
 
 
-def test_two_tensor_parallel_ranks_find_them_from_the_command_line(trained, directory, truth, tmp_path):
-    words = [f"checkpoint.load={trained}", f"evaluate.harness=[{','.join(harness_tasks.TASKS)}]", f"evaluate.task_dir={directory}",
+def test_two_tensor_parallel_ranks_find_them_from_the_command_line(imported, directory, truth, tmp_path):
+    words = [f"checkpoint.load={imported}", f"evaluate.harness=[{','.join(harness_tasks.TASKS)}]", f"evaluate.task_dir={directory}",
              f"evaluate.fewshot={FEWSHOT}", "evaluate.bootstrap=0", "evaluate.batch_size=4", f"evaluate.output={tmp_path}", "parallel.tp=2"]
     done = subprocess.run([sys.executable, "-m", "megatron_ext", "evaluate", "--json", *words], env=small.environment(), capture_output=True,
                           text=True, check=False, timeout=300)
@@ -158,53 +184,46 @@ def test_two_tensor_parallel_ranks_find_them_from_the_command_line(trained, dire
     written = json.loads(files[0].read_text(encoding="utf-8"))
     compare(written, samples_of(files), truth)
     assert told["results"] == written["results"] and told["layout"]["tp"] == 2
-    assert written["config"]["checkpoint"].endswith("step_00000002") and written["lm_eval_version"] and written["task_hashes"].keys() == set(harness_tasks.LEAVES)
+    assert written["config"]["checkpoint"].endswith("step_00000000") and written["lm_eval_version"] and written["task_hashes"].keys() == set(harness_tasks.LEAVES)
 
 
-def test_samples_are_drawn_from_the_seed_and_the_limit_holds(engine, trained, directory, tmp_path):
+def test_samples_are_drawn_from_the_seed_and_the_limit_holds(engine, found, directory, tmp_path):
     drawn = tmp_path / "tasks"
     harness_tasks.write(drawn)
     (drawn / "drawn.yaml").write_text((drawn / "finish.yaml").read_text().replace("task: finish", "task: drawn").replace(
         "do_sample: false", "do_sample: true, temperature: 1.2, top_p: 0.95").replace("metric_list", "repeats: 2\nmetric_list"))
     settings = replace(SETTINGS, harness=("drawn",), limit=3)
-    one, other = (through_our_runtime(engine, trained, drawn, tmp_path / name, settings=settings)[1]["drawn"] for name in ("one", "two"))
+    one, other = (through_our_runtime(engine, found, drawn, tmp_path / name, settings=settings)[1]["drawn"] for name in ("one", "two"))
     assert [sample["resps"] for sample in one] == [sample["resps"] for sample in other] and len(one) == 3
     assert any(first != second for sample in one for (first, second) in sample["resps"]), "each of a document's samples is drawn anew"
 
 
-def test_tokens_of_a_tokenizer_that_begins_every_text(lm_eval, trained, tmp_path):
-    """Beginning-of-sequence token, special tokens in the text, trailing spaces: as transformers' tokenizer under HFLM."""
-    import tokenizers
+def test_tokens_are_those_of_transformers_tokenizer(theirs, found):
+    """Beginning of sequence, special tokens in the text, trailing spaces, under HFLM's rules."""
     from lm_eval.models.huggingface import HFLM
-    from tokenizers.processors import TemplateProcessing
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from megatron_ext.data.tokenizer import EOD
     from megatron_ext.evaluate.harness import Runtime
     from megatron_ext.evaluate.text import PlainTokenizer
 
-    inner = tokenizers.Tokenizer.from_file(str(trained / "tokenizer.json"))
-    inner.add_special_tokens(["<s>", "<|user|>"])
-    inner.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", inner.token_to_id("<s>"))])
-    inner.save(str(tmp_path / "tokenizer.json"))
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token=EOD, bos_token="<s>")
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=600, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
     pairs = [("a list of", " strings"), ("a list ", "of"), ("<s>a list", " of"), ("<|user|> file\n", "path "), ("none \n ", "x")]
 
     class Nobody:
         max_length = LENGTH
 
-    ours = PlainTokenizer(tmp_path / "tokenizer.json", eos=theirs.eos_token_id)
+    ours = PlainTokenizer(found.tokenizer_file(), eos=found.tokenizer().eod, folder=found.folder)
     for add_bos in (None, True, False):
-        truth = HFLM(pretrained=model, tokenizer=theirs, add_bos_token=add_bos)
+        truth = HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=add_bos)
         mine = Runtime(Nobody(), ours, facts={}, add_bos=add_bos, batch_size=1, seed=0)
         assert mine.prefix_token_id == truth.prefix_token_id != mine.eot_token_id == truth.eot_token_id
         for pair in pairs:
             assert mine._encode_pair(*pair) == truth._encode_pair(*pair)
         for flag in (None, True, False):
             assert mine.tok_encode(pairs[3][0], add_special_tokens=flag) == truth.tok_encode(pairs[3][0], add_special_tokens=flag)
-    tokens = theirs.encode("file path <|user|> naïve")
-    assert ours.decode(tokens, skip_special_tokens=True) == theirs.decode(tokens, skip_special_tokens=True)
+    tokens = tokenizer.encode("file path <|user|> naïve")
+    assert ours.decode(tokens, skip_special_tokens=True) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 # ---- what a task file may not do ---------------------------------------------------------------------------------------------------------
@@ -283,7 +302,7 @@ def test_without_the_harness_the_install_line_is_told(monkeypatch):
         tasks.check_installed(("a", "b"))
 
 
-def test_templates_and_unknown_metrics_run_nothing(engine, trained, tmp_path):
+def test_templates_and_unknown_metrics_run_nothing(engine, found, tmp_path):
     for name, line, reason in (
         ("template", "doc_to_text: \"{{ ''.__class__.__mro__[1].__subclasses__() }}\"", "is unsafe|SecurityError"),
         ("metric", "metric_list: [{metric: mine, aggregation: mean, higher_is_better: true}]", "metric 'mine' is none of the harness's own"),
@@ -292,7 +311,7 @@ def test_templates_and_unknown_metrics_run_nothing(engine, trained, tmp_path):
         kept = [old for old in GOOD.strip().split("\n") if not old.startswith(line.partition(":")[0])]
         (directory / "colours.yaml").write_text("\n".join([*kept, line]))
         with pytest.raises(UserError, match=reason):
-            through_our_runtime(engine, trained, directory, tmp_path / f"{name}-out", settings=replace(SETTINGS, harness=("colours",)))
+            through_our_runtime(engine, found, directory, tmp_path / f"{name}-out", settings=replace(SETTINGS, harness=("colours",)))
 
 
 def test_layouts_that_cannot_score_are_refused_before_anything_starts(directory):

@@ -128,11 +128,13 @@ def test_rows_that_nothing_was_fitted_to():
         assert abs(row.error) <= 0.15, row
 
 
-def test_strong_scaling_falls():
-    """47 % on 96 GPUs to 42 % on 4,608. What falls in the model is the bubble's share; it falls less than published (docs/plan.md)."""
-    found = [(step_time(row.config, load(), row.vocab, software=row.software).mfu, stated) for row, stated in published.strong_scaling()]
-    assert all(a[0] > b[0] for a, b in itertools.pairwise(found))
-    assert all(abs(mfu / stated - 1) < 0.06 for mfu, stated in found if stated)
+def test_strong_scaling_falls_from_47_to_42_percent():
+    """How the 177B model was interleaved is not published. Layer by layer it falls less than it did; with four chunks a stage as it did (docs/plan.md)."""
+    for count, near in ((16, 0.06), (4, 0.04)):
+        found = [(step_time(row.config, load(), row.vocab, software=row.software).mfu, stated) for row, stated in published.strong_scaling(count)]
+        assert all(a[0] > b[0] for a, b in itertools.pairwise(found))
+        assert all(abs(mfu / stated - 1) < near for mfu, stated in found if stated), count
+    assert 0.08 < 1 - found[-1][0] / found[0][0] < 0.13, "published: 0.106"
 
 
 @pytest.mark.parametrize("row", [*TABLE, *published.others()], ids=lambda row: row.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_ext.cli.options import parse
 from megatron_ext.config import sizes
@@ -103,7 +104,7 @@ def write_run(directory: Path, *, hidden: int, tokens: int, loss: float | None =
     config = Config(model=ModelConfig(hidden_size=hidden), data=DataConfig(sequence_length=LENGTH))
     size, _ = scaling.point(config.model, vocab_size=WORDS, sequence_length=LENGTH, tokens=1.0)
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(json.dumps(to_dict(config)))  # JSON is YAML
+    (directory / "config.yaml").write_text(yaml.dump(to_dict(config), Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper)))
     last = {"step": 2, "loss": 9.0, "tokens": tokens} | ({} if loss == 0 else {"validation_loss": loss or float(law_of(PAPER, size, tokens))})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ({"step": 1, "loss": 9.5, "tokens": 1}, last)))
     data = {"sources": ["s" * 64], "tokenizer": tokenizer, "sequence_length": LENGTH}
