@@ -34,6 +34,7 @@ SETTINGS = {
 }
 EOD = 79
 SEQUENCES = 13  # divides by nothing
+LONGEST = 16  # tokens that the model sees at once: some requests are longer
 
 
 class Fixed:
@@ -57,7 +58,17 @@ class Fixed:
         return Sample(self.rows[k].numpy(), np.zeros(17, dtype=np.int32))
 
 
+def requests() -> list:
+    """Continuations: of one word behind the same context, of several, of more than fits with its context, and the most probable ones."""
+    from megatron_ext.evaluate.likelihood import Continuation
+
+    rows = decoders.prompts((5, 5, 9, 3, 12, 7, 25, 17, 2))
+    same = [Continuation(rows[0], [word]) for word in (3, 50, 119)]
+    return [*same, *(Continuation(row[: -len(row) // 3], row[-len(row) // 3 :]) for row in rows[1:]), Continuation(rows[6][:1], rows[7][:LONGEST])]
+
+
 def facts(engine) -> dict:
+    from megatron_ext.evaluate.likelihood import likelihoods
     from megatron_ext.evaluate.split import evaluate_split
     from megatron_ext.generate import generate
 
@@ -69,6 +80,7 @@ def facts(engine) -> dict:
         found["modules"] = [asdict(one) for one in generate(engine, decoders.prompts(), SETTINGS["sampled"], modules_only=True)]
     found["few"] = [asdict(one) for one in generate(engine, decoders.prompts([5]), SETTINGS["greedy"])]
     found["evaluation"] = asdict(evaluate_split(engine, Fixed(), count=SEQUENCES, micro_batch=2))
+    found["likelihoods"] = [asdict(one) for one in likelihoods(engine, requests(), batch_size=2, max_length=LONGEST)]
     if engine.layout.sp:
         assert engine.models[0].config.sequence_parallel, "sequence parallelism must be on again"
     return found

@@ -5,12 +5,13 @@ import decoders
 import numpy as np
 import pytest
 import torch
+from generate_ranks import LONGEST, requests
 
 from megatron_ext import platform
 from megatron_ext.data.samples import Masking, Sample
+from megatron_ext.evaluate.likelihood import Continuation, Likelihood, likelihoods
 from megatron_ext.evaluate.split import SplitLoss, evaluate_split
 
-pytestmark = pytest.mark.both
 LENGTH = 12
 
 
@@ -71,3 +72,30 @@ def test_what_a_loss_means():
     assert found.bits_per_byte(2.0) == pytest.approx(1.5)  # three bits a token, two bytes
     assert found.bits_per_byte(None) is None
     assert SplitLoss(1e6, 1).perplexity == math.inf and math.isnan(SplitLoss(math.nan, 1).perplexity)
+
+
+# ---- likelihoods of words behind contexts ------------------------------------------------------------------------------------------------
+
+
+def by_hand_likelihood(engine, request: Continuation, longest: int) -> Likelihood:
+    tokens = [*request.context, *request.words][-(longest + 1) :]
+    said = decoders.logits_of(engine, tokens[:-1]).double().log_softmax(-1)[-len(request.words) :]
+    return Likelihood(float(said[range(len(request.words)), request.words].sum()), said.argmax(-1).tolist() == list(request.words))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_likelihoods_are_those_by_hand(engine, batch_size, monkeypatch):
+    monkeypatch.setattr("megatron_ext.models.likelihood.TOKENS", 5)  # logits of some tokens at a time
+    prompt = decoders.prompts((6,))[0]
+    asked = [*requests(), Continuation(prompt, decoders.greedy(engine, prompt, 3)), Continuation(prompt, decoders.greedy(engine, prompt, 4)[:3] + [1])]
+    found = likelihoods(engine, asked, batch_size=batch_size, max_length=LONGEST)
+    expected = [by_hand_likelihood(engine, request, LONGEST) for request in asked]
+    assert [one.greedy for one in found] == [one.greedy for one in expected] and found[-2].greedy and not found[-1].greedy
+    assert [one.logprob for one in found] == pytest.approx([one.logprob for one in expected], abs=1e-5)
+    assert any(len(request.context) + len(request.words) > LONGEST + 1 for request in asked)
+
+
+@pytest.mark.parametrize("request_", [Continuation([], [1]), Continuation([1], []), Continuation([1], [2] * 17)])
+def test_what_cannot_be_scored_is_refused(engine, request_):
+    with pytest.raises(ValueError, match="at least one of each, and at most 16 words"):
+        likelihoods(engine, [request_], batch_size=1, max_length=16)

@@ -6,7 +6,6 @@ import pytest
 from generate_ranks import COUNT, EOD, JOBS, SEQUENCES, SETTINGS
 from spawn import spawn
 
-pytestmark = pytest.mark.both
 HERE = Path(__file__).parent
 OTHERS = [job for job in JOBS if not job.endswith("/one")]
 
@@ -70,3 +69,10 @@ def test_every_layout_finds_the_same_loss(runs, name):
     found, expected = runs[name]["evaluation"], runs[f"{name.split('/')[0]}/one"]["evaluation"]
     assert found["tokens"] == expected["tokens"] < SEQUENCES * 16
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_layout_finds_the_same_likelihoods(runs, name):
+    found, expected = runs[name]["likelihoods"], runs[f"{name.split('/')[0]}/one"]["likelihoods"]
+    assert [one["greedy"] for one in found] == [one["greedy"] for one in expected]
+    assert [one["logprob"] for one in found] == pytest.approx([one["logprob"] for one in expected], abs=2e-5)

@@ -182,6 +182,7 @@ HAND = {
     "relu": lambda x: x.clamp(min=0),
     "swiglu": lambda x: x * torch.sigmoid(x),
     "geglu": _gelu,
+    "geglu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
 
 

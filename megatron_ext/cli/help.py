@@ -16,7 +16,7 @@ READS = {
     "train": ("model", "parallel", "precision", "data", "optim", "train", "validation", "stop", "checkpoint", "launch", "log", "run", *RLHF),
     "submit": ("cluster", "run"),
     "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", "hardware", *RLHF),
-    "plan": ("hardware", "plan", "model", "parallel", "precision", "train", "data", "launch", "checkpoint", *RLHF),
+    "plan": ("hardware", "plan", "scaling", "model", "parallel", "precision", "train", "data", "launch", "checkpoint", *RLHF),
     "prepare": ("data",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         from megatron_ext.cli import recipe
 
         words = recipe.with_defaults(words)
-    if options.verb == "plan":
+    if options.verb == "plan" and options.action != "scaling":
         from megatron_ext.plan import assume
 
         words = assume.with_assumed(words)
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)
         needed = layout.tp * layout.pp * layout.cp if options.verb != "train" else None
         config = launch.with_ranks(config, asked=asked, default=needed)
-    validate(config, "search" if options.action in ("search", "calibrate") else options.verb)
+    validate(config, "search" if options.action in ("search", "calibrate", "scaling") else options.verb)
     if options.verb in ("train", "check") and config.hardware.memory is not None:
         from megatron_ext.cli import vocabulary
         from megatron_ext.config.sizes import vocab_size

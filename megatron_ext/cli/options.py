@@ -11,10 +11,10 @@ VERBS = {
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
     "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
-    "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate",
+    "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate | scaling",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
-    "evaluate": "perplexity of a checkpoint on a split: evaluate checkpoint.load=DIR evaluate.split=test",
+    "evaluate": "a checkpoint's perplexity on a split, or tasks of lm-evaluation-harness: evaluate checkpoint.load=DIR evaluate.split=test",
     "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
@@ -37,7 +37,7 @@ TAKES = {
     "convert": (),
 }
 # Words that stand right after a verb.
-ACTIONS = {"plan": ("search", "calibrate", "acquire")}
+ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling")}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class ModelConfig:
     block: str = "serial"  # serial | parallel (attention beside the MLP, a norm each) | parallel_one_norm (one for both) | post_norm (norms after the sums)
     norm: str = "rmsnorm"  # rmsnorm | layernorm
     norm_eps: float = 1e-5
-    activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
+    activation: str = "swiglu"  # swiglu | geglu | geglu_tanh | gelu | gelu_tanh | relu
     bias: bool = False  # of all linear layers
     qkv_bias: bool = False
     proj_bias: bool = False  # of attention's output
@@ -254,6 +254,27 @@ class EvaluateConfig:
     split: str = "test"  # train | validation | test
     samples: int = 0  # sequences; 0 = the whole split
     batch_size: int = 8
+    harness: tuple[str, ...] = ()  # tasks of EleutherAI's lm-evaluation-harness to run instead of a split (docs/evaluate.md)
+    task_dir: str | None = None  # harness: a directory with task files (YAML) and their data
+    fewshot: int | None = None  # harness: solved examples before each question; null = what the task says
+    limit: int | None = None  # harness: documents of each task; null = all
+    output: str | None = None  # harness: where results go; null = harness/ in the checkpoint's run directory
+    max_length: int | None = None  # harness: tokens that the model sees at once; null = model.max_sequence_length
+    add_bos: bool | None = None  # harness: a beginning-of-sequence token before every text; null = what the tokenizer does by itself
+    bootstrap: int = 100000  # harness: resamples that a standard error is estimated from; 0 = none
+    task_code: bool = False  # harness: let files of task_dir run Python (!function and the like); the same as running a program of theirs
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """`plan scaling`: the loss of the configured run, predicted from small runs (docs/scaling.md)."""
+
+    runs: tuple[str, ...] = ()  # run directories, or folders of them
+    law: str = "auto"  # auto (by what the runs vary) | chinchilla (size and tokens) | power (compute)
+    noise: float = 0.005  # least relative spread of the losses of runs that differ in their seed alone
+    level: float = 0.9  # of the intervals
+    resamples: int = 200  # fits that the intervals are made of
+    output: str | None = None  # where page and plot go; null = prediction/ in the first of runs
 
 
 @dataclass(frozen=True)
@@ -464,6 +485,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)

@@ -12,7 +12,7 @@ import math
 
 from megatron_ext.config.schema import Config, ModelConfig
 
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_tanh")
 
 
 def head_dim(model: ModelConfig) -> int:

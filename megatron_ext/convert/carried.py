@@ -92,3 +92,8 @@ def ends(directory: Path) -> tuple[int, ...]:
 def end_text(directory: Path) -> str | None:
     """How the end of a document is written, where a file of the tokenizer says so."""
     return _text((_json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")).get("eos_token"))
+
+
+def begin_text(directory: Path) -> str | None:
+    """How the beginning of a text is written, where a file of the tokenizer says so."""
+    return _text((_json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")).get("bos_token"))

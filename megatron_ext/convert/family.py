@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.forms import SAME, Heads, Same, Shape
-from megatron_ext.convert.ours import LAYERS, Ours, tensors
+from megatron_ext.convert.ours import ENCODER, LAYERS, Ours, tensors
 from megatron_ext.convert.settings import Settings
 
 
@@ -14,7 +14,7 @@ class Line:
     """One of our tensors and the tensors of theirs that it is made of.
 
     Attributes:
-        ours: its key; of a layer without `decoder.layers.`, which `theirs` names as {layer}.
+        ours: its key; of a layer without `decoder.layers.` (an encoder-decoder's encoder keeps `encoder.layers.`), which `theirs` names as {layer}.
         theirs: their names without the family's prefix.
         form: how the one becomes the other.
     """
@@ -57,7 +57,7 @@ class Family:
     Attributes:
         name: its `model_type`; architecture: transformers' class of it.
         prefix: of its tensors' names but the head's; directories without it exist.
-        lines: its tensors. A line counts where our model has the tensor.
+        lines: its tensors, or what gives those of a model. A line counts where our model has the tensor.
         reads: their settings as our configuration. Raises UserError for what we do not compute.
         writes: our configuration (and the number of words) as their settings; what it cannot say shows when it is read back.
         buffers: patterns of tensors that old files hold and no model needs.
@@ -68,7 +68,7 @@ class Family:
     name: str
     architecture: str
     prefix: str
-    lines: tuple[Line, ...]
+    lines: tuple[Line, ...] | Callable[[ModelConfig], tuple[Line, ...]]
     reads: Callable[[Settings], ModelConfig]
     writes: Callable[[ModelConfig, int], dict]
     buffers: tuple[str, ...] = ()
@@ -78,20 +78,22 @@ class Family:
     def placed(self, model: ModelConfig, vocab: int, prefix: str) -> Iterator[Placed]:
         """Every tensor of a model in the order of the computation, with the names that it has under a prefix. Raises ValueError for a tensor of
         ours that the family has no name for."""
-        lines = {line.ours: line for line in self.lines}
+        lines = {line.ours: line for line in (self.lines(model) if callable(self.lines) else self.lines)}
         own, heads = tensors(model, vocab), Heads.of(model)
 
         def place(one: Ours, layer: int | None) -> Placed:
             line = lines.get(one.key.removeprefix(LAYERS))
             if line is None:
                 raise ValueError(f"{self.name} has no tensor for {one.key}")
-            names = tuple((name if name.startswith(("lm_head.", "embed_out.")) else prefix + name).format(layer=layer) for name in line.theirs)
+            names = tuple((name if name.startswith(("lm_head.", "embed_out.", "cls.")) else prefix + name).format(layer=layer) for name in line.theirs)
             return Placed(one, layer, names, tuple(line.form.shapes(one.shape, heads)), line.form)
 
         stacked = [one for one in own.values() if one.stacked]
         yield from (place(one, None) for one in own.values() if not one.stacked and not one.last)
-        for layer in range(model.num_layers):
-            yield from (place(one, layer) for one in stacked)
+        for start in (ENCODER, LAYERS):
+            part = [one for one in stacked if one.key.startswith(start)]
+            for layer in range(part[0].layers(model) if part else 0):
+                yield from (place(one, layer) for one in part)
         yield from (place(one, None) for one in own.values() if one.last)
 
     def is_buffer(self, name: str) -> bool:

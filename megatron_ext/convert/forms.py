@@ -84,6 +84,19 @@ class Apart(Same):
         return [part.flatten(0, 1) for part in whole.unflatten(0, (heads.groups, -1)).split([each, heads.width, heads.width], dim=1)]
 
 
+class KeysValues(Same):
+    """Keys and values of cross-attention, a tensor each."""
+
+    def shapes(self, ours, heads):
+        return [(ours[0] // 2, *ours[1:])] * 2
+
+    def join(self, parts, heads):
+        return torch.cat([part.unflatten(0, (heads.heads, -1)) for part in parts], dim=1).flatten(0, 1)
+
+    def split(self, whole, heads):
+        return [part.flatten(0, 1) for part in whole.unflatten(0, (heads.heads, 2, -1)).unbind(1)]
+
+
 class Blocks(Apart):
     """Queries, keys and values of all heads in one tensor, one block above the other."""
 
@@ -112,4 +125,5 @@ class TransposedBlocks(Blocks):
         return [super().split(whole, heads)[0].t()]
 
 
-SAME, TRANSPOSED, HALVES, APART, BLOCKS, TRANSPOSED_BLOCKS = Same(), Transposed(), Halves(), Apart(), Blocks(), TransposedBlocks()
+SAME, TRANSPOSED, HALVES, APART, BLOCKS, TRANSPOSED_BLOCKS, KEYS_VALUES = (
+    Same(), Transposed(), Halves(), Apart(), Blocks(), TransposedBlocks(), KeysValues())

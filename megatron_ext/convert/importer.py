@@ -75,7 +75,7 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
         merged = replace(merged, lora=adapter.lora)
     merged = replace(merged, hf=None, megatron=None, adapter=None, output=None, run=replace(merged.run, dir=str(target)),
                      data=replace(merged.data, tokenizer=str(target / carried.TOKENIZER) if content else None))
-    return Plan(source, merged, shards.Layout(merged.parallel, merged.model.num_layers), content, adapter)
+    return Plan(source, merged, shards.Layout(merged.parallel, merged.model), content, adapter)
 
 
 def _ranks(config: Config) -> int:

@@ -3,6 +3,7 @@ large each is, and how tensor-parallel ranks share it. `models/` makes the same 
 
 Layouts of joined tensors, with a heads of width d in g groups:
     linear_qkv    [g (a / g + 2) d, hidden]    a group's queries, its key, its value, then the next group's
+    linear_kv     [2 a d, hidden]              a head's key and its value, then the next head's
     linear_fc1    [2 f, hidden] with a gate    all of the gate, then all of the up-projection; ranks share each of the two
 """
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
 
 LAYERS = "decoder.layers."
+ENCODER = "encoder.layers."  # of an encoder-decoder; an encoder alone has the decoder's names
+TYPES, TABLES = "embedding.tokentype_embeddings.weight", ("encoder_positions.weight", "decoder_positions.weight")
 WORDS, POSITIONS = "embedding.word_embeddings.weight", "embedding.position_embeddings.weight"
 HEAD, HEAD_BIAS = "output_layer.weight", "output_layer.bias"
 LAST_NORM = "decoder.final_layernorm"
@@ -39,7 +42,11 @@ class Ours:
 
     @property
     def stacked(self) -> bool:
-        return self.key.startswith(LAYERS)
+        return self.key.startswith((LAYERS, ENCODER))
+
+    def layers(self, model: ModelConfig) -> int:
+        """How many layers are stacked in it."""
+        return sizes.decoder_layers(model) if model.family == "encoder_decoder" and self.key.startswith(LAYERS) else model.num_layers
 
     def parts(self, rank: int, ranks: int) -> Iterator[tuple[int, int]]:
         """(start, length) along `axis` of what a tensor-parallel rank holds; the whole vocabulary is cut in parts as even as can be."""
@@ -54,7 +61,7 @@ class Ours:
 
 
 def tensors(model: ModelConfig, vocab: int) -> dict[str, Ours]:
-    """The tensors of a decoder by key, tied tables once."""
+    """The tensors of a model by key, tied tables once."""
     hidden, width, groups = model.hidden_size, sizes.head_dim(model), sizes.query_groups(model)
     heads, ffn, embedded = model.num_attention_heads * width, sizes.ffn_size(model), sizes.embedding_size(model)
     gated = model.activation in sizes.GATED
@@ -69,21 +76,39 @@ def tensors(model: ModelConfig, vocab: int) -> dict[str, Ours]:
     def norm(name: str, size: int, **place) -> list[Ours]:
         return [Ours(f"{name}.{kind}", (size,), **place) for kind in (("weight", "bias") if model.norm == "layernorm" else ("weight",))]
 
-    found += norm(f"{LAYERS}input_layernorm", hidden)
-    found.append(Ours(f"{LAYERS}self_attention.linear_qkv.weight", (joined, hidden), 0))
-    found += [Ours(f"{LAYERS}self_attention.linear_qkv.bias", (joined,), 0)] if qkv_bias else []
-    if model.qk_norm:
-        found += norm(f"{LAYERS}self_attention.q_layernorm", width) + norm(f"{LAYERS}self_attention.k_layernorm", width)
-    found.append(Ours(f"{LAYERS}self_attention.linear_proj.weight", (hidden, heads), 1))
-    found += [Ours(f"{LAYERS}self_attention.linear_proj.bias", (hidden,))] if proj_bias else []
-    if model.block != "parallel_one_norm":
-        found += norm(f"{LAYERS}pre_mlp_layernorm", hidden)
-    found.append(Ours(f"{LAYERS}mlp.linear_fc1.weight", (into, hidden), 0, halves=gated))
-    found += [Ours(f"{LAYERS}mlp.linear_fc1.bias", (into,), 0, halves=gated)] if mlp_bias else []
-    found.append(Ours(f"{LAYERS}mlp.linear_fc2.weight", (hidden, ffn), 1))
-    found += [Ours(f"{LAYERS}mlp.linear_fc2.bias", (hidden,))] if mlp_bias else []
+    def split(name: str, shape: tuple[int, ...], bias: bool, **place) -> list[Ours]:
+        """A layer whose outputs are shared."""
+        return [Ours(f"{name}.weight", shape, 0, **place), *([Ours(f"{name}.bias", shape[:1], 0, **place)] if bias else [])]
+
+    def joining(name: str, shape: tuple[int, ...], bias: bool) -> list[Ours]:
+        """A layer whose inputs are shared."""
+        return [Ours(f"{name}.weight", shape, 1), *([Ours(f"{name}.bias", shape[:1])] if bias else [])]
+
+    def stack(start: str, crosses: bool = False) -> list[Ours]:
+        made = norm(f"{start}input_layernorm", hidden) + split(f"{start}self_attention.linear_qkv", (joined, hidden), qkv_bias)
+        if model.qk_norm:
+            made += norm(f"{start}self_attention.q_layernorm", width) + norm(f"{start}self_attention.k_layernorm", width)
+        made += joining(f"{start}self_attention.linear_proj", (hidden, heads), proj_bias)
+        if crosses:
+            made += norm(f"{start}pre_cross_attn_layernorm", hidden) + split(f"{start}cross_attention.linear_q", (heads, hidden), model.bias)
+            made += split(f"{start}cross_attention.linear_kv", (2 * heads, hidden), model.bias)
+            made += joining(f"{start}cross_attention.linear_proj", (hidden, heads), model.bias)
+        if model.block != "parallel_one_norm":
+            made += norm(f"{start}pre_mlp_layernorm", hidden)
+        return made + split(f"{start}mlp.linear_fc1", (into, hidden), mlp_bias, halves=gated) + joining(f"{start}mlp.linear_fc2", (hidden, ffn), mlp_bias)
+
+    both = model.family == "encoder_decoder"
+    if both and model.position_embedding == "relative":
+        found += [Ours(name, (model.num_attention_heads, model.relative_buckets), 0, first=True) for name in TABLES]
+    if both:
+        found += stack(ENCODER) + (norm("encoder.final_layernorm", hidden) if model.block != "post_norm" else [])
+    found += [Ours(TYPES, (model.token_types, hidden), first=True)] if model.token_types else []
+    found += norm("embedding.norm", hidden, first=True) if model.embedding_norm else []
+    found += stack(LAYERS, crosses=both)
     if model.block != "post_norm":
         found += norm(LAST_NORM, hidden, last=True)
+    if model.family == "encoder":
+        found += [Ours("transform.weight", (hidden, hidden), last=True), Ours("transform.bias", (hidden,), last=True), *norm("transform.norm", hidden, last=True)]
     if not model.tied_embeddings:
         found.append(Ours(HEAD, (vocab, embedded), 0, last=True))
     if model.head_bias:

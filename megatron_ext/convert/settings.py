@@ -100,6 +100,8 @@ class Settings:
     def finish(self) -> Sequence[str]:
         """Checks what all families have in common; the keys that nobody asked for, with their values. Raises UserError."""
         for key, plain in PLAIN.items():
+            if key in self._read:  # by a family that knows what it means
+                continue
             self.must(key, plain, *((None,) if plain is not None else ()))
         self.ignore(*COMMON, *GENERATION)
         return [f"{key}={json.dumps(value)[:60]}" for key, value in sorted(self.values.items()) if key not in self._read and not key.startswith("summary_")]

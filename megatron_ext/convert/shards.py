@@ -14,9 +14,10 @@ import torch
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.encode import encode, name_of
 from megatron_ext.checkpoint.writer import commit, durable
-from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.config import sizes
+from megatron_ext.config.schema import ModelConfig, ParallelConfig
 from megatron_ext.convert.family import Placed
-from megatron_ext.convert.ours import Ours
+from megatron_ext.convert.ours import LAYERS, Ours
 from megatron_ext.convert.safetensors import raw
 
 
@@ -53,9 +54,9 @@ class Shard:
 class Layout:
     """How the tensors of a model lie on the ranks of a layout; shard `stage * tp + tensor rank` is that rank's."""
 
-    def __init__(self, parallel: ParallelConfig, layers: int):
-        self.tp, self.pp, self.layers = parallel.tp, parallel.pp, layers
-        self.chunk = layers // (parallel.pp * (parallel.vpp or 1))
+    def __init__(self, parallel: ParallelConfig, model: ModelConfig):
+        self.tp, self.pp, self.model = parallel.tp, parallel.pp, model
+        self.chunk = sizes.layers(model) // (parallel.pp * (parallel.vpp or 1))
 
     @property
     def shards(self) -> int:
@@ -63,7 +64,8 @@ class Layout:
 
     def stage(self, one: Ours, layer: int | None) -> int:
         if layer is not None:
-            return layer // self.chunk % self.pp
+            before = self.model.num_layers if self.model.family == "encoder_decoder" and one.key.startswith(LAYERS) else 0
+            return (before + layer) // self.chunk % self.pp
         return self.pp - 1 if one.last else 0
 
     def pieces(self, one: Ours, layer: int | None) -> Iterable[tuple[int, tuple[int, ...], tuple[slice, ...]]]:
@@ -92,7 +94,7 @@ def write(directory: Path, layout: Layout, placed: Iterable[Placed], make, numbe
         if not pieces:
             continue
         whole = make(one)
-        shape = one.ours.shape if one.layer is None else (layout.layers, *one.ours.shape)
+        shape = one.ours.shape if one.layer is None else (one.ours.layers(layout.model), *one.ours.shape)
         for number, offset, cut in pieces:
             part = whole[cut]
             shards[number].add(one.ours.key, shape, offset, part if one.layer is None else part[None])

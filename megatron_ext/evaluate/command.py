@@ -22,6 +22,10 @@ def run(config: Config, options: Options) -> int:
     Raises:
         UserError: no checkpoint, a layout that does not fit, data of another tokenizer, a split without documents, ...
     """
+    if config.evaluate.harness:
+        from megatron_ext.evaluate import harness_command
+
+        return harness_command.run(config, options)
     found = source(config, options.overrides)
     config, settings = found.config, found.config.evaluate
     for rule in (validate.sequence_parallel_fits, validate.sequence_fits_positions):

@@ -23,6 +23,7 @@ from megatron_ext.models.embedding import Embedding, ProjectOut
 from megatron_ext.models.fused import FusedLayer, rotary_tables
 from megatron_ext.models.heads import Head, ValueHead
 from megatron_ext.models.layers import LayerConfig, block_spec
+from megatron_ext.models.likelihood import word_likelihoods
 from megatron_ext.models.loss import vocab_parallel_cross_entropy
 from megatron_ext.models.positions import scaled
 from megatron_ext.models.truncated import Kept, truncated_scores
@@ -219,6 +220,25 @@ class Decoder(LanguageModule):
             )
 
         return self.output_layer(hidden, self._shared_weight(), score=score)
+
+    def likelihoods(self, hidden: Tensor, needed: Tensor, places: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of words behind tokens, and whether each is the most probable one. Without gradients.
+
+        Args:
+            hidden: the last norm's output, of all tokens or of those needed alone.
+            needed: int64 [m], rising, what `forward` was given.
+            places: int64 [n], which of the batch x seq tokens (row after row) a word is asked behind; each among `needed`, some perhaps twice.
+            words: int64 [n].
+        Returns:
+            fp32 [n] and bool [n], the same on every tensor-parallel rank.
+        """
+        hidden = _selected(self._whole(self._projected(hidden)).transpose(0, 1).flatten(0, 1), needed)
+        hidden = hidden.index_select(0, torch.searchsorted(needed, places))
+        group, bias = self.tp_group if self.tp_group.size() > 1 else None, self.output_layer.bias
+        return self.output_layer(
+            hidden, self._shared_weight(), adds_bias=True,
+            score=lambda hidden, weight: word_likelihoods(hidden, weight, bias, words, vocab_size=self.vocab_size, group=group),
+        )
 
     def loss(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The head and the cross-entropy. hidden [seq (/ TP with sequence parallel), batch, hidden], labels and loss_mask [batch, seq] ->

@@ -6,6 +6,7 @@ one of its modules with another `forward`, so that `fused` and `plain` layers ha
 Which backend serves an op stands in `config.kernels` (`LayerConfig`); Triton on GPUs and torch on CPU by default.
 """
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -56,6 +57,7 @@ def activation(name: str, kernels) -> Callable[[Tensor, Tensor | None], Tensor]:
     return {
         "swiglu": gated(swiglu, kernels.swiglu),
         "geglu": gated(geglu, kernels.geglu),
+        "geglu_tanh": gated(functools.partial(geglu, approximate="tanh"), kernels.geglu),
         "gelu": lambda x, bias: bias_gelu(x, bias, backend=kernels.bias_gelu),
         "gelu_tanh": lambda x, bias: bias_gelu(x, bias, approximate="tanh", backend=kernels.bias_gelu),
         "relu": lambda x, bias: F.relu(x if bias is None else x + bias),

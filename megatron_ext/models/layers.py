@@ -36,6 +36,7 @@ ACTIVATIONS = {
     "relu": (F.relu, False),
     "swiglu": (F.silu, True),
     "geglu": (F.gelu, True),
+    "geglu_tanh": (_gelu_tanh, True),
 }
 DEFAULTS = KernelsConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

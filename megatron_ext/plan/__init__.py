@@ -2,8 +2,9 @@
 
     shapes, buffers         the tensors of a rank, and megatron-core's buffers around them: exact
     activations, memory     what else lies in a GPU's memory at the fullest moment
-    gemm, timing, bubble    how long a step takes: products, communication, pipeline
+    timing, bubble          how long a step takes: products, communication, pipeline
     hardware                what a GPU and its network can do (conf/hardware)
+    laws, scaling           the loss of a bigger run from small ones (docs/scaling.md)
     budget, search, rlhf    days, energy, cost; the best layouts for N GPUs; the models of PPO
     text, plots             the printed page and the pictures
 

@@ -3,6 +3,7 @@
     python -m megatron_ext.submit.multirun --multirun model=tiny launch.ranks=1 train.global_batch_size=32,64 optim.lr=1e-3,3e-4
     python -m megatron_ext.submit.multirun --multirun hydra/launcher=submitit_slurm hydra.launcher.nodes=2 hydra.launcher.tasks_per_node=8 \\
         hydra.launcher.gpus_per_node=8 hydra.launcher.timeout_min=60 hydra.launcher.partition=gpu model=tiny optim.lr=1e-3,3e-4
+    python -m megatron_ext.submit.multirun --multirun +sweep=scaling              (conf/sweep/scaling.yaml: a sweep that is kept in a file)
 
 submitit_slurm comes with `pip install hydra-submitit-launcher`; nothing else here needs it. Values are written in Hydra's grammar. Each run is
 the command `train` in hydra.sweep.dir; under submitit_slurm every task of the job is a rank. Such jobs are not told to save before their time
@@ -35,7 +36,8 @@ def run(_: object) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     found = HydraConfig.get()
-    command = [sys.executable, "-m", "megatron_ext", "train", *found.overrides.task, f"run.dir={found.runtime.output_dir}", "checkpoint.load=auto"]
+    words = [word for word in found.overrides.task if not word.lstrip("+").startswith("sweep=")]  # its values are words of their own
+    command = [sys.executable, "-m", "megatron_ext", "train", *words, f"run.dir={found.runtime.output_dir}", "checkpoint.load=auto"]
     subprocess.run(command, check=True, env={**os.environ, "HYDRA_FULL_ERROR": "1"})
 
 

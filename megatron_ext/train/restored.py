@@ -64,11 +64,18 @@ class Source:
         return tuple(token for token in carried.ends(self.folder) if 0 <= token < self.vocab_size) or None
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the run, from its directory, from `data.tokenizer`, or from the data it was trained on.
+        """The tokenizer of the run (see `tokenizer_file`)."""
+        return self._tokenizer()[1]
+
+    def tokenizer_file(self) -> Path:
+        """The run's tokenizer.json, in its directory, `data.tokenizer`, or the data it was trained on.
 
         Raises:
             UserError: none of them is there, or none is the one the model was trained with.
         """
+        return self._tokenizer()[0]
+
+    def _tokenizer(self) -> tuple[Path, Tokenizer]:
         if not self.tokenizer_sha256:
             raise UserError(KEY, self.path, "was imported from a directory without a tokenizer: save one there with "
                                             "AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR) and convert it again")
@@ -80,7 +87,7 @@ class Source:
                 continue
             found = Tokenizer.from_file(file, end=carried.end_text(self.folder))
             if found.sha256 == self.tokenizer_sha256:
-                return found
+                return file, found
             seen.append(str(file))
         other = f"; {', '.join(seen)}: another one" if seen else ""
         reason = f"the tokenizer of {self.path} (sha256 {self.tokenizer_sha256[:12]}...) is not in its run directory{other}; name its file"

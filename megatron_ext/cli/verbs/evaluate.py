@@ -8,10 +8,19 @@ from megatron_ext.parallel import launch
 
 def evaluate(config: Config, options: Options) -> int:
     """Starts the ranks where nobody has, and calls the room's command in each. Raises UserError."""
+    if config.evaluate.harness:
+        from megatron_ext.evaluate import tasks
+
+        tasks.offline(os.environ)  # before anything of Hugging Face's is imported
     if config.launch.ranks > 1 and launch.launched_ranks(os.environ) is None:  # a mistake is told once, before ranks are started
         from megatron_ext.train.restored import source
 
-        source(config, options.overrides)
+        if config.evaluate.harness:
+            from megatron_ext.evaluate.harness_inputs import check
+
+            check(config, options)
+        else:
+            source(config, options.overrides)
     return launch.in_ranks(config, options.argv, lambda: _rank(config, options))
 
 

@@ -1,5 +1,5 @@
 """`plan ...`: memory, time and money of a run; `plan search`: layouts for N GPUs; `plan acquire`: GPUs by when;
-`plan calibrate`: fits the timing model; `--dry-run`: counts for real."""
+`plan calibrate`: fits the timing model; `plan scaling`: a loss from small runs; `--dry-run`: counts for real."""
 import json
 from pathlib import Path
 
@@ -15,6 +15,10 @@ def plan(config: Config, options: Options) -> int:
     """Prints a plan. The configuration is validated, and has what `assume` adds."""
     if options.action == "calibrate":
         return _calibrate(config, options)
+    if options.action == "scaling":
+        from megatron_ext.plan import scaling
+
+        return scaling.run(config, options)
     vocab = vocabulary.words(config) or sizes.vocab_size(config)
     constants = calibration.load(config.plan.calibration)
     if options.action == "search":
