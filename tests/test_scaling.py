@@ -177,6 +177,8 @@ def test_no_runs_too_few_and_damaged_ones(small, tmp_path):
 def test_the_campaigns_numbers_hold_the_bar():
     """benchmarks/results/scaling.json: what campaign_scaling.py measured."""
     path = Path(__file__).resolve().parent.parent / "benchmarks/results/scaling.json"
+    if not path.is_file():
+        pytest.skip("no campaign has been run: python benchmarks/campaign_scaling.py")
     result = json.loads(path.read_text())
     off = {name: abs(value) for name, value in result["off"].items()}
     assert result["times_the_compute"] == pytest.approx(4, rel=0.01) and len({run["size"] for run in result["runs"]}) == 3
