@@ -26,7 +26,7 @@ test: setup
 test-fast: setup
 	@$(PY) -m pytest tests -x -q $(ARGS)
 
-## make test-312   the second leg alone
+## make test-312   the second leg alone (.ci/second_leg -m "not campaign": every test, on Python 3.12 and the newest megatron-core)
 test-312:
 	@.ci/second_leg
 

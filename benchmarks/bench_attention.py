@@ -93,7 +93,7 @@ def cases(device: str) -> Iterator[Case]:
         cache = 2 * rows * seq * groups * size * dtype.itemsize
         yield Case(
             op="attention", shape=f"decode {rows}x{seq}x{heads}/{groups}x{size}", dtype=dtype,
-            make=lambda generator, device, dtype=dtype: drawn(generator, device, dtype, 1, seq, rows, heads, groups, size),
+            make=lambda generator, device, dtype=dtype, rows=rows, seq=seq: drawn(generator, device, dtype, 1, seq, rows, heads, groups, size),
             providers={"ours": lambda q, k, v, mask=mask: attention(q, k, v, causal=False, mask=mask),
                        "eager": lambda q, k, v, mask=mask: sdpa(q, k, v, mask=mask)},
             reference=lambda q, k, v, mask=mask: attention_reference(q, k, v, mask, causal=False),

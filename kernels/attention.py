@@ -15,6 +15,7 @@ Views of a fused projection are taken as they are, whatever their strides, as lo
 Shapes: dense q [seq, batch, heads, d], k, v [keys, batch, groups, d] (megatron-core's); packed q [tokens, heads, d], k, v [tokens, groups, d]
 with cu_seqlens [sequences + 1], the cumulative lengths.
 """
+import itertools
 import math
 
 import torch
@@ -60,7 +61,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_q: Tenso
 
 def _on_host(name: str, cu_seqlens: Tensor, x: Tensor) -> list[int]:
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] != x.shape[0] or any(a > b for a, b in zip(ends, ends[1:])):
+    if ends[0] != 0 or ends[-1] != x.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
         raise ValueError(f"attention: {name} must rise from 0 to the {x.shape[0]} tokens, it is {ends if len(ends) < 20 else ends[:20] + ['...']}")
     return ends
 

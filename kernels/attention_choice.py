@@ -5,7 +5,7 @@
 flash_attn/cute of August 2026; Transformer Engine 2.x; torch 2.13). The first sentence that applies is what the user reads.
 """
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -112,7 +112,7 @@ def choose_for(call: Call, backend: str = "auto", *, partial: bool = False) -> C
     return Choice("attention", chosen, rows[chosen].reason, others)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _serving(backend: str, device: str, index: int | None, dtype: torch.dtype, head_size: int, packed: bool, mask: bool, dropout: bool,
              return_lse: bool, grad: bool, partial: bool) -> str:
     capability = torch.cuda.get_device_capability(index) if device == "cuda" and torch.cuda.is_available() else None

@@ -8,7 +8,7 @@ Dense tensors are [seq, batch, heads, d] as everywhere outside; flash-attention 
 they go in as views. All of them align a causal mask to the bottom right and give 0 to a query that sees no key.
 Log-sum-exp: [batch, heads, seq], packed [heads, tokens]; -inf where no key is seen (flash-attention 2 says +inf).
 """
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def packed(name: str, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tenso
     return out, _lse(rest[0]) if return_lse else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _te_module(heads: int, head_size: int, groups: int, scale: float, dropout: float):
     """It has no weights; heads are those of this tensor-parallel rank, so that it is told of no group."""
     from transformer_engine.pytorch import DotProductAttention
@@ -111,7 +111,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, *, causal
     return out[0].transpose(0, 1), lse
 
 
-@lru_cache(maxsize=None)
+@cache
 def _flex_function(device: str):
     """Compiled, it skips the blocks that are hidden; on CPU its backward exists unfused only, which serves tests."""
     from torch.nn.attention.flex_attention import flex_attention

@@ -9,6 +9,7 @@ Shapes: q [batch, heads, seq, d], k and v [batch, groups, keys, d] of any stride
 Packed: q [tokens, heads, d], L [heads, tokens]. A query that sees no key gives 0 and L = -inf.
 Kernels: torch's flash attention for CPU; on CUDA in 16 bits its flash attention; else matrix products over blocks of queries.
 """
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -164,7 +165,7 @@ def _same_lengths(cu_q: Sequence[int], cu_k: Sequence[int], width: int) -> list[
 
 def _where(starts: list[int], length: int, device: torch.device) -> slice | Tensor:
     """The tokens of sequences: a slice where they stand side by side, else their indices."""
-    if all(b - a == length for a, b in zip(starts, starts[1:])):
+    if all(b - a == length for a, b in itertools.pairwise(starts)):
         return slice(starts[0], starts[-1] + length)
     return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(device)
 

@@ -7,7 +7,7 @@ never a silent fallback. To add one: a probe, and a row in `ops()`. Probes look 
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 
@@ -222,7 +222,7 @@ def choose(op: str, backend: str = "auto", *, device: str | None = None, table: 
     return Choice(op, chosen.name, chosen.reason, others)
 
 
-@lru_cache(maxsize=None)
+@cache
 def serving(op: str, backend: str, device: str, index: int | None = None) -> str:
     """The name of what serves `op` on `device` ("cuda", "cpu"): what the registered ops ask at each call, inside
     their bodies, where `torch.compile` does not look. `index`: which GPU, for an op whose backends ask what it can do. Raises as `choose`."""

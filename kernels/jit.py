@@ -85,7 +85,7 @@ def narrow(value, dtype: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(value == value, rounded, value).to(tl.bfloat16)
+        return tl.where(value == value, rounded, value).to(tl.bfloat16)  # noqa: PLR0124 NaN stays
     return value.to(dtype)
 
 

@@ -41,7 +41,7 @@ def modules() -> list[str]:
     """The ops: every module of `kernels` that has `launches`."""
     found = []
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.stem not in ("static_check", "jit") and re.search(r"^def launches\(", path.read_text(), re.M):
+        if path.stem not in ("static_check", "jit") and re.search(r"^def launches\(", path.read_text(), re.MULTILINE):
             found.append(path.stem)
     return found
 
@@ -85,7 +85,7 @@ def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, int], Cost
     """The Triton version and the rows of docs/kernels.md."""
     text = path.read_text()
     version = re.search(r"Triton (\d[\w.]*)", text)[1]
-    rows = re.findall(r"^\| (\S+) \| ([^|]+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
+    rows = re.findall(r"^\| (\S+) \| ([^|]+?) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.MULTILINE)
     return version, {(op, variant, int(sm)): Cost(*map(int, rest)) for op, variant, sm, *rest in rows}
 
 

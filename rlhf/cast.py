@@ -139,9 +139,9 @@ class Cast:
 
     @contextmanager
     def complete(self) -> Iterator[None]:
-        with self.policy.awake() as policy, policy.complete_weights():
-            with self.critic.awake() if self.critic else nullcontext() as critic, critic.complete_weights() if critic else nullcontext():
-                yield
+        with (self.policy.awake() as policy, policy.complete_weights(), self.critic.awake() if self.critic else nullcontext() as critic,
+              critic.complete_weights() if critic else nullcontext()):
+            yield
 
     def state(self, *, loading: bool, sharding: str | None = None) -> dict:
         """Call inside `complete`."""

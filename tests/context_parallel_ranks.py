@@ -87,7 +87,7 @@ def compare(rank: int, size: int, h: int, g: int, packed: bool, causal: bool, dt
     for method, function in (("ring", ring_attention), ("ulysses", ulysses_attention)):
         if method == "ulysses" and g % size and size % g:
             continue
-        ours = gradients(lambda q, k, v: function(q, k, v, group=dist.group.WORLD, causal=causal, cu_seqlens=cu), *(mine(x) for x in whole))
+        ours = gradients(lambda q, k, v, function=function: function(q, k, v, group=dist.group.WORLD, causal=causal, cu_seqlens=cu), *(mine(x) for x in whole))
         found[f"{method} {name}"] = {
             part: [(o.double() - mine(e)).abs().max().item(), (p.double() - e).abs().max().item(), e.abs().max().item()]
             for part, o, e, p in zip(("out", "dq", "dk", "dv"), ours, exact, plain, strict=True)}
@@ -102,7 +102,7 @@ def same_bits(rank: int, size: int) -> bool:
 
     parts = [zigzag_split(x, 0, rank, size) for x in inputs(8, 4, False, torch.bfloat16)]
     return all(
-        all(map(torch.equal, *(gradients(lambda q, k, v: function(q, k, v, group=dist.group.WORLD, causal=True), *parts) for _ in range(2))))
+        all(map(torch.equal, *(gradients(lambda q, k, v, function=function: function(q, k, v, group=dist.group.WORLD, causal=True), *parts) for _ in range(2))))
         for function in (ring_attention, ulysses_attention))
 
 

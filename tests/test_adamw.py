@@ -8,7 +8,6 @@ import torch
 
 from kernels.adamw import AdamW, adamw_, adamw_reference_
 
-pytestmark = pytest.mark.both
 SHAPES = [(7,), (33, 17), (1,), (4, 5, 6), (1031,)]
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

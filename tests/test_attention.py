@@ -226,7 +226,7 @@ def test_views_of_a_fused_projection_are_taken_as_they_are():
         return x[:, :, :, :2].flatten(2, 3), x[:, :, :, 2], x[:, :, :, 3]
 
     for options in ({}, {"return_lse": True}):
-        judge(lambda x: torch.cat([attention(*split(x), causal=True, **options)[0]]) if options else attention(*split(x), causal=True),
+        judge(lambda x, options=options: torch.cat([attention(*split(x), causal=True, **options)[0]]) if options else attention(*split(x), causal=True),
               lambda x: attention_reference(*split(x), causal=True), [mixed], [dout])
     tokens = mixed[:, 0]
     judge(lambda x: attention(x[:, :, 0], x[:, :, 2], x[:, :, 3], causal=True, cu_seqlens_q=cumulative((2, 4))),

@@ -31,6 +31,5 @@ def test_missing_is_an_error_with_the_install_line():
         choose("op", table={"op": TABLE["op"][:1]})
 
 
-@pytest.mark.both
 def test_the_projects_adamw():
     assert choose("adamw").backend == "torch"

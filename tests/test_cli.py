@@ -70,7 +70,7 @@ def test_check_as_json():
 
 @pytest.mark.parametrize(("words", "message"), [
     (["tran"], "error: verb=tran: unknown; did you mean train?"),
-    (["plan"], "error: verb=plan: unknown;"),
+    (["deploy"], "error: verb=deploy: unknown;"),
     (["model=tiny", "train"], "error: verb=model=tiny: the verb comes first"),
     (["train", "--promt", "x"], "error: option=--promt: unknown to train"),
     (["generate", "--promt", "x"], "did you mean --prompt?"),

@@ -96,6 +96,13 @@ def test_a_config_json_of_our_making_is_read_by_transformers(imported, name):
 # ---- files ---------------------------------------------------------------------------------------------------------------------------
 
 
+def test_the_average_is_looked_for_where_it_is_written():
+    from megatron_ext.convert import exporter
+    from megatron_ext.train import weights
+
+    assert exporter.AVERAGE == weights.AVERAGE
+
+
 def test_many_files_of_two_dtypes_come_back_as_they_were(tmp_path):
     """bfloat16 but for the norms, in shards; the names of the base model alone, without its prefix."""
     model = hf.build(hf.CASES["qwen3"]).to(torch.bfloat16)
@@ -129,7 +136,7 @@ def test_written_shards_have_the_index_that_transformers_reads(tmp_path, monkeyp
 
     hf.save(hf.CASES["llama"], tmp_path / "hf")
     assert main(["convert", f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"]) == 0
-    monkeypatch.setattr(safetensors.write, "__kwdefaults__", {"shard_bytes": 100_000})
+    monkeypatch.setitem(safetensors.write.__kwdefaults__, "shard_bytes", 100_000)
     assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"]) == 0
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
@@ -154,6 +161,8 @@ MEMORY = """
 import resource, sys
 from megatron_ext.cli.main import main
 import megatron_ext.convert.importer, megatron_ext.convert.exporter
+from megatron_ext.config.compose import compose
+compose(["launch.ranks=1"])  # what is loaded once is not counted
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
 import threading, time

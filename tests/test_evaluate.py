@@ -12,7 +12,6 @@ from megatron_ext.data.samples import Masking, Sample
 from megatron_ext.evaluate.likelihood import Continuation, Likelihood, likelihoods
 from megatron_ext.evaluate.split import SplitLoss, evaluate_split
 
-pytestmark = pytest.mark.both
 LENGTH = 12
 
 

@@ -83,10 +83,9 @@ def test_a_rank_that_sees_the_other_ones_renaming_goes_along(tmp_path, monkeypat
 
     class Second(fallback.Ranks):
         rank, size = 1, 2
-        first = [(bad, None), (False, None), (good, None)]  # what rank 0 says: which one, that another is left, which one
 
         def __init__(self):
-            pass
+            self.first = [(bad, None), (False, None), (good, None)]  # what rank 0 says: which one, that another is left, which one
 
         def gather(self, value):
             return [None if value is None else self.first.pop(0), value]

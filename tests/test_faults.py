@@ -15,7 +15,7 @@ def test_faults_come_out_as_declared_and_a_wrong_declaration_is_noticed(tmp_path
     monkeypatch.setitem(DECLARED, "kill_rank", replace(DECLARED["kill_rank"], codes=(0,)))
     faults = fault_campaign.campaign(tmp_path, ["hang", "kill_rank", "lost_node", "truncated", "nan"], 1, print, steps=40)
     found = {fault.kind: fault for fault in faults}
-    assert {kind: found[kind].problems for kind in found if kind != "kill_rank"} == dict.fromkeys(("hang", "lost_node", "truncated", "nan"), [])
+    assert {kind: found[kind].problems for kind in found if kind != "kill_rank"} == {key: [] for key in ("hang", "lost_node", "truncated", "nan")}
     assert [text.split(":")[0] for text in found["kill_rank"].problems] == ["exit code 137"]
     assert all(fault.seconds is not None for fault in faults)
 

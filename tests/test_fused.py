@@ -12,7 +12,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
-pytestmark = pytest.mark.both
 SMALL = ModelConfig(num_layers=4, hidden_size=256, num_attention_heads=8, num_query_groups=4)
 OPS = ("rms_norm", "layer_norm", "swiglu", "geglu", "bias_gelu", "rope", "linear_cross_entropy")
 

@@ -6,7 +6,6 @@ import pytest
 from generate_ranks import COUNT, EOD, JOBS, SEQUENCES, SETTINGS
 from spawn import spawn
 
-pytestmark = pytest.mark.both
 HERE = Path(__file__).parent
 OTHERS = [job for job in JOBS if not job.endswith("/one")]
 

@@ -15,7 +15,6 @@ from megatron_ext.errors import UserError
 from megatron_ext.models.initialise import sharded_tensors
 from megatron_ext.models.lora import PATHS, adapted, apply_lora, disabled
 
-pytestmark = pytest.mark.both
 ONE = JOBS["one"]
 SMALL = replace(ONE, model=replace(LLAMA, num_layers=2))
 BASE = replace(SMALL, lora=LoraConfig())

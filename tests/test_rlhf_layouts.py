@@ -15,6 +15,8 @@ from rlhf_small import ppo_words, run
 from small import records
 from spawn import spawn
 
+from megatron_ext.platform.half_products import slow_here
+
 HERE = Path(__file__).parent
 NUMBER, GRADIENT, GENERATION = 2e-6, 1e-5, 2e-5
 CUTS = [(job.name, budget) for job in (*FIRST, *JOBS) for budget in (job.budgets if job in JOBS else ("some", "each"))]
@@ -113,7 +115,9 @@ def test_low_precision_is_within_its_documented_bound(runs, name):
     facts, = runs[name]
     assert facts["bounds"]["fp32"] == GENERATION
     for settings in SETTINGS:
-        assert 1e-3 < facts[settings]["right"] <= facts["bounds"][name]
+        assert facts[settings]["right"] <= facts["bounds"][name]
+        # Products that are sums in fp32 rounded once come out alike in decoding and in training.
+        assert facts[settings]["right"] > (0 if name == "bf16" and slow_here() else 1e-3), "the bound says something"
 
 
 def test_the_words_that_were_left_are_found_again_by_their_number():

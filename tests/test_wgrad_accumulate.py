@@ -166,7 +166,6 @@ print("same")
 """
 
 
-@pytest.mark.both
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the layers are put together on the CPU")
 def test_megatron_cores_fusion_gives_the_same_main_gradient():
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

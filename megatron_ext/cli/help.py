@@ -30,7 +30,7 @@ EXAMPLES = {
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
     "submit": "submit stage=pretrain model=llama3_8b data.path=/data/tokens cluster=slurm_gpu parallel.tp=4 run.dir=/runs/8b --dry-run",
     "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
-    "plan": "plan model=mtnlg_530b parallel.tp=8 parallel.pp=35 launch.ranks=2240 hardware=a100_80g train.tokens=270000000000",
+    "plan": "plan model=mt_nlg_530b parallel.tp=8 parallel.pp=35 launch.ranks=2240 hardware=a100_80g train.tokens=270000000000",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",

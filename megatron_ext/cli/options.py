@@ -68,6 +68,8 @@ def parse(argv: Sequence[str]) -> Options:
     position = 0
     if words and words[0] in ACTIONS.get(verb, ()):
         options, position = replace(options, action=words[0]), 1
+    elif words and verb in ACTIONS and "=" not in words[0] and not words[0].startswith("-"):
+        raise UserError(verb, words[0], f"unknown; {_closest(words[0], list(ACTIONS[verb]))}, or overrides such as model=llama3_8b")
     while position < len(words):
         word = words[position]
         position += 1

@@ -28,9 +28,9 @@ from megatron_ext.convert.settings import FILE
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import UserError
 from megatron_ext.train.start import stored_config, tokenizer_of
-from megatron_ext.train.weights import AVERAGE
 
 KEY = "checkpoint.load"
+AVERAGE = "ema."  # as train/weights.py, which brings the whole engine along
 
 
 @dataclass(frozen=True)

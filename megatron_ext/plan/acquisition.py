@@ -105,10 +105,12 @@ def as_dict(wanted: Sequence[Wanted]) -> dict[str, object]:
 
 def page(config: Config, wanted: Sequence[Wanted]) -> str:
     """For people."""
-    lines = [f"{config.model.name} on {config.hardware.name}: {max(one.gpus for one in wanted):,} GPUs at most, {sum(one.gpu_hours for one in wanted):,.0f} GPU-hours"]
+    most, hours = max(one.gpus for one in wanted), sum(one.gpu_hours for one in wanted)
+    lines = [f"{config.model.name} on {config.hardware.name}: {most:,} GPUs at most, {hours:,.0f} GPU-hours"]
     for one in wanted:
         extra = "" if one.energy is None else f", {one.energy / 1000:,.1f} MWh"
         extra += "" if one.cost is None else f", cost {one.cost:,.0f}"
         copies = f" x {one.copies}" if one.copies > 1 else ""
-        lines.append(f"  day {one.start:6.1f} to {one.end:6.1f}  {one.name + copies:<12} {one.tokens:8.2e} tokens  {one.gpus:6,} GPUs  {one.gpu_hours:12,.0f} GPU-hours{extra}")
+        lines.append(f"  day {one.start:6.1f} to {one.end:6.1f}  {one.name + copies:<12} {one.tokens:8.2e} tokens  {one.gpus:6,} GPUs  "
+                     f"{one.gpu_hours:12,.0f} GPU-hours{extra}")
     return "\n".join(lines)

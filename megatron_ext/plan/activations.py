@@ -146,25 +146,28 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
     rows = sizes.padded_vocabulary(vocab, model.vocab_multiple, parallel.tp) / parallel.tp
     table = rows * model.hidden_size * b
     placeholder = persistent = 0.0
+    spoken = said(config) if both else t  # tokens at the head
+    shown, gathered = spoken * model.hidden_size * b * (2 * w), spoken * model.hidden_size * b if parallel.sp else 0.0
     if last and head == "vocabulary":
-        edges += 2 * stream + (whole if parallel.sp else 0)
-        placeholder = table + whole + stream
+        edges += shown + gathered
+        placeholder = table + spoken * model.hidden_size * b + shown / 2
         if model.tied_embeddings and first:  # autograd adds up both uses of the table: the first gradient waits for the second
             persistent = table
         if config.kernels.layers == "plain":
-            placeholder += 3 * rows * t * 4
-        placeholder += _special_head(config, rows, t, table)
+            placeholder += 3 * rows * spoken * 4
+        placeholder += _special_head(config, rows, spoken, table)
     if config.lora.rank:
-        placeholder, persistent = whole + stream, 0.0
+        placeholder, persistent = spoken * model.hidden_size * b + shown / 2, 0.0
     # The head goes backward before any layer does: its inputs are gone when the first layer begins.
-    after = edges - (2 * stream + (whole if parallel.sp else 0) if last and head == "vocabulary" else 0)
+    after = edges - (shown + gathered if last and head == "vocabulary" else 0.0)
     at_head, at_layer = edges + max(placeholder, persistent), after + persistent + worst.backward + again
     edges, backward = (edges, max(placeholder, persistent)) if at_head > at_layer else (after, at_layer - after)
-    gathered = whole if parallel.sp and not config.lora.rank else 0.0  # megatron-core's global buffer for a gathered input
+    shared = whole if parallel.sp and not config.lora.rank else 0.0  # megatron-core's global buffer for a gathered input
     sent = (4 if parallel.vpp else 2) * stream if parallel.pp > 1 else 0.0  # interleaved, what comes next is under way too
     largest = state(config, Grid.of(config).rank(pp=pipeline_rank), vocab, head=head).largest if config.optim.clip else 0
     return Activations(
-        layers=kept * passes, edges=edges, backward=backward, buffers=gathered + sent, clipping=4.0 * largest, workspace=_workspace(config, rows, t, last and head == "vocabulary"),
+        layers=kept * passes, edges=edges, backward=backward, buffers=shared + sent, clipping=4.0 * largest,
+        workspace=_workspace(config, rows, spoken, last and head == "vocabulary"),
         parts={name: value * encoded * passes for name, value in one.parts.items()} if not full and not both else {"all": kept * passes},
     )
 

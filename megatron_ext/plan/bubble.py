@@ -1,8 +1,8 @@
 """Pipeline schedules on a simulated clock: what the bubble is, and how long a step takes when stages are not equal. No torch.
 
-In 1F1B (Narayanan et al. 2021, arXiv 2104.04473) rank r of p runs min(m, p - r - 1) forward passes ahead, then one forward and one backward in turn. Interleaved,
-with v chunks a rank, passes go through the chunks in groups of p micro-batches, and 2 (p - r - 1) + (v - 1) p run ahead. A pass starts when its rank is
-free and its input has come. With equal passes the idle share is
+In 1F1B (Narayanan et al. 2021, arXiv 2104.04473) rank r of p runs min(m, p - r - 1) forward passes ahead, then one forward and one backward in turn.
+Interleaved, with v chunks a rank, passes go through the chunks in groups of p micro-batches, and 2 (p - r - 1) + (v - 1) p run ahead. A pass starts when
+its rank is free and its input has come. With equal passes the idle share is
 
     bubble / ideal time = (p - 1) / (m v).
 

@@ -56,8 +56,8 @@ def page(rows: Sequence[Compared]) -> str:
         lines += [
             (f"rank {one.rank}: built and stepped in {one.seconds:.1f} s ({one.operations:,} operations, {one.micro_batches} micro-batches); parameters, "
              f"gradients and optimizer {'are as planned, to the byte' if row.exact else 'DIFFER from the plan'}"),
-            (f"  {one.parameters:,} parameters; GiB: weights {one.weights / GIB:.3f}, gradients {one.gradients / GIB:.3f}, optimizer {one.optimizer / GIB:.3f}, "
-             f"activations {one.activations / GIB:.3f} (planned {row.activations / GIB:.3f}, {100 * row.error:+.1f} %)"),
+            (f"  {one.parameters:,} parameters; GiB: weights {one.weights / GIB:.3f}, gradients {one.gradients / GIB:.3f}, optimizer "
+             f"{one.optimizer / GIB:.3f}, activations {one.activations / GIB:.3f} (planned {row.activations / GIB:.3f}, {100 * row.error:+.1f} %)"),
         ]
         lines += [f"  {c.group:<10} {c.kind:<15} {c.calls:>6,} calls  {c.bytes / GIB:9.3f} GiB" for c in one.collectives if c.bytes]
     return "\n".join(lines)

@@ -88,14 +88,19 @@ def report() -> dict[str, object]:
     rows = published.megatron_table()
     constants = fit(rows)
     table, rest = judge(rows, constants, leave_one_out=True), judge(published.others(), constants)
-    scaling = [(row.name, stated, step_time(row.config, constants, row.vocab, software=row.software).mfu) for row, stated in published.strong_scaling()]
+    scaling = [{"name": row.name, "stated_mfu": stated, "mfu": _mfu(row, constants), "mfu_four_chunks": _mfu(four, constants)}
+               for (row, stated), (four, _) in zip(published.strong_scaling(), published.strong_scaling(4), strict=True)]
     return {
         "command": COMMAND, "source": published.TABLE, "fitted": list(FITTED), "constants": as_dict(constants),
         "error": {"fit": mean_error(table, "predicted"), "leave_one_out": mean_error(table, "left_out"), "constant": mean_error(table, "constant")},
         "rows": [vars(row) | {"error": row.error} for row in table],
         "not_fitted": [vars(row) | {"error": row.error} for row in rest],
-        "strong_scaling": [{"name": name, "stated_mfu": stated, "mfu": mfu} for name, stated, mfu in scaling],
+        "strong_scaling": scaling,
     }
+
+
+def _mfu(row: Row, calibration: Calibration) -> float:
+    return step_time(row.config, calibration, row.vocab, software=row.software).mfu
 
 
 def write(path: Path) -> dict[str, object]:

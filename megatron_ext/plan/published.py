@@ -5,8 +5,10 @@ pipeline a rank takes the sequences of a step at once, where they are few (four 
 """
 from dataclasses import dataclass, replace
 
+from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config, DataConfig, LaunchConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from megatron_ext.plan import hardware
+from megatron_ext.plan.memory import fullest
 from megatron_ext.plan.timing import MEGATRON, Software
 
 TABLE = "Megatron-LM's README, images/model_table.png (H100, core r0.8.0, sequence 4,096, vocabulary 131,072, the whole attention matrix counted)"
@@ -23,14 +25,15 @@ class Row:
     unit: str
     source: str
     software: Software = MEGATRON
+    sharded: bool = False  # FSDP: weights and gradients are split over the data ranks too, which this runtime does not
 
 
 def _config(model: ModelConfig, *, tp: int, pp: int, gpus: int, batch: int, length: int, micro: int = 1, vpp: int | None = None, cp: int = 1,
-            fp8: str | None = None, recompute: str = "none") -> Config:
+            fp8: str | None = None, recompute: str = "none", gpu: str = "h100_sxm") -> Config:
     return Config(
         model=model, parallel=ParallelConfig(tp=tp, pp=pp, vpp=vpp, cp=cp, sp=tp > 1, recompute=recompute),
         precision=PrecisionConfig(dtype="bf16", fp8=fp8), data=DataConfig(sequence_length=length),
-        train=TrainConfig(global_batch_size=batch, micro_batch_size=micro), launch=LaunchConfig(ranks=gpus), hardware=hardware.load("h100_sxm"),
+        train=TrainConfig(global_batch_size=batch, micro_batch_size=micro), launch=LaunchConfig(ranks=gpus), hardware=hardware.load(gpu),
     )
 
 
@@ -55,11 +58,19 @@ def megatron_table() -> list[Row]:
             for name, heads, hidden, layers, tp, pp, gpus, batch, measured in rows]
 
 
-def strong_scaling() -> list[tuple[Row, float | None]]:
-    """The 177B model on 96 to 4,608 GPUs, batch 1,152, in the table's TP 8 x PP 6; the MFU that the README states, where it does."""
+def strong_scaling(chunks: int = 16) -> list[tuple[Row, float | None]]:
+    """The 177B model on 96 to 4,608 GPUs, batch 1,152, in the table's TP 8 x PP 6; the MFU that the README states, where it does.
+
+    Args:
+        chunks: of a stage, which the README does not tell; 16 is layer by layer.
+    """
     stated = {96: 0.47, 2304: 0.44, 4608: 0.42}
-    return [(Row(f"177B on {gpus}", gpt(96, 12288, 96, tp=8, pp=6, gpus=gpus, batch=1152), 131072, stated.get(gpus, 0.0) * 989.4, "tflops", TABLE),
-             stated.get(gpus)) for gpus in (96, 144, 288, 576, 1152, 2304, 3072, 4608)]
+    found = []
+    for gpus in (96, 144, 288, 576, 1152, 2304, 3072, 4608):
+        config = gpt(96, 12288, 96, tp=8, pp=6, gpus=gpus, batch=1152)
+        config = replace(config, parallel=replace(config.parallel, vpp=chunks))
+        found.append((Row(f"177B on {gpus}", config, 131072, stated.get(gpus, 0.0) * 989.4, "tflops", TABLE), stated.get(gpus)))
+    return found
 
 
 def _llama(size: str) -> ModelConfig:
@@ -82,20 +93,41 @@ def others() -> list[Row]:
     sixteen = {"tp": 8, "pp": 16, "length": 8192}
     deep = replace(huge, num_layers=128)
     return [
-        Row("Llama 3 405B, 8,192 GPUs", _config(deep, gpus=8192, batch=2048, vpp=8, **sixteen), 128256, 430 * 128 / 126, "causal", herd),
-        Row("Llama 3 405B, 16,384 GPUs", _config(deep, gpus=16384, batch=2048, vpp=8, **sixteen), 128256, 400 * 128 / 126, "causal", herd),
+        Row("Llama 3 405B, 8,192 GPUs", _config(deep, gpus=8192, batch=2048, vpp=8, **sixteen), 128256, 430 * 128 / 126, "causal", herd, sharded=True),
+        Row("Llama 3 405B, 16,384 GPUs", _config(deep, gpus=16384, batch=2048, vpp=8, **sixteen), 128256, 400 * 128 / 126, "causal", herd, sharded=True),
         Row("Llama 3 405B, 131,072 tokens", _config(deep, gpus=16384, batch=128, vpp=8, cp=16, **(sixteen | {"length": 131072})), 128256, 380 * 128 / 126,
-            "causal", herd),
-        Row("torchtitan 8B, compiled", _config(small, tp=1, pp=1, gpus=8, batch=8, length=8192), 128256, 6667, "tokens", titan, half),
+            "causal", herd, sharded=True),
+        Row("torchtitan 8B, compiled", _config(small, tp=1, pp=1, gpus=8, batch=8, length=8192), 128256, 6667, "tokens", titan, half, True),
         Row("torchtitan 8B, eager", _config(small, tp=1, pp=1, gpus=8, batch=8, length=8192), 128256, 5762, "tokens", titan,
-            replace(half, elementwise=2.5)),
-        Row("torchtitan 8B, float8", _config(small, tp=1, pp=1, gpus=8, batch=8, length=8192, fp8="current"), 128256, 8532, "tokens", titan, half),
-        Row("Megatron-Bridge 8B, FP8", _config(small, tp=1, pp=1, gpus=8, batch=128, length=8192, fp8="current"), 128256, 744, "causal", bridge),
+            replace(half, elementwise=2.5), True),
+        Row("torchtitan 8B, float8", _config(small, tp=1, pp=1, gpus=8, batch=8, length=8192, fp8="current"), 128256, 8532, "tokens", titan, half, True),
+        Row("Megatron-Bridge 8B, FP8", _config(small, tp=1, pp=1, gpus=8, batch=128, length=8192, fp8="current"), 128256, 744, "causal", bridge, sharded=True),
         Row("Megatron-Bridge 70B, FP8", _config(large, tp=4, pp=8, vpp=5, gpus=64, batch=128, length=8192, fp8="current"), 128256, 731, "causal", bridge),
         # 126 layers on 8 stages of 8 chunks: 128 are timed, as above.
         Row("Megatron-Bridge 405B, FP8", _config(deep, tp=8, pp=8, vpp=8, cp=2, gpus=1024, batch=512, length=8192, fp8="current"), 128256, 827 * 128 / 126,
             "causal", bridge),
+        *_mt_nlg(),
     ]
+
+
+def _mt_nlg() -> list[Row]:
+    """MT-NLG on another GPU: batch 1,920 in 60.1, 50.2 and 44.4 seconds."""
+    source = "Smith et al. 2022 (arXiv 2201.11990), section 2.3: MT-NLG 530B on A100, TP 8 x PP 35, full recomputation"
+    # Attention was not flash attention yet, and tensor-parallel communication was not cut to run beside products.
+    software = Software(fused_loss=False, attention=0.5)
+    model = ModelConfig(name="mt_nlg_530b", num_layers=105, hidden_size=20480, num_attention_heads=128, max_sequence_length=2048,
+                        position_embedding="learned", norm="layernorm", activation="gelu", bias=True, tied_embeddings=True, vocab_size=50257)
+    rows = ((2240, 60.1), (2800, 50.2), (3360, 44.4))
+    return [Row(f"MT-NLG 530B, {gpus:,} A100", _config(model, tp=8, pp=35, gpus=gpus, batch=1920, length=2048, recompute="full", gpu="a100_80g"), 50257,
+                1920 * 2048 / seconds / gpus, "tokens", source, software) for gpus, seconds in rows]
+
+
+def needed(row: Row) -> float:
+    """Bytes that the fullest rank of a row needs, the margin left out: it ran."""
+    # Meta runs micro-batches so that a rank holds no more of them than in 1F1B (section 3.3.2): interleaving costs no memory there.
+    config = replace(row.config, parallel=replace(row.config.parallel, vpp=None)) if row.name.startswith("Llama 3") else row.config
+    most, ranks = fullest(config, row.vocab), Grid.of(config).dp * Grid.of(config).cp
+    return most.total - most.margin - (most.weights + most.gradients) * (1 - 1 / ranks if row.sharded else 0.0)
 
 
 def predicted(row: Row, step) -> float:

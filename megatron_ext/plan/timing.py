@@ -3,7 +3,8 @@
 Of a micro-batch of T = b s / CP tokens a GPU computes in a layer, with TP ranks, h hidden, a heads and g key/value heads of d, f feed-forward:
 
     products     [T, h] x [h, (a + 2 g) d / TP],  [T, a d / TP] x [.., h],  [T, h] x [h, c f / TP],  [T, f / TP] x [.., h]   (c = 2 with a gate)
-                 once forward, twice backward (the input's gradient and the weight's), each as `Calibration` says
+                 once forward, twice backward (the input's gradient and the weight's), each as `Calibration` says; on another GPU
+                 `depth` goes with its FLOP a byte
     attention    4 a d s / TP a token forward, half of it where it is causal; backward 2.5 times that
     elementwise  bytes over the memory's rate (`_elementwise`)
     tensor       with sequence parallelism 6 all-gathers and 4 reduce-scatters of T h elements (2 + 2 forward, 4 + 2 backward), without 4 all-reduces, each
@@ -22,6 +23,8 @@ from megatron_ext.observe.flops import token_flops, utilisation
 from megatron_ext.plan.buffers import BYTES, fullest_stage, state
 from megatron_ext.plan.calibration import Calibration
 from megatron_ext.plan.hardware import peaks
+
+FITTED_ON = 989.4 / 3.35  # FLOP in bf16 a byte of memory, of the H100 whose rows the constants are fitted to
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ class Clock:
         self.software = software or (EAGER if config.kernels.layers == "plain" else OURS)
         self.peak, fp8 = peaks(hardware)
         self.rate = self.peak * self.software.speed
+        # What a result costs beside its sum is memory's and the links' work: worth as many terms of the sum as the GPU computes while a byte moves.
+        self.depth = calibration.depth * self.peak / (hardware.bandwidth * 1e12) / FITTED_ON
         self.fp8 = fp8 if config.precision.fp8 is not None else None
         self.grid = Grid.of(config)
         self.size = BYTES[config.precision.dtype]
@@ -127,7 +132,7 @@ class Clock:
     def product(self, out: float, depth: float, rows: float, *, linear: bool = True) -> float:
         """Seconds of [rows, depth] x [depth, out]."""
         peak = self.fp8 * self.software.speed if linear and self.fp8 is not None else self.rate
-        return 2 * rows * out * (depth + self.calibration.depth) / (peak * self.calibration.gemm)
+        return 2 * rows * out * (depth + self.depth) / (peak * self.calibration.gemm)
 
     def linear(self, out: float, depth: float, *, linear: bool = True) -> Passes:
         """A layer [out, depth] on this GPU's tokens."""

@@ -13,9 +13,10 @@ from megatron_ext.data.build import dataset_tokenizer, default_directory
 from megatron_ext.data.prepared import FILE, Prepared
 from megatron_ext.errors import UserError
 
-# Keys that came later: left out at their default, so that what older checkpoints say of the same model stays the same.
-LATER = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length", "position_offset", "block", "proj_bias", "mlp_bias", "head_bias",
-         "qk_norm", "embedding_size")
+# The keys that every record has said from the start. Those that came later are left out at their default, so that what an older checkpoint says of a model
+# is what this program says of the same one.
+FIRST = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "max_sequence_length", "position_embedding",
+         "rotary_percent", "rotary_base", "rotary_interleaved", "rope_scaling_factor", "norm", "norm_eps", "activation", "bias", "qkv_bias", "tied_embeddings")
 # Choices of training, not of the model that a checkpoint holds.
 NOT_THE_MODEL = ("name", "hidden_dropout", "attention_dropout", "init_std", "vocab_multiple")
 
@@ -26,7 +27,7 @@ def architecture(model: ModelConfig, vocab_size: int) -> dict:
     if model.position_embedding == "rope":
         del found["max_sequence_length"]
     usual = ModelConfig()
-    found = {key: value for key, value in found.items() if key not in LATER or value != getattr(usual, key)}
+    found = {key: value for key, value in found.items() if key in FIRST or value != getattr(usual, key)}
     return found | {
         "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
         "ffn_hidden_size": sizes.ffn_size(model),

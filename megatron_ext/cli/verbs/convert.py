@@ -23,10 +23,12 @@ def _import(config: Config, options: Options) -> int:
 
     several = config.launch.ranks > 1
     if several:
+        import torch
+
         from megatron_ext import platform
 
-        platform.quiet()
-        platform.connect(platform.install("cpu"), config.launch.timeout)
+        # Nothing is computed: the ranks talk over gloo wherever they are, and megatron-core is not needed.
+        platform.connect(platform.Platform(torch.device("cpu"), "gloo"), config.launch.timeout)
     found = importer.plan(config, options.overrides)
     sealed = importer.write(found, Path(config.output), private=config.run.private)
     if not several or platform.is_first_rank():

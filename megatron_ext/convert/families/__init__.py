@@ -1,6 +1,7 @@
 """The families, by the `model_type` of their `config.json`."""
 from dataclasses import replace
 
+from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.families.gpt2 import GPT2
 from megatron_ext.convert.families.gpt_neox import GPT_NEOX
@@ -32,4 +33,16 @@ def can_say(family: Family, model: ModelConfig, vocab: int) -> bool:
         list(family.placed(model, vocab, family.prefix))
     except (ValueError, UserError):
         return False
-    return architecture(replace(again, max_sequence_length=model.max_sequence_length), vocab) == architecture(model, vocab)
+    return architecture(_normal(replace(again, max_sequence_length=model.max_sequence_length)), vocab) == architecture(_normal(model), vocab)
+
+
+def _normal(model: ModelConfig) -> ModelConfig:
+    """The same model with its keys said in one way: `bias` covers the three others, and what positions do not read is as it is by itself."""
+    usual = ModelConfig()
+    three = sizes.biases(model)
+    apart = (False, False, False) if all(three) else three
+    found = replace(model, bias=all(three), qkv_bias=apart[0], proj_bias=apart[1], mlp_bias=apart[2])
+    unread = ("rotary_percent", "rotary_base", "rotary_interleaved") if model.position_embedding == "learned" else ()
+    if model.rope_scaling_factor is None:
+        unread += ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")
+    return replace(found, **{key: getattr(usual, key) for key in unread})
