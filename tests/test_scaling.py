@@ -108,7 +108,7 @@ def write_run(directory: Path, *, hidden: int, tokens: int, loss: float | None =
     last = {"step": 2, "loss": 9.0, "tokens": tokens} | ({} if loss == 0 else {"validation_loss": loss or float(law_of(PAPER, size, tokens))})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ({"step": 1, "loss": 9.5, "tokens": 1}, last)))
     data = {"sources": ["s" * 64], "tokenizer": tokenizer, "sequence_length": LENGTH}
-    events = [{"kind": "start", "vocab_size": WORDS, "data": data}, *([{"kind": "stop", "criterion": "steps"}] if ended else [])]
+    events = [{"kind": "start", "vocab_size": WORDS, "data": data}, *([{"kind": "stop", "criterion": "tokens"}] if ended else [])]
     (directory / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     return config.model
 
