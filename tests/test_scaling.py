@@ -108,7 +108,7 @@ def write_run(directory: Path, *, hidden: int, tokens: int, loss: float | None =
     last = {"step": 2, "loss": 9.0, "tokens": tokens} | ({} if loss == 0 else {"validation_loss": loss or float(law_of(PAPER, size, tokens))})
     (directory / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in ({"step": 1, "loss": 9.5, "tokens": 1}, last)))
     data = {"sources": ["s" * 64], "tokenizer": tokenizer, "sequence_length": LENGTH}
-    events = [{"kind": "start", "vocab_size": WORDS, "data": data}, *([{"kind": "stop", "criterion": "steps"}] if ended else [])]
+    events = [{"kind": "start", "vocab_size": WORDS, "data": data}, *([{"kind": "stop", "criterion": "tokens"}] if ended else [])]
     (directory / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     return config.model
 
@@ -177,6 +177,8 @@ def test_no_runs_too_few_and_damaged_ones(small, tmp_path):
 def test_the_campaigns_numbers_hold_the_bar():
     """benchmarks/results/scaling.json: what campaign_scaling.py measured."""
     path = Path(__file__).resolve().parent.parent / "benchmarks/results/scaling.json"
+    if not path.is_file():
+        pytest.skip("no campaign has been run: python benchmarks/campaign_scaling.py")
     result = json.loads(path.read_text())
     off = {name: abs(value) for name, value in result["off"].items()}
     assert result["times_the_compute"] == pytest.approx(4, rel=0.01) and len({run["size"] for run in result["runs"]}) == 3

@@ -137,7 +137,7 @@ def read_run(directory: Path) -> SmallRun:
                 "validation.samples": config.validation.samples}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, yaml.YAMLError, UserError) as error:
         raise UserError(KEY, directory, f"cannot be read ({type(error).__name__}: {error})") from None
-    if not any(event["kind"] == "stop" and event.get("criterion") == "steps" for event in events):
+    if not any(event["kind"] == "stop" and event.get("criterion") in ("steps", "tokens") for event in events):
         raise UserError(KEY, directory, "has not ended: its learning rate has not come down, and its loss with it")
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise UserError(KEY, directory, f"has no validation loss after its last step ({last.get('step')}); train with validation.at_end=true")
