@@ -51,12 +51,13 @@ def trained(engine) -> tuple[list[float], list[float]]:
     return [result.loss for result in results], [result.grad_norm for result in results]
 
 
-def saved(engine, record: dict, directory: Path) -> Path:
-    """A checkpoint as a run at this layout writes it, of weights that have not changed."""
-    from megatron_ext.checkpoint import Checkpoints
+def saved(engine, source, directory: Path) -> Path:
+    """A checkpoint as a run at this layout writes it that started from `source`, of weights that have not changed."""
+    from megatron_ext.checkpoint import Checkpoints, checkpoint_hash
 
     store = Checkpoints(directory / "checkpoints", keep=0, background=False, sharding="fully_reshardable")
-    store.save(0, engine.sharded_state(loading=False, weights_only=True), {**record, "config": asdict(engine.config)})
+    parent = {"stage": "pretrain", "parent": checkpoint_hash(source.path), "parent_path": str(source.path)}
+    store.save(0, engine.sharded_state(loading=False, weights_only=True), {**source.record, **parent, "config": asdict(engine.config)})
     store.wait()
     store.close()
     return store.newest()
@@ -90,7 +91,7 @@ def main(directory: Path) -> None:
             engine, found = hf.restored(output, platform, *words, ranks=(0, 1))
             logits = logits_of(engine)
             tokens = hf.grown(engine)
-            copied = saved(engine, found.record, folder / f"{layout}-saved")
+            copied = saved(engine, found, folder / f"{layout}-saved")
             fact = {"tokens": bool(torch.equal(tokens, truth["tokens"])), "off": None if logits is None else hf.off(logits, truth["logits"])}
             if rank == 0:
                 exporter.write_directory(exporter.plan(copied), folder / f"{layout}-exported")
