@@ -14,14 +14,14 @@ def words(config: Config) -> int | None:
     from megatron_ext.data.prepared import Prepared
 
     prepared = Prepared.load(config.data.path)
-    found = prepared.vocab_size
+    found, of = prepared.vocab_size, "the tokenizer"
     if config.model.family != "decoder":  # the objective may have words that the tokenizer has not
         from megatron_ext.data.objective import words_of
         from megatron_ext.data.tokenizer import Tokenizer
 
-        found = words_of(config.model, Tokenizer.from_file(prepared.tokenizer_path))
+        found, of = words_of(config.model, Tokenizer.from_file(prepared.tokenizer_path)), "the tokenizer and the objective"
     if config.model.vocab_size is not None and config.model.vocab_size < found:
-        raise UserError("model.vocab_size", config.model.vocab_size, f"is below the {found} words of {config.data.path}")
+        raise UserError("model.vocab_size", config.model.vocab_size, f"is below the {found} words of {of} in {config.data.path}")
     return config.model.vocab_size or found
 
 
