@@ -117,7 +117,7 @@ def test_low_precision_is_within_its_documented_bound(runs, name):
     for settings in SETTINGS:
         assert facts[settings]["right"] <= facts["bounds"][name]
         # Products that are sums in fp32 rounded once come out alike in decoding and in training.
-        assert facts[settings]["right"] > (0 if name == "bf16" and slow_here() else 1e-3), "the bound says something"
+        assert facts[settings]["right"] > 1e-3 or name == "bf16" and slow_here(), "the bound says nothing"
 
 
 def test_the_words_that_were_left_are_found_again_by_their_number():

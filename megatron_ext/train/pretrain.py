@@ -110,5 +110,5 @@ def checked_vocabulary(config: Config, samples: Samples) -> int:
     """Words of the model: its own number, or the data's (the tokenizer's, and the mask of an encoder). Raises UserError when the data has more."""
     wanted = config.model.vocab_size
     if wanted is not None and wanted < samples.vocab_size:
-        raise UserError("model.vocab_size", wanted, f"the data has {samples.vocab_size} words; give at least as many, or null")
+        raise UserError("model.vocab_size", wanted, f"the tokenizer has {samples.vocab_size} words; give at least as many, or null")
     return wanted or samples.vocab_size
