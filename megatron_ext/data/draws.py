@@ -4,6 +4,12 @@ import hashlib
 import numpy as np
 
 
+def stream(*key: object) -> np.random.Philox:
+    """Raw 64-bit numbers of a counter-based generator, which NumPy promises never to change."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
+
+
 class Draws:
     """A stream of random numbers.
 
@@ -12,8 +18,7 @@ class Draws:
     """
 
     def __init__(self, *key: object):
-        digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-        self._stream = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
+        self._stream = stream(*key)
 
     def uniform(self, count: int) -> np.ndarray:
         """float64 [count] in [0, 1)."""

@@ -14,20 +14,19 @@ another order from its first sample on.)
 pi is a stable argsort of raw 64-bit Philox outputs. NumPy guarantees the streams of its *bit generators* over versions (NEP 19), not what
 `Generator.permutation` makes of them; the key comes from sha256, so neither `SeedSequence` nor Python's salted `hash` matters.
 """
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_ext.data.draws import stream
 
 _CACHED = 2  # epochs held at once: a run crosses from one into the next
 
 
 def permutation(size: int, *key: object) -> np.ndarray:
     """A permutation of [0, size) that depends on `size` and `key` alone; int32 where that holds it, else int64."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    stream = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64))
-    order = np.argsort(stream.random_raw(size), kind="stable")
+    order = np.argsort(stream(*key).random_raw(size), kind="stable")
     return order.astype(np.int32) if size < 2**31 else order
 
 
