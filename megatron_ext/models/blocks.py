@@ -6,7 +6,6 @@
 A is attention, M the MLP. Parameters have the names that they have in the usual layer. Each of the two forward passes serves both kinds of modules, those on
 `kernels/` (fused, fp8) and megatron-core's own (plain).
 """
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -15,6 +14,8 @@ from megatron_ext.models.fused import FusedLayer
 
 class PlainParts(TransformerLayer):
     """The parts of a layer by megatron-core's modules."""
+
+    _dropped = FusedLayer._dropped
 
     def _attend(self, x: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None, packed_seq_params) -> Tensor:
         out, bias = self.self_attention(x, attention_mask=attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params)
@@ -26,19 +27,12 @@ class PlainParts(TransformerLayer):
     def _normed_sum(self, norm, x: Tensor, residual: Tensor) -> Tensor:
         return norm(x + residual)
 
-    def _dropped(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        x = x if bias is None else x + bias
-        return F.dropout(x, self.hidden_dropout, self.training) if self.hidden_dropout else x
-
 
 class FusedParts(FusedLayer):
     """The parts of a layer on our kernels."""
 
     def _attend(self, x: Tensor, attention_mask: Tensor | None, rotary_pos_emb: Tensor | None, packed_seq_params) -> Tensor:
         return self._dropped(*self.self_attention(x, attention_mask, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self._dropped(*self.mlp.linear_fc2(self.activate(*self.mlp.linear_fc1(x))))
 
     def _normed_sum(self, norm, x: Tensor, residual: Tensor) -> Tensor:
         return norm(x, residual=residual)[0]

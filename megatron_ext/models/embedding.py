@@ -5,16 +5,19 @@ hidden states back to the words.
 
 OPT (Zhang et al. 2022, arXiv 2205.01068) begins its table of positions two rows late; its 350M has words narrower than its layers.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.tensor_parallel import VocabParallelEmbedding
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.tensor_parallel import VocabParallelEmbedding, scatter_to_sequence_parallel_region
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import embedding_size, position_rows
+from megatron_ext.models.own import OwnParameters, matrix
 
 
 class Embedding(LanguageModelEmbedding):
@@ -36,12 +39,30 @@ class Embedding(LanguageModelEmbedding):
         return super().forward(input_ids, position_ids + self.offset if self.offset else position_ids, tokentype_ids)
 
 
+class SummedEmbedding(LanguageModelEmbedding):
+    """For sums of words with something beside them: the sum is split over the sequence, not the words alone."""
+
+    def __init__(self, config, model: ModelConfig, rows: int, tp_group, *, other_positions: str, token_types: int = 0):
+        kind = "learned_absolute" if model.position_embedding == "learned" else other_positions
+        super().__init__(config, rows, model.max_sequence_length, position_embedding_type=kind, num_tokentypes=token_types, tp_group=tp_group)
+        self.reduce_scatter_embeddings = self.word_embeddings.reduce_scatter_embeddings = False
+
+    def finished(self, total: Tensor, norm: torch.nn.Module | None = None) -> Tensor:
+        """total [batch, seq, hidden] -> [seq (/ TP with sequence parallel), batch, hidden], normed and with dropout."""
+        x, parallel = total.transpose(0, 1).contiguous(), self.config.sequence_parallel
+        if parallel:
+            x = scatter_to_sequence_parallel_region(x, group=self.tp_group).clone()  # pipelines free what they have sent: no view
+        x = x if norm is None else norm(x)
+        with get_cuda_rng_tracker().fork() if parallel else contextlib.nullcontext():  # ranks hold different tokens
+            return self.embedding_dropout(x)
+
+
 class NarrowWords(VocabParallelEmbedding):
     """A table of `model.embedding_size`, its rows projected to the hidden size. The projection is whole on every tensor-parallel rank."""
 
     def __init__(self, config, model: ModelConfig, rows: int, tp_group):
         super().__init__(rows, embedding_size(model), init_method=config.embedding_init_method, config=config, tp_group=tp_group)
-        self.project_in = torch.nn.Parameter(_matrix(config, config.hidden_size, embedding_size(model)))
+        self.project_in = torch.nn.Parameter(matrix(config, config.hidden_size, embedding_size(model)))
 
     def forward(self, input_: Tensor) -> Tensor:
         """[batch, seq] -> [batch, seq, hidden]."""
@@ -53,22 +74,13 @@ class NarrowWords(VocabParallelEmbedding):
         return super().sharded_state_dict(prefix, sharded_offsets, metadata) | own
 
 
-class ProjectOut(MegatronModule):
+class ProjectOut(OwnParameters):
     """[..., hidden] -> [..., embedding_size], before the head."""
 
     def __init__(self, config, model: ModelConfig, tp_group):
-        super().__init__(config=config)
-        self.tp_group = tp_group
-        self.weight = torch.nn.Parameter(_matrix(config, embedding_size(model), config.hidden_size))
+        super().__init__(config, tp_group)
+        self.weight = torch.nn.Parameter(matrix(config, embedding_size(model), config.hidden_size))
         self.weight.sequence_parallel = config.sequence_parallel  # then each rank's gradient is of its part of the tokens
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.weight)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return make_sharded_tensors_for_checkpoint(self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets, tp_group=self.tp_group,
-                                                   dp_cp_group=metadata["dp_cp_group"])
-
-
-def _matrix(config, out: int, width: int) -> Tensor:
-    return torch.empty(out, width, dtype=config.params_dtype, device="cpu" if config.use_cpu_initialization else torch.cuda.current_device())

@@ -15,15 +15,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import layers as count_layers
 from megatron_ext.models.decoder import Decoder
+from megatron_ext.models.embedding import SummedEmbedding
 from megatron_ext.models.layers import LayerConfig
 from megatron_ext.models.relative import RelativePositions, bias_of
 from megatron_ext.models.stack import Stack
@@ -128,15 +126,12 @@ def _places(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-class ScaledEmbedding(LanguageModelEmbedding):
+class ScaledEmbedding(SummedEmbedding):
     """Words times `embedding_scale`, with learned or sinusoidal positions, or none; the same for both stacks."""
 
     def __init__(self, model: ModelConfig, config: LayerConfig, groups: ProcessGroupCollection, padded_vocab_size: int):
-        learned = model.position_embedding == "learned"
-        super().__init__(config, padded_vocab_size, model.max_sequence_length, position_embedding_type="learned_absolute" if learned else "none",
-                         tp_group=groups.tp)
+        super().__init__(config, model, padded_vocab_size, groups.tp, other_positions="none")
         self.scale, self.sinusoidal = model.embedding_scale, model.position_embedding == "sinusoidal"
-        self.reduce_scatter_embeddings = self.word_embeddings.reduce_scatter_embeddings = False  # the sum is split over the sequence
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """tokens, positions [batch, seq] -> [seq (/ TP with sequence parallel), batch, hidden]."""
@@ -147,12 +142,7 @@ class ScaledEmbedding(LanguageModelEmbedding):
             x = x + self.position_embeddings(position_ids)
         if self.sinusoidal:
             x = x + sinusoids(position_ids, self.config.hidden_size).to(x.dtype)
-        x = x.transpose(0, 1).contiguous()
-        if not self.config.sequence_parallel:
-            return self.embedding_dropout(x)
-        x = scatter_to_sequence_parallel_region(x, group=self.tp_group).clone()
-        with get_cuda_rng_tracker().fork():  # ranks hold different tokens
-            return self.embedding_dropout(x)
+        return self.finished(x)
 
 
 def sinusoids(positions: Tensor, width: int) -> Tensor:

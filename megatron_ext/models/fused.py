@@ -127,9 +127,11 @@ class FusedLayer(TransformerLayer):
         if self.needed is not None:
             hidden_states = rows(hidden_states, self.needed)
         normed, residual = self.pre_mlp_layernorm(self._dropped(*attended), residual=hidden_states)
-        # The MLP is megatron-core's: its two projections, with the bias and the activation between them in one pass.
-        expanded = self.activate(*self.mlp.linear_fc1(normed))
-        return residual + self._dropped(*self.mlp.linear_fc2(expanded)), None
+        return residual + self._feed_forward(normed), None
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """megatron-core's MLP: its two projections, with the bias and the activation between them in one pass."""
+        return self._dropped(*self.mlp.linear_fc2(self.activate(*self.mlp.linear_fc1(x))))
 
     def _dropped(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x = x if bias is None else x + bias

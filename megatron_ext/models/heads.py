@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from megatron_ext.models.own import OwnParameters
 
 HEADS = ("vocabulary", "scalar")
 ALIGNED = 8  # elements: 16 bytes of the narrowest dtype
@@ -34,15 +34,14 @@ def widened(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor
     return torch.cat((hidden, beside), dim=-1), torch.cat((weight, F.pad(bias[:, None], (0, ALIGNED - 1))), dim=-1)
 
 
-class ValueHead(MegatronModule):
+class ValueHead(OwnParameters):
     """hidden -> one number a token, in fp32. The same on every tensor-parallel rank.
 
     It starts from N(0, 1 / (hidden + 1)), as the reward models of Stiennon et al. 2020 (arXiv 2009.01325, appendix B).
     """
 
     def __init__(self, config, tp_group):
-        super().__init__(config=config)
-        self.tp_group = tp_group
+        super().__init__(config, tp_group)
         self.weight = torch.nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
         # Over part of the sequence each rank's gradient is a part: megatron-core adds those that say so.
@@ -58,8 +57,3 @@ class ValueHead(MegatronModule):
         if self.config.sequence_parallel:
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False, group=self.tp_group)
         return values.t()
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
-        )

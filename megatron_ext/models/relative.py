@@ -6,13 +6,14 @@ Near distances have a bucket each; from half of them on buckets grow with the lo
 one. A stack that looks both ways has half of its buckets for what lies ahead (`_relative_position_bucket` of T5's code).
 """
 import math
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+
+from megatron_ext.models.own import OwnParameters, matrix
 
 
 def buckets(length: int, count: int, furthest: int, *, both_ways: bool, device: torch.device) -> Tensor:
@@ -30,24 +31,19 @@ def buckets(length: int, count: int, furthest: int, *, both_ways: bool, device: 
     return found + torch.where(distance < near, distance, grown.clamp(max=count - 1))
 
 
-class RelativePositions(MegatronModule):
+class RelativePositions(OwnParameters):
     """The table T of one stack, of this tensor-parallel rank's heads: [heads / TP, buckets]."""
 
+    split = MappingProxyType({"weight": 0})
+
     def __init__(self, config, count: int, groups):
-        super().__init__(config=config)
-        self.tp_group = groups.tp
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.empty(config.num_attention_heads // groups.tp.size(), count, dtype=config.params_dtype, device=device))
+        super().__init__(config, groups.tp)
+        self.weight = torch.nn.Parameter(matrix(config, config.num_attention_heads // groups.tp.size(), count))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self) -> Tensor:
         """A call, since hooks that wait for the newest weights hang on it."""
         return self.weight.clone()
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets, tp_group=self.tp_group, dp_cp_group=metadata["dp_cp_group"],
-        )
 
 
 def bias_of(table: Tensor, length: int, furthest: int, *, causal: bool) -> Tensor:

@@ -65,9 +65,6 @@ class StackLayer(FusedLayer):
             x = self.pre_cross_attn_layernorm(self._dropped(*self.cross_attention(x, context)), residual=x)[0]
         return self.pre_mlp_layernorm(self._feed_forward(x), residual=x)[0]
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self._dropped(*self.mlp.linear_fc2(self.activate(*self.mlp.linear_fc1(x))))
-
 
 class CrossLayer(StackLayer):
     """Of a decoder."""
