@@ -24,6 +24,17 @@ def rlhf_chain(small_data, tmp_path_factory) -> dict[str, Path]:
     return make_chain(tmp_path_factory.mktemp("chain"), small_data)
 
 
+@pytest.fixture(scope="module")
+def connected():
+    """The platform, with this process as the only rank of a job while the module's tests run."""
+    from megatron_ext import platform
+
+    device = platform.install("cpu")
+    platform.connect(device, 60)
+    yield device
+    platform.disconnect()
+
+
 @pytest.fixture(autouse=True)
 def umask_stays():
     """A run makes its process's files private from then on; in this process other tests follow."""

@@ -31,6 +31,18 @@ def build(model: ModelConfig = LLAMA, layout=None, *, words: int = WORDS, dtype:
     return Engine(config, layout, platform.install("cpu"), vocab_size=words, train=train)
 
 
+def stirred(engine):
+    """The engine with gains that are not 1 and biases that are not 0: a copy that forgets one must show."""
+    import torch
+
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in engine.models[0].named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return engine
+
+
 def prompts(lengths=LENGTHS, words: int = WORDS) -> list[list[int]]:
     import torch
 

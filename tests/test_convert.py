@@ -10,22 +10,14 @@ import pytest
 import torch
 from small import command, environment
 
-from megatron_ext import platform
 from megatron_ext.checkpoint import ancestry, find, read_record
 from megatron_ext.cli.main import main
 from megatron_ext.config import sizes
 from megatron_ext.data.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
+pytestmark = pytest.mark.usefixtures("connected")
 NAMES = list(hf.CASES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 @pytest.fixture(scope="module")

@@ -9,24 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ext import platform
 from megatron_ext.checkpoint import find, read_record
 from megatron_ext.cli.main import main
 
 pytest.importorskip("transformers", reason="transformers is not installed here")
+pytestmark = pytest.mark.usefixtures("connected")
 RANK = 3
 # Modules of each case that an adapter lies on: some of those that we join, all of them, and layers of both kinds.
 TARGETS = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_proj", "c_fc"), "gpt_neox": ("query_key_value", "dense"),
            "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")}
 CONV1D = ("c_attn", "c_proj", "c_fc")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 def adapter(model, folder: Path, targets: tuple[str, ...], **settings) -> dict:

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext import platform
 from megatron_ext.cli.main import main
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
+pytestmark = pytest.mark.usefixtures("connected")
 WORDS, LENGTH, SAID = 125, 40, 16
 BERT = {"vocab_size": WORDS, "hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 88, "max_position_embeddings": 48,
         "type_vocab_size": 3, "hidden_act": "gelu_new"}
@@ -22,14 +22,6 @@ CASES = {
     "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config(**T5)),
     "t5 1.1": (transformers.T5ForConditionalGeneration, transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 @pytest.fixture(scope="module")

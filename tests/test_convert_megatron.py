@@ -11,23 +11,16 @@ import torch
 from hugging_face import restored
 from megatron.core import dist_checkpointing
 
-from megatron_ext import platform
 from megatron_ext.checkpoint import find, read_record
 from megatron_ext.cli.main import main
 from megatron_ext.config import sizes
 from megatron_ext.convert import pickles
 
+pytestmark = pytest.mark.usefixtures("connected")
+
 LLAMA = replace(decoders.LLAMA, qk_norm=True)
 GPT2 = decoders.VARIANTS["gpt2"]
 TE = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight", "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 def arguments(model) -> Namespace:

@@ -1,12 +1,12 @@
 """Encoders against transformers' BERT, and the choice of masked words by hand. Layouts: test_families.py."""
 from dataclasses import replace
 
+import decoders
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext import platform
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config, KernelsConfig, ModelConfig
 from megatron_ext.data.batches import collate
@@ -15,16 +15,8 @@ from megatron_ext.data.samples import Masking, Sample
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
-pytestmark = pytest.mark.both
+pytestmark = [pytest.mark.both, pytest.mark.usefixtures("connected")]
 WORDS, EOD, MASK = 120, 3, 119
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 class Text:
@@ -45,14 +37,9 @@ def samples(share: float = 0.15, seed: int = 1, split: str = "train", types: int
 def engine_of(device, model: ModelConfig | None = None, layers: str = "auto") -> Engine:
     """Gains are not 1 and biases are not 0: a copy that forgets one must show."""
     model = model or replace(compose(["model=micro_bert"]).model, init_std=0.1)
-    engine = Engine(Config(model=model, kernels=KernelsConfig(layers=layers)), Layout(), device, vocab_size=WORDS, train=False)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in engine.models[0].named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        if engine.models[0].output_layer.bias is not None:
-            engine.models[0].output_layer.bias[WORDS:] = 0
+    engine = decoders.stirred(Engine(Config(model=model, kernels=KernelsConfig(layers=layers)), Layout(), device, vocab_size=WORDS, train=False))
+    if engine.models[0].output_layer.bias is not None:
+        engine.models[0].output_layer.bias.data[WORDS:] = 0
     return engine
 
 

@@ -2,11 +2,11 @@
 import math
 from dataclasses import replace
 
+import decoders
 import numpy as np
 import pytest
 import torch
 
-from megatron_ext import platform
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config, DataConfig, ModelConfig
 from megatron_ext.config.spans import Spans, spans_of
@@ -17,31 +17,16 @@ from megatron_ext.models.relative import buckets
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
-pytestmark = pytest.mark.both
+pytestmark = [pytest.mark.both, pytest.mark.usefixtures("connected")]
 WORDS, EOD, SENTINELS = 120, 3, list(range(110, 120))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 def preset(name: str, **changes) -> ModelConfig:
     return replace(compose([f"model={name}"]).model, init_std=0.1, **changes)
 
 
-def stirred(model: ModelConfig, device, train: bool = False, **parallel) -> Engine:
-    """An engine whose gains are not 1 and whose biases are not 0: a copy that forgets one must show."""
-    engine = Engine(Config(model=model), Layout(), device, vocab_size=WORDS, train=train)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in engine.models[0].named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return engine
+def stirred(model: ModelConfig, device) -> Engine:
+    return decoders.stirred(Engine(Config(model=model), Layout(), device, vocab_size=WORDS, train=False))
 
 
 def batch_of(rows: int, length: int, said: int) -> Batch:

@@ -12,7 +12,6 @@ from spawn import spawn
 
 from kernels.fp8_linear import fp8_linear
 from kernels.fp8_scaling import Fp8Recipe
-from megatron_ext import platform
 from megatron_ext.models.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, fp8_linears, is_edge, update_scales
 from megatron_ext.parallel.groups import build_groups
 from megatron_ext.parallel.layout import Layout
@@ -24,13 +23,10 @@ each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 @pytest.fixture(scope="module")
-def groups():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
+def groups(connected):
     groups = build_groups(Layout(), 60)
     seed_ranks(groups, seed=1, step=0)
-    yield groups
-    platform.disconnect()
+    return groups
 
 
 def histories(model) -> torch.Tensor:

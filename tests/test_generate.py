@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from kernels.rope import rope
-from megatron_ext import platform
 from megatron_ext.config.schema import GenerateConfig
 from megatron_ext.errors import UserError
 from megatron_ext.generate import generate, packed, sampling, single
@@ -14,17 +13,11 @@ from megatron_ext.generate.checks import check_layout
 from megatron_ext.generate.stage import Stage, decoding
 from megatron_ext.parallel.layout import Layout
 
+pytestmark = pytest.mark.usefixtures("connected")
+
 COUNT = 24  # beyond the number of passes after which weights are packed
 GREEDY = GenerateConfig(max_tokens=COUNT, temperature=0.0, batch_size=8)
 SAMPLED = GenerateConfig(max_tokens=12, temperature=0.8, top_k=40, top_p=0.9, batch_size=8, seed=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
 
 
 @pytest.fixture(scope="module")

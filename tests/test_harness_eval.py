@@ -79,14 +79,10 @@ def found(imported):
 
 
 @pytest.fixture(scope="module")
-def engine(found):
-    from megatron_ext import platform
+def engine(found, connected):
     from megatron_ext.train.restored import restored_engine
 
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield restored_engine(found, device)
-    platform.disconnect()
+    return restored_engine(found, connected)
 
 
 @pytest.fixture(scope="module")

@@ -5,23 +5,14 @@ import decoders
 import pytest
 import torch
 
-from megatron_ext import platform
 from megatron_ext.config.schema import Config, KernelsConfig, OptimConfig, ParallelConfig
 from megatron_ext.data.batches import Batch
 from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
-pytestmark = pytest.mark.both
+pytestmark = [pytest.mark.both, pytest.mark.usefixtures("connected")]
 LENGTHS = (5, 9, 2)
 SELECT = torch.tensor([1, 2, 3, 7, 11, 15])  # of 16 tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device():
-    made = platform.install("cpu")
-    platform.connect(made, 60)
-    yield made
-    platform.disconnect()
 
 
 class Picked:
@@ -68,8 +59,8 @@ def found(engine: Engine, batch: Batch, spare: bool):
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "rows"])
 @pytest.mark.parametrize("head", ["vocabulary", "scalar"])
-def test_scores_and_gradients_are_those_of_all_tokens(device, head, packed):
-    engine, batch = engine_of(device, head=head), batch_of(packed)
+def test_scores_and_gradients_are_those_of_all_tokens(connected, head, packed):
+    engine, batch = engine_of(connected, head=head), batch_of(packed)
     (few, fewer, seen), (all_, grads, whole) = found(engine, batch, True), found(engine, batch, False)
     assert (seen, whole) == (len(SELECT), 16)
     torch.testing.assert_close(few, all_, rtol=0, atol=2e-6)
@@ -82,14 +73,14 @@ def test_scores_and_gradients_are_those_of_all_tokens(device, head, packed):
     {"kernels": KernelsConfig(layers="plain")},
     {"parallel": ParallelConfig(recompute="full")},  # its backward pass runs the layer again
 ], ids=["plain", "recompute"])
-def test_where_the_layer_finishes_all(device, changes):
-    engine, batch = engine_of(device, **changes), batch_of(False)
+def test_where_the_layer_finishes_all(connected, changes):
+    engine, batch = engine_of(connected, **changes), batch_of(False)
     (few, fewer, seen), (all_, grads, _) = found(engine, batch, True), found(engine, batch, False)
     assert seen == 16 and torch.equal(few, all_) and all(torch.equal(fewer[name], grad) for name, grad in grads.items())
 
 
-def test_nothing_and_everything_needed(device):
-    engine = engine_of(device)
+def test_nothing_and_everything_needed(connected):
+    engine = engine_of(connected)
     for select in (torch.zeros(0, dtype=torch.int64), torch.arange(16)):
         few, all_ = found(engine, batch_of(True, select), True), found(engine, batch_of(True, select), False)
         assert few[2] == 16 and torch.equal(few[0], all_[0])

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_ext import platform
 from megatron_ext.config import sizes
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config, DataConfig, ModelConfig
@@ -19,26 +18,11 @@ from megatron_ext.parallel.layout import Layout
 from megatron_ext.train.engine import Engine
 
 WORDS, LLAMA, GPT2 = decoders.WORDS, decoders.LLAMA, decoders.VARIANTS["gpt2"]
-pytestmark = pytest.mark.both
-
-
-@pytest.fixture(scope="module", autouse=True)
-def connected():
-    device = platform.install("cpu")
-    platform.connect(device, 60)
-    yield device
-    platform.disconnect()
+pytestmark = [pytest.mark.both, pytest.mark.usefixtures("connected")]
 
 
 def stirred(model: ModelConfig):
-    """An engine whose gains are not 1 and whose biases are not 0: a copy that forgets one must show."""
-    engine = decoders.build(model)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, parameter in engine.models[0].named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return engine
+    return decoders.stirred(decoders.build(model))
 
 
 def rows(count: int, length: int) -> torch.Tensor:
