@@ -33,9 +33,10 @@ LONGEST = 1024  # tokens of a training sample, where nobody says otherwise
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written: from where, and the configuration that the checkpoint carries."""
+    """What is written: from where, what that says of itself (for the record), and the configuration that the checkpoint carries."""
 
     source: Directory | Checkpoint
+    origin: dict
     config: Config
     layout: shards.Layout
     tokenizer: bytes | None
@@ -75,7 +76,7 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
         merged = replace(merged, lora=adapter.lora)
     merged = replace(merged, hf=None, megatron=None, adapter=None, output=None, run=replace(merged.run, dir=str(target)),
                      data=replace(merged.data, tokenizer=str(target / carried.TOKENIZER) if content else None))
-    return Plan(source, merged, shards.Layout(merged.parallel, merged.model), content, adapter)
+    return Plan(source, source.origin(), merged, shards.Layout(merged.parallel, merged.model), content, adapter)
 
 
 def _ranks(config: Config) -> int:
@@ -146,7 +147,7 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
     if found.tokenizer is not None:
         (draft / carried.TOKENIZER).write_bytes(found.tokenizer)
     (draft / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    whence = source.origin() | {"files": files, "weights": hashes, "adapter": found.adapter.hashes if found.adapter else None}
+    whence = found.origin | {"files": files, "weights": hashes, "adapter": found.adapter.hashes if found.adapter else None}
     if DTYPES[config.precision.dtype] != source.dtype:
         whence["dtypes"] = {}  # what was typed goes before
     record = {
@@ -160,8 +161,7 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
 
 def described(found: Plan, output: Path, sealed: str) -> list[str]:
     """What a person wants to know of it."""
-    source, model = found.source, found.config.model
-    whence = source.origin()
+    source, model, whence = found.source, found.config.model, found.origin
     count = sizes.parameters(model, source.vocab_size)
     kind = f"{source.kind}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words"
     lines = [
