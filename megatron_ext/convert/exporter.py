@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import adapters, ancestry
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.read import Stored
-from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.schema import Config, ModelConfig
 from megatron_ext.convert import carried, origin, peft
 from megatron_ext.convert.families import FAMILIES, can_say
 from megatron_ext.convert.family import Family, Placed
@@ -44,8 +44,7 @@ class Export:
     """
 
     path: Path
-    record: dict
-    model: ModelConfig
+    config: Config
     vocab_size: int
     family: Family
     origin: Mapping | None
@@ -53,6 +52,10 @@ class Export:
     untouched: bool
     average: bool
     broken: str | None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
 
 
 def plan(path: Path, *, average: bool = False) -> Export:
@@ -70,7 +73,7 @@ def plan(path: Path, *, average: bool = False) -> Export:
         raise UserError(KEY, path, f"no family of transformers computes such a model (known are {', '.join(FAMILIES)}): {_features(config.model)}")
     if whence and family.name != whence["family"]:
         whence = whence | {"prefix": family.prefix, "dtypes": {}}
-    return Export(path, record, config.model, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken)
+    return Export(path, config, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken)
 
 
 def _features(model: ModelConfig) -> str:
@@ -105,8 +108,9 @@ def write_directory(found: Export, output: Path, *, adapter: bool = False) -> li
             if adapter:
                 files = _adapter(found, stored, draft)
             else:
-                files = _weights(found, stored, draft)
-                _settings(found, stored, draft)
+                tensors = Tensors(found, stored)
+                files = write(draft, tensors.planned(), tensors.make)
+                _settings(found, tensors, draft)
                 _beside(found, draft)
         if output.exists():
             output.rmdir()
@@ -161,13 +165,8 @@ class Tensors:
         return whole.view(one.ours.shape)
 
 
-def _weights(found: Export, stored: Stored, draft: Path) -> list[Path]:
-    tensors = Tensors(found, stored)
-    return write(draft, tensors.planned(), tensors.make)
-
-
 def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
-    lora = stored_config(found.path, KEY).lora
+    lora = found.config.lora
     keys = [key for key in stored.tensors if key.endswith(adapters.ADAPTERS) and key.startswith(LAYERS)]
     if not lora.rank or not keys:
         raise UserError("adapter", "only", f"{found.path} holds no adapter: it was not trained with lora.rank")
@@ -178,10 +177,9 @@ def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
     return files
 
 
-def _settings(found: Export, stored: Stored, draft: Path) -> None:
+def _settings(found: Export, tensors: Tensors, draft: Path) -> None:
     """config.json: the one that was imported, where the model is still that one; else made."""
-    tensors = Tensors(found, stored)
-    dtype = str(max((tensors.dtype(name) for one in tensors.placed for name in one.names), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    dtype = str(max((one.dtype for one in tensors.planned()), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     if found.folder is not None and found.family.name == found.origin["family"]:
         content = (found.folder / FILE).read_bytes()
         values = json.loads(content)
