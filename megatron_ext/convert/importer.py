@@ -61,10 +61,9 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
     if "data.sequence_length" not in typed:
         data = replace(data, sequence_length=min(source.model.max_sequence_length, LONGEST))
     merged = compose(words, base=replace(config, model=source.model, precision=precision, data=data))
-    theirs, ours = (records.architecture(model, source.vocab_size) for model in (source.model, merged.model))
-    for key in theirs.keys() | ours.keys():
-        if theirs.get(key) != ours.get(key):
-            raise UserError(f"model.{key}", ours.get(key), f"the model in {given} has {theirs.get(key)}; leave model keys out, it says them itself")
+    has, asked = (records.architecture(model, source.vocab_size) for model in (source.model, merged.model))
+    if (key := records.different(asked, has, words)) is not None:
+        raise UserError(f"model.{key}", asked.get(key), f"the model in {given} has {has.get(key)}; leave model keys out, it says them itself")
     merged = replace(merged, model=replace(merged.model, vocab_size=source.vocab_size), launch=replace(config.launch, ranks=_ranks(config)))
     check_layout(merged)
     content = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer and config.hf is None else carried.tokenizer(source.path)

@@ -109,7 +109,7 @@ def source(config: Config, words: Sequence[str]) -> Source:
     record = checkpoint.read_record(path)
     try:
         stored = from_dict(record["config"])
-        vocab_size, ours = int(record["vocab_size"]), record["model"]
+        vocab_size, has = int(record["vocab_size"]), record["model"]
         record["data"]["tokenizer"][:1].encode()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(KEY, path, f"its record is not that of a training run ({type(error).__name__}: {error})") from None
@@ -119,12 +119,9 @@ def source(config: Config, words: Sequence[str]) -> Source:
     if any(word.lstrip("+").startswith(("data.path=", "data.paths=")) for word in words):
         data = replace(data, path=None, paths=(), weights=())  # they name the data together
     merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data, lora=stored.lora))
-    theirs = records.architecture(merged.model, vocab_size)
-    typed = {word.lstrip("+").partition("=")[0] for word in words}
-    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (f"model.{key}" not in typed, key)):  # derived sizes differ too: name what was typed
-        if theirs.get(key) != ours.get(key):
-            raise UserError(f"model.{key}", theirs.get(key), f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
-                                                         "knows them")
+    asked = records.architecture(merged.model, vocab_size)
+    if (key := records.different(asked, has, words)) is not None:
+        raise UserError(f"model.{key}", asked.get(key), f"the model of {path} has {has.get(key)}; leave model keys out, the checkpoint knows them")
     check_layout(merged)
     return Source(path, record, merged)
 
