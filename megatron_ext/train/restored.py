@@ -6,6 +6,7 @@ No torch until `restored_engine`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run (see `tokenizer_file`)."""
-        return self._tokenizer()[1]
+        return self._tokenizer[1]
 
     def tokenizer_file(self) -> Path:
         """The run's tokenizer.json, in its directory, `data.tokenizer`, or the data it was trained on.
@@ -73,8 +74,9 @@ class Source:
         Raises:
             UserError: none of them is there, or none is the one the model was trained with.
         """
-        return self._tokenizer()[0]
+        return self._tokenizer[0]
 
+    @cached_property  # a large file takes a second to parse
     def _tokenizer(self) -> tuple[Path, Tokenizer]:
         if not self.tokenizer_sha256:
             raise UserError(KEY, self.path, "was imported from a directory without a tokenizer: save one there with "
