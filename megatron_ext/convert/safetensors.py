@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.encode import raw
 from megatron_ext.errors import UserError
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -209,9 +210,3 @@ def _write_file(path: Path, planned: Iterable[Planned], make: Callable[[str], to
             if tensor.dtype != one.dtype or tuple(tensor.shape) != one.shape:
                 raise ValueError(f"{one.name}: {tensor.dtype} {tuple(tensor.shape)} in the place of {one.dtype} {one.shape}")
             file.write(raw(tensor))
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, C-contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
