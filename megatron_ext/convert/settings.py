@@ -11,7 +11,8 @@ FILE = "config.json"
 # Of every family: what says nothing of how logits are computed. Ids of special tokens are read where text is made (carried.py).
 COMMON = (
     "_name_or_path", "_attn_implementation_autoset", "activation_dropout", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "init_std",
+    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_range", "init_std",
     "keys_to_ignore_at_inference", "label2id", "model_type", "name_or_path", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
     "prefix", "problem_type", "return_dict", "resid_pdrop", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unsloth_version", "use_cache", "use_bfloat16", "use_return_dict", "vocab_size",
