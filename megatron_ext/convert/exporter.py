@@ -158,8 +158,7 @@ class Tensors:
             raise m.damaged(self._found.path, "the index", f"has {key} in the shape {list(there)}, which is not this model's")
         whole = self._stored.region(key, offset, shape)
         if not self._found.average:
-            stacked = (self._found.model.num_layers, *one.ours.shape) if lead else one.ours.shape
-            product = adapters.product(self._stored, SimpleNamespace(key=key, global_shape=stacked), offset, shape)
+            product = adapters.product(self._stored, SimpleNamespace(key=key, global_shape=one.ours.stored(self._found.model)), offset, shape)
             if product is not None:  # as `adapters.merge`: summed in fp32, rounded once
                 whole = (whole.float() + (product[0] @ product[1]).view(whole.shape)).to(whole.dtype)
         return whole.view(one.ours.shape)

@@ -93,7 +93,7 @@ def write(directory: Path, layout: Layout, placed: Iterable[Placed], make, numbe
         if not pieces:
             continue
         whole = make(one)
-        shape = one.ours.shape if one.layer is None else (one.ours.layers(layout.model), *one.ours.shape)
+        shape = one.ours.stored(layout.model)
         for number, offset, cut in pieces:
             part = whole[cut]
             shards[number].add(one.ours.key, shape, offset, part if one.layer is None else part[None])
