@@ -197,8 +197,8 @@ def write_directory(directory: Path, family: Family, model: ModelConfig, vocab: 
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     values = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(set(modules)), "fan_in_fan_out": any(_transposed(one) for one, _, _ in made.values()), "use_rslora": False, "use_dora": False, "modules_to_save": None,
-        "inference_mode": True,
+        "target_modules": sorted(set(modules)), "fan_in_fan_out": any(_transposed(one) for one, _, _ in made.values()), "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "inference_mode": True,
     }
     (directory / SETTINGS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return files
