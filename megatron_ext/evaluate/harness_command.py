@@ -50,7 +50,7 @@ def _run(found: Source, checked: tasks.Tasks | None, folder: Path, options: Opti
 
 def _drive(found: Source, ranks: Ranks, checked: tasks.Tasks, folder: Path, options: Options) -> None:
     settings = found.config.evaluate
-    output = Path(settings.output) if settings.output else found.path.absolute().parent.parent / "harness"
+    output = Path(settings.output) if settings.output else found.run / "harness"
     os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # read at import: nothing stays behind, and no home directory is needed
     from megatron_ext.evaluate import harness
 
@@ -71,7 +71,7 @@ def _drive(found: Source, ranks: Ranks, checked: tasks.Tasks, folder: Path, opti
 
 def _name(found: Source) -> str:
     """Of the model, in the harness's file names."""
-    return f"{found.path.absolute().parent.parent.name}/{found.path.name}"
+    return f"{found.run.name}/{found.path.name}"
 
 
 def _facts(found: Source) -> dict:

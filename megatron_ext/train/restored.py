@@ -55,9 +55,14 @@ class Source:
         return self.record.get("stage") == "import"
 
     @property
+    def run(self) -> Path:
+        """The directory of the run that it lies in, absolute."""
+        return self.path.absolute().parent.parent
+
+    @property
     def folder(self) -> Path:
         """Where the files lie that were imported beside the weights, if there are any."""
-        return self.path.absolute().parent.parent / carried.FOLDER
+        return self.run / carried.FOLDER
 
     @property
     def ends(self) -> tuple[int, ...] | None:
@@ -83,7 +88,7 @@ class Source:
                                             "AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR) and convert it again")
         data = self.config.data
         seen = []
-        for place in (self.path.absolute().parent.parent, data.tokenizer, data.path, *data.paths):
+        for place in (self.run, data.tokenizer, data.path, *data.paths):
             file = None if place is None else tokenizer_file(place)
             if file is None or not file.is_file():
                 continue
