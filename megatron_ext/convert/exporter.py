@@ -109,9 +109,10 @@ def write_directory(found: Export, output: Path, *, adapter: bool = False) -> li
                 files = _adapter(found, stored, draft)
             else:
                 tensors = Tensors(found, stored)
+                own = _tokenizer(found)  # what may be refused goes before the weights
+                _settings(found, tensors, own, draft)
+                _beside(found, own, draft)
                 files = write(draft, tensors.planned(), tensors.make)
-                _settings(found, tensors, draft)
-                _beside(found, draft)
         if output.exists():
             output.rmdir()
         os.rename(draft, output)
@@ -176,7 +177,13 @@ def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
     return files
 
 
-def _settings(found: Export, tensors: Tensors, draft: Path) -> None:
+def _tokenizer(found: Export) -> Tokenizer | None:
+    """Of the run."""
+    file = tokenizer_of(found.path)
+    return None if file is None else Tokenizer.from_file(file, end=None if found.folder is None else carried.end_text(found.folder))
+
+
+def _settings(found: Export, tensors: Tensors, own: Tokenizer | None, draft: Path) -> None:
     """config.json: the one that was imported, where the model is still that one; else made."""
     dtype = str(max((one.dtype for one in tensors.planned()), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     if found.folder is not None and found.family.name == found.origin["family"]:
@@ -188,30 +195,23 @@ def _settings(found: Export, tensors: Tensors, draft: Path) -> None:
             return
         values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     else:
-        ends = _ends(found)
+        ends = None if own is None else own.eod
         values = {"model_type": found.family.name, "architectures": [found.family.architecture], "vocab_size": found.vocab_size, "torch_dtype": dtype,
                   "use_cache": True, "bos_token_id": ends, "eos_token_id": ends, **found.family.writes(found.model, found.vocab_size)}
     (draft / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _ends(found: Export) -> int | None:
-    file = tokenizer_of(found.path)
-    return Tokenizer.from_file(file).eod if file else None
-
-
-def _beside(found: Export, draft: Path) -> None:
+def _beside(found: Export, own: Tokenizer | None, draft: Path) -> None:
     """Tokenizer, settings of generation, licence."""
-    own = tokenizer_of(found.path)
     if found.folder is not None:
         for file in found.folder.iterdir():
             if file.name not in (FILE, origin.CARD):
                 shutil.copyfile(file, draft / file.name)
     if own is not None and not (draft / carried.TOKENIZER).exists() and not (draft / "merges.txt").exists():
-        shutil.copyfile(own, draft / carried.TOKENIZER)
+        shutil.copyfile(tokenizer_of(found.path), draft / carried.TOKENIZER)
     if own is not None and not (draft / "tokenizer_config.json").exists():
-        end = Tokenizer.from_file(own).eod_text
-        said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "model_max_length": found.model.max_sequence_length,
-                "clean_up_tokenization_spaces": False}
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": own.eod_text, "bos_token": own.eod_text,
+                "model_max_length": found.model.max_sequence_length, "clean_up_tokenization_spaces": False}
         (draft / "tokenizer_config.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if found.origin is not None and found.origin["format"] == "hugging_face":
         (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")
