@@ -76,6 +76,14 @@ def tensors(directory: Path) -> dict:
     return found
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two directories hold the same tensors, bit by bit and of the same dtypes."""
+    import torch
+
+    theirs, ours = tensors(one), tensors(other)
+    return theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in theirs)
+
+
 def read(kind: type, directory: Path):
     """The model of a directory. Not by from_pretrained, whose way over the meta device our stand-in for CUDA confuses."""
     config = kind.config_class.from_pretrained(directory)
@@ -96,6 +104,15 @@ def rows(count: int = 3):
     import torch
 
     return torch.randint(0, WORDS, (count, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+
+
+def decoded(decoder):
+    """fp32 [3, LENGTH, WORDS]: the logits of `truth` by a decoder of ours, whole in this process."""
+    import torch
+
+    tokens = rows()[:, :-1]
+    with torch.no_grad():
+        return decoder(tokens, torch.arange(LENGTH)[None].expand(len(tokens), -1))[..., :WORDS]
 
 
 def truth(model) -> dict:

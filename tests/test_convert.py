@@ -37,29 +37,20 @@ def imported(connected, tmp_path_factory):
     return of
 
 
-def same_tensors(one: Path, other: Path) -> bool:
-    theirs, ours = hf.tensors(one), hf.tensors(other)
-    return theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in theirs)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_losses_and_greedy_tokens_are_those_of_transformers(imported, connected, name):
     folder, model, engine, _ = imported(name)
     truth, decoder = hf.truth(model), engine.models[0].eval()
-    with torch.no_grad():
-        tokens = hf.rows()[:, :-1]
-        positions = torch.arange(hf.LENGTH)[None].expand(len(tokens), -1)
-        logits = decoder(tokens, positions)[..., : hf.WORDS]
     assert float(truth["logits"].std()) > 0.5, "weights so small that every model gives the same"
-    assert hf.off(logits, truth["logits"]) < 1e-5
+    assert hf.off(hf.decoded(decoder), truth["logits"]) < 1e-5
     # The loss does not hold logits, and the plain layers are other modules.
     plain, _ = hf.restored(folder / "ours", connected, "kernels.layers=plain")
     with torch.no_grad():
         expected = model(hf.rows(), labels=hf.rows()).loss
         for one in (decoder, plain.models[0].eval()):
-            _, losses = one(tokens, positions, labels=hf.rows()[:, 1:])
+            _, losses = one(hf.rows()[:, :-1], torch.arange(hf.LENGTH)[None].expand(3, -1), labels=hf.rows()[:, 1:])
             assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-5)
-        assert hf.off(plain.models[0](tokens, positions)[..., : hf.WORDS], truth["logits"]) < 1e-5
+    assert hf.off(hf.decoded(plain.models[0]), truth["logits"]) < 1e-5
     assert torch.equal(hf.grown(engine), truth["tokens"])
     assert torch.equal(hf.grown(engine, modules_only=True), truth["tokens"])
 
@@ -67,7 +58,7 @@ def test_logits_losses_and_greedy_tokens_are_those_of_transformers(imported, con
 @pytest.mark.parametrize("name", NAMES)
 def test_export_is_the_original_bit_by_bit(imported, name):
     folder, model, engine, _ = imported(name)
-    assert same_tensors(folder / "hf", folder / "back")
+    assert hf.same_tensors(folder / "hf", folder / "back")
     assert (folder / "hf" / "config.json").read_bytes() == (folder / "back" / "config.json").read_bytes()
     assert sizes.parameters(engine.config.model, hf.WORDS) == sum(parameter.numel() for parameter in model.parameters())
 
@@ -106,7 +97,7 @@ def test_many_files_of_two_dtypes_come_back_as_they_were(tmp_path):
     assert main(["convert", f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"]) == 0
     assert read_record(find(str(tmp_path / "ours"), tmp_path))["config"]["precision"]["dtype"] == "fp32", "the one that holds both"
     assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"]) == 0
-    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert hf.same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
 def test_base_model_names_and_old_buffers(tmp_path):
@@ -134,7 +125,7 @@ def test_written_shards_have_the_index_that_transformers_reads(tmp_path, monkeyp
     files = sorted(path.name for path in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files
     assert index["metadata"]["total_size"] == sum(tensor.numel() * 4 for tensor in hf.tensors(tmp_path / "back").values())
-    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert hf.same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
 def test_ranks_share_the_work(tmp_path):
@@ -146,7 +137,7 @@ def test_ranks_share_the_work(tmp_path):
     assert done.stdout.count("GPTNeoXForCausalLM") == 1
     assert len(list((tmp_path / "ours" / "checkpoints" / "step_00000000").glob("shard_*.bin"))) == 4
     assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"]) == 0
-    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert hf.same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
 MEMORY = """
@@ -178,7 +169,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     for words in ((f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"), (f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}")):
         done = subprocess.run([sys.executable, "-c", MEMORY, "convert", *words], env=environment(), capture_output=True, text=True, check=True, timeout=200)
         assert int(done.stdout.split("grew")[1]) < size / 4
-    assert same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert hf.same_tensors(tmp_path / "hf", tmp_path / "back")
 
 
 # ---- what is carried along -------------------------------------------------------------------------------------------------------------

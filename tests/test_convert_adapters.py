@@ -40,12 +40,6 @@ def adapter(model, folder: Path, targets: tuple[str, ...], **settings) -> dict:
     return found
 
 
-def logits_of(engine) -> torch.Tensor:
-    tokens = hf.rows()[:, :-1]
-    with torch.no_grad():
-        return engine.models[0].eval()(tokens, torch.arange(hf.LENGTH)[None].expand(len(tokens), -1))[..., : hf.WORDS]
-
-
 @pytest.mark.parametrize("name", TARGETS)
 def test_an_adapter_is_what_it_stands_for_and_comes_back(connected, tmp_path, name):
     model = hf.save(hf.CASES[name], tmp_path / "hf")
@@ -59,7 +53,7 @@ def test_an_adapter_is_what_it_stands_for_and_comes_back(connected, tmp_path, na
 
     beside = restored_engine(found, connected)
     assert any(name.endswith("lora_a") for name, _ in beside.models[0].named_parameters())
-    assert hf.off(logits_of(beside), truth) < 1e-5 and hf.off(logits_of(engine), truth) < 1e-5
+    assert hf.off(hf.decoded(beside.models[0].eval()), truth) < 1e-5 and hf.off(hf.decoded(engine.models[0].eval()), truth) < 1e-5
     # Merged into a model, and alone.
     assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'merged'}"]) == 0
     merged, weights = hf.tensors(tmp_path / "merged"), dict(model.named_parameters())

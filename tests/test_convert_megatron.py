@@ -116,7 +116,7 @@ def test_what_is_read_of_a_pickle_is_inert():
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"num_experts": 8}, "num_experts=8"), ({"normalization": "Other"}, "normalization=Other"), ({"num_layers": 5}, "shape"),
+    ({"hidden_size": None}, "hidden_size is no number"), ({"num_experts": 8}, "num_experts=8"), ({"normalization": "Other"}, "normalization=Other"), ({"num_layers": 5}, "shape"),
     ({"add_bias_linear": True}, "lacks the tensor"), ({"qk_layernorm": True}, "lacks the tensor"),
     ({"untie_embeddings_and_output_weights": False}, "output_layer.weight, which no model of its arguments has"),
 ])

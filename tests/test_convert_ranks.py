@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hugging_face import CASES, save, tensors, truth
+from hugging_face import CASES, same_tensors, save, truth
 from spawn import spawn
 
 pytest.importorskip("transformers", reason="transformers is not installed here")
@@ -31,15 +31,11 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_tokens_and_export_are_those_of_transformers(found, name, layout):
-    import torch
-
     root, facts = found
     fact, folder = facts[f"{NAMES.index(name)}/{layout}"], root / str(NAMES.index(name))
     assert fact["off"] < 1e-5
     assert fact["tokens"], "greedy generation grew other tokens"
-    theirs, ours = tensors(folder / "hf"), tensors(folder / f"{layout}-exported")
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[key], ours[key]) and theirs[key].dtype == ours[key].dtype for key in theirs)
+    assert same_tensors(folder / "hf", folder / f"{layout}-exported")
     assert (folder / "hf" / "config.json").read_bytes() == (folder / f"{layout}-exported" / "config.json").read_bytes()
 
 

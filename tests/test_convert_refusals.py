@@ -141,6 +141,11 @@ def test_a_directory_without_weights_or_settings(copied, capsys, tmp_path):
     assert "is not there" in refused(capsys, "hf=nowhere", f"output={tmp_path / 'x'}")
 
 
+def test_a_model_card_that_is_no_text(copied, capsys):
+    (copied / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    assert "README.md" in importing(capsys, copied)
+
+
 def test_an_index_that_does_not_fit(sound, capsys, tmp_path):
     hf.save(hf.CASES["llama"], tmp_path / "hf", max_shard_size="100KB")
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
@@ -218,6 +223,8 @@ def test_a_layout_or_a_model_that_does_not_fit(sound, capsys, tmp_path):
     assert "parallel.tp=4" in said
     said = refused(capsys, f"hf={sound}", f"output={output}", "model.num_layers=3", keeps=output)
     assert "model.num_layers=3" in said and "leave model keys out" in said
+    said = refused(capsys, f"hf={sound}", f"output={output}", "model.hidden_size=120", keeps=output)
+    assert "model.hidden_size=120" in said, "what was typed, not the width of a head that follows from it"
 
 
 @pytest.mark.parametrize(("keys", "family"), [

@@ -18,7 +18,8 @@ def chain(path: Path | str) -> list[dict]:
 
     Returns:
         one dict each: `stage`, `step`, `hash`, `path`, `parent` (its hash, None at the origin), `data` (what the record says of it: hashes), `roles`
-        (other models that took part: [{"role", "path", "hash"}]), `origin` (of imported weights: what convert/origin.py says, else None). Where a parent cannot be read the last dict is {"hash", "path", "broken": why}.
+        (other models that took part: [{"role", "path", "hash"}]), `origin` (of imported weights: what convert/origin.py says, else None).
+        Where a parent cannot be read the last dict is {"hash", "path", "broken": why}.
 
     Raises:
         UserError: `path` itself is no checkpoint, or is damaged.

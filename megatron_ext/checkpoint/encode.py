@@ -34,7 +34,7 @@ def encode(value: object) -> object:
     if isinstance(value, torch.dtype):
         return _tagged("dtype", name_of(value))
     if isinstance(value, torch.Tensor):
-        return _tagged("tensor", {"dtype": name_of(value.dtype), "shape": list(value.shape), "data": _text(tensor_bytes(value))})
+        return _tagged("tensor", {"dtype": name_of(value.dtype), "shape": list(value.shape), "data": _text(bytes(raw(value)))})
     if isinstance(value, (bytes, bytearray)):
         return _tagged("bytes", _text(bytes(value)))
     if isinstance(value, io.BytesIO):
@@ -71,9 +71,10 @@ def dtype_of(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
+def raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, C-contiguous; without a copy where it lies so on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def _tensor(value: dict) -> torch.Tensor:

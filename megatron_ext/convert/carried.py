@@ -50,7 +50,7 @@ def _byte_level(directory: Path) -> bytes:
         inner = tokenizers.Tokenizer(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     except Exception as error:  # noqa: BLE001 the library raises no other
         raise UserError("hf", directory, f"its vocab.json and merges.txt are no byte-level BPE: {str(error).splitlines()[0][:200]}") from None
-    said = _json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")
+    said = _tokenizer_settings(directory)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(said.get("add_prefix_space", False)), use_regex=True)
     inner.decoder = decoders.ByteLevel()
     special = {text for key, value in said.items() if key.endswith("_token") and (text := _text(value))}
@@ -61,6 +61,11 @@ def _byte_level(directory: Path) -> bytes:
         inner.post_processor = processors.TemplateProcessing(single=f"{begin} $A", pair=f"{begin} $A {begin} $B",
                                                              special_tokens=[(begin, inner.token_to_id(begin))])
     return inner.to_str().encode()
+
+
+def _tokenizer_settings(directory: Path) -> dict:
+    """What the files beside a tokenizer.json say, the special tokens among it."""
+    return _json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")
 
 
 def _text(token: object) -> str | None:
@@ -91,9 +96,9 @@ def ends(directory: Path) -> tuple[int, ...]:
 
 def end_text(directory: Path) -> str | None:
     """How the end of a document is written, where a file of the tokenizer says so."""
-    return _text((_json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")).get("eos_token"))
+    return _text(_tokenizer_settings(directory).get("eos_token"))
 
 
 def begin_text(directory: Path) -> str | None:
     """How the beginning of a text is written, where a file of the tokenizer says so."""
-    return _text((_json(directory / "tokenizer_config.json") | _json(directory / "special_tokens_map.json")).get("bos_token"))
+    return _text(_tokenizer_settings(directory).get("bos_token"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ext.checkpoint import adapters, ancestry
 from megatron_ext.checkpoint import manifest as m
 from megatron_ext.checkpoint.read import Stored
-from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.schema import Config, ModelConfig
 from megatron_ext.convert import carried, origin, peft
 from megatron_ext.convert.families import FAMILIES, can_say
 from megatron_ext.convert.family import Family, Placed
@@ -44,8 +44,7 @@ class Export:
     """
 
     path: Path
-    record: dict
-    model: ModelConfig
+    config: Config
     vocab_size: int
     family: Family
     origin: Mapping | None
@@ -53,6 +52,10 @@ class Export:
     untouched: bool
     average: bool
     broken: str | None
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
 
 
 def plan(path: Path, *, average: bool = False) -> Export:
@@ -70,7 +73,7 @@ def plan(path: Path, *, average: bool = False) -> Export:
         raise UserError(KEY, path, f"no family of transformers computes such a model (known are {', '.join(FAMILIES)}): {_features(config.model)}")
     if whence and family.name != whence["family"]:
         whence = whence | {"prefix": family.prefix, "dtypes": {}}
-    return Export(path, record, config.model, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken)
+    return Export(path, config, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken)
 
 
 def _features(model: ModelConfig) -> str:
@@ -105,9 +108,11 @@ def write_directory(found: Export, output: Path, *, adapter: bool = False) -> li
             if adapter:
                 files = _adapter(found, stored, draft)
             else:
-                files = _weights(found, stored, draft)
-                _settings(found, stored, draft)
-                _beside(found, draft)
+                tensors = Tensors(found, stored)
+                own = _tokenizer(found)  # what may be refused goes before the weights
+                _settings(found, tensors, own, draft)
+                _beside(found, own, draft)
+                files = write(draft, tensors.planned(), tensors.make)
         if output.exists():
             output.rmdir()
         os.rename(draft, output)
@@ -154,20 +159,14 @@ class Tensors:
             raise m.damaged(self._found.path, "the index", f"has {key} in the shape {list(there)}, which is not this model's")
         whole = self._stored.region(key, offset, shape)
         if not self._found.average:
-            stacked = (self._found.model.num_layers, *one.ours.shape) if lead else one.ours.shape
-            product = adapters.product(self._stored, SimpleNamespace(key=key, global_shape=stacked), offset, shape)
+            product = adapters.product(self._stored, SimpleNamespace(key=key, global_shape=one.ours.stored(self._found.model)), offset, shape)
             if product is not None:  # as `adapters.merge`: summed in fp32, rounded once
                 whole = (whole.float() + (product[0] @ product[1]).view(whole.shape)).to(whole.dtype)
         return whole.view(one.ours.shape)
 
 
-def _weights(found: Export, stored: Stored, draft: Path) -> list[Path]:
-    tensors = Tensors(found, stored)
-    return write(draft, tensors.planned(), tensors.make)
-
-
 def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
-    lora = stored_config(found.path, KEY).lora
+    lora = found.config.lora
     keys = [key for key in stored.tensors if key.endswith(adapters.ADAPTERS) and key.startswith(LAYERS)]
     if not lora.rank or not keys:
         raise UserError("adapter", "only", f"{found.path} holds no adapter: it was not trained with lora.rank")
@@ -178,10 +177,15 @@ def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
     return files
 
 
-def _settings(found: Export, stored: Stored, draft: Path) -> None:
+def _tokenizer(found: Export) -> Tokenizer | None:
+    """Of the run."""
+    file = tokenizer_of(found.path)
+    return None if file is None else Tokenizer.from_file(file, end=None if found.folder is None else carried.end_text(found.folder))
+
+
+def _settings(found: Export, tensors: Tensors, own: Tokenizer | None, draft: Path) -> None:
     """config.json: the one that was imported, where the model is still that one; else made."""
-    tensors = Tensors(found, stored)
-    dtype = str(max((tensors.dtype(name) for one in tensors.placed for name in one.names), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    dtype = str(max((one.dtype for one in tensors.planned()), key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     if found.folder is not None and found.family.name == found.origin["family"]:
         content = (found.folder / FILE).read_bytes()
         values = json.loads(content)
@@ -191,30 +195,23 @@ def _settings(found: Export, stored: Stored, draft: Path) -> None:
             return
         values["dtype" if "dtype" in values else "torch_dtype"] = dtype
     else:
-        ends = _ends(found)
+        ends = None if own is None else own.eod
         values = {"model_type": found.family.name, "architectures": [found.family.architecture], "vocab_size": found.vocab_size, "torch_dtype": dtype,
                   "use_cache": True, "bos_token_id": ends, "eos_token_id": ends, **found.family.writes(found.model, found.vocab_size)}
     (draft / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _ends(found: Export) -> int | None:
-    file = tokenizer_of(found.path)
-    return Tokenizer.from_file(file).eod if file else None
-
-
-def _beside(found: Export, draft: Path) -> None:
+def _beside(found: Export, own: Tokenizer | None, draft: Path) -> None:
     """Tokenizer, settings of generation, licence."""
-    own = tokenizer_of(found.path)
     if found.folder is not None:
         for file in found.folder.iterdir():
             if file.name not in (FILE, origin.CARD):
                 shutil.copyfile(file, draft / file.name)
     if own is not None and not (draft / carried.TOKENIZER).exists() and not (draft / "merges.txt").exists():
-        shutil.copyfile(own, draft / carried.TOKENIZER)
+        shutil.copyfile(tokenizer_of(found.path), draft / carried.TOKENIZER)
     if own is not None and not (draft / "tokenizer_config.json").exists():
-        end = Tokenizer.from_file(own).eod_text
-        said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end, "model_max_length": found.model.max_sequence_length,
-                "clean_up_tokenization_spaces": False}
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": own.eod_text, "bos_token": own.eod_text,
+                "model_max_length": found.model.max_sequence_length, "clean_up_tokenization_spaces": False}
         (draft / "tokenizer_config.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if found.origin is not None and found.origin["format"] == "hugging_face":
         (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")

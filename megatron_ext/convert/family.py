@@ -56,7 +56,7 @@ class Family:
 
     Attributes:
         name: its `model_type`; architecture: transformers' class of it.
-        prefix: of its tensors' names but the head's; directories without it exist.
+        prefix: of its tensors' names but those of the module that the head lies in; directories without it exist.
         lines: its tensors, or what gives those of a model. A line counts where our model has the tensor.
         reads: their settings as our configuration. Raises UserError for what we do not compute.
         writes: our configuration (and the number of words) as their settings; what it cannot say shows when it is read back.
@@ -79,13 +79,13 @@ class Family:
         """Every tensor of a model in the order of the computation, with the names that it has under a prefix. Raises ValueError for a tensor of
         ours that the family has no name for."""
         lines = {line.ours: line for line in (self.lines(model) if callable(self.lines) else self.lines)}
-        own, heads = tensors(model, vocab), Heads.of(model)
+        own, heads, outside = tensors(model, vocab), Heads.of(model), self.head.partition(".")[0] + "."
 
         def place(one: Ours, layer: int | None) -> Placed:
             line = lines.get(one.key.removeprefix(LAYERS))
             if line is None:
                 raise ValueError(f"{self.name} has no tensor for {one.key}")
-            names = tuple((name if name.startswith(("lm_head.", "embed_out.", "cls.")) else prefix + name).format(layer=layer) for name in line.theirs)
+            names = tuple((name if name.startswith(outside) else prefix + name).format(layer=layer) for name in line.theirs)
             return Placed(one, layer, names, tuple(line.form.shapes(one.shape, heads)), line.form)
 
         stacked = [one for one in own.values() if one.stacked]

@@ -4,7 +4,6 @@ A form is a pair of inverse rearrangements, so that what was imported is exporte
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -84,11 +83,8 @@ class Apart(Same):
         return [part.flatten(0, 1) for part in whole.unflatten(0, (heads.groups, -1)).split([each, heads.width, heads.width], dim=1)]
 
 
-class KeysValues(Same):
-    """Keys and values of cross-attention, a tensor each."""
-
-    def shapes(self, ours, heads):
-        return [(ours[0] // 2, *ours[1:])] * 2
+class KeysValues(Halves):
+    """Keys and values of cross-attention, a tensor each; ours has them head by head."""
 
     def join(self, parts, heads):
         return torch.cat([part.unflatten(0, (heads.heads, -1)) for part in parts], dim=1).flatten(0, 1)
@@ -104,9 +100,7 @@ class Blocks(Apart):
         return [ours]
 
     def join(self, parts, heads):
-        counts = [count * heads.width for count in (heads.heads, heads.groups, heads.groups)]
-        ends = list(accumulate(counts))
-        return super().join([parts[0][end - count : end] for count, end in zip(counts, ends)], heads)
+        return super().join(parts[0].split([count * heads.width for count in (heads.heads, heads.groups, heads.groups)]), heads)
 
     def split(self, whole, heads):
         return [torch.cat(super().split(whole, heads))]

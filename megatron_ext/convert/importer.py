@@ -33,9 +33,10 @@ LONGEST = 1024  # tokens of a training sample, where nobody says otherwise
 
 @dataclass(frozen=True)
 class Plan:
-    """What is written: from where, and the configuration that the checkpoint carries."""
+    """What is written: from where, what that says of itself (for the record), and the configuration that the checkpoint carries."""
 
     source: Directory | Checkpoint
+    origin: dict
     config: Config
     layout: shards.Layout
     tokenizer: bytes | None
@@ -60,10 +61,9 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
     if "data.sequence_length" not in typed:
         data = replace(data, sequence_length=min(source.model.max_sequence_length, LONGEST))
     merged = compose(words, base=replace(config, model=source.model, precision=precision, data=data))
-    theirs, ours = (records.architecture(model, source.vocab_size) for model in (source.model, merged.model))
-    for key in theirs.keys() | ours.keys():
-        if theirs.get(key) != ours.get(key):
-            raise UserError(f"model.{key}", ours.get(key), f"the model in {given} has {theirs.get(key)}; leave model keys out, it says them itself")
+    has, asked = (records.architecture(model, source.vocab_size) for model in (source.model, merged.model))
+    if (key := records.different(asked, has, words)) is not None:
+        raise UserError(f"model.{key}", asked.get(key), f"the model in {given} has {has.get(key)}; leave model keys out, it says them itself")
     merged = replace(merged, model=replace(merged.model, vocab_size=source.vocab_size), launch=replace(config.launch, ranks=_ranks(config)))
     check_layout(merged)
     content = Path(config.data.tokenizer).read_bytes() if config.data.tokenizer and config.hf is None else carried.tokenizer(source.path)
@@ -75,7 +75,7 @@ def plan(config: Config, words: Sequence[str]) -> Plan:
         merged = replace(merged, lora=adapter.lora)
     merged = replace(merged, hf=None, megatron=None, adapter=None, output=None, run=replace(merged.run, dir=str(target)),
                      data=replace(merged.data, tokenizer=str(target / carried.TOKENIZER) if content else None))
-    return Plan(source, merged, shards.Layout(merged.parallel, merged.model), content, adapter)
+    return Plan(source, source.origin(), merged, shards.Layout(merged.parallel, merged.model), content, adapter)
 
 
 def _ranks(config: Config) -> int:
@@ -146,7 +146,7 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
     if found.tokenizer is not None:
         (draft / carried.TOKENIZER).write_bytes(found.tokenizer)
     (draft / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    whence = source.origin() | {"files": files, "weights": hashes, "adapter": found.adapter.hashes if found.adapter else None}
+    whence = found.origin | {"files": files, "weights": hashes, "adapter": found.adapter.hashes if found.adapter else None}
     if DTYPES[config.precision.dtype] != source.dtype:
         whence["dtypes"] = {}  # what was typed goes before
     record = {
@@ -160,8 +160,7 @@ def _finish(found: Plan, draft: Path, step: Path, hashes: dict[str, str]) -> str
 
 def described(found: Plan, output: Path, sealed: str) -> list[str]:
     """What a person wants to know of it."""
-    source, model = found.source, found.config.model
-    whence = source.origin()
+    source, model, whence = found.source, found.config.model, found.origin
     count = sizes.parameters(model, source.vocab_size)
     kind = f"{source.kind}, {count:,} parameters in {found.config.precision.dtype}, {source.vocab_size:,} words"
     lines = [

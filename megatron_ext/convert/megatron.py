@@ -18,6 +18,7 @@ from megatron_ext.errors import UserError
 KEY = "megatron"
 # Our prefix -> Transformer Engine's.
 NORMS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "max_position_embeddings")  # no model without them
 # Arguments with another value than these make a model that ours is not.
 PLAIN = {"num_experts": None, "multi_latent_attention": False, "mtp_num_layers": None, "apply_layernorm_1p": False, "squared_relu": False, "window_size": None,
          "apply_residual_connection_post_layernorm": False, "heterogeneous_layers_config_path": None, "quick_geglu": False, "attention_output_gate": False,
@@ -74,9 +75,9 @@ def open_checkpoint(path: Path, tokenizer: Path | None) -> Checkpoint:
     path = _iteration(Path(path))
     reader = Reader(path, key=KEY)
     common = reader.common()
-    args = getattr(common.get("args"), "__dict__", None)
-    if not args or "num_layers" not in args:
-        raise UserError(KEY, path / COMMON, "does not hold the arguments of a training script")
+    args = getattr(common.get("args"), "__dict__", {})
+    if missing := [name for name in SIZES if type(args.get(name)) is not int]:
+        raise UserError(KEY, path / COMMON, f"does not hold the arguments of a training script: {missing[0]} is no number; name a checkpoint that pretrain_gpt.py saved")
     rows = reader.tensors[WORDS].shape[0] if WORDS in reader.tensors else 0
     vocab = Tokenizer.from_file(tokenizer).vocab_size if tokenizer is not None else args.get("vocab_size") or rows
     if vocab > rows:

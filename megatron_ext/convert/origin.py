@@ -6,6 +6,7 @@ that is recorded. Nothing here is legal advice; it keeps what was said from bein
 """
 import fnmatch
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,12 +42,11 @@ def read(directory: Path, family: "Family", settings: "Settings") -> dict:
     words = [card.get(key) for key in ("license_name", "license")]
     licence = next((word.strip().lower() for word in words if isinstance(word, str) and word.strip() and word.strip().lower() != "other"), None)
     name = next((word for word in (card.get("model_name"), card.get("model_id"), settings.get("_name_or_path")) if isinstance(word, str) and word), None)
-    files = sorted(path for pattern in LICENCE_FILES for path in directory.glob(pattern) if path.is_file())
     kept = {key: card[key] for key in ("license", "license_name", "license_link", "commercial", "base_model") if key in card}
     return {
         "format": "hugging_face", "family": family.name, "name": name or directory.absolute().name, "licence": licence or family.licence or NONE,
         "licence_from": CARD if licence else f"the family {family.name}" if family.licence else None, "card": kept,
-        "licence_files": {path.name: hash_file(path) for path in files},
+        "licence_files": {path.name: hash_file(path) for path in licence_files(directory) if path.name != CARD},
     }
 
 
@@ -107,6 +107,4 @@ def _card(path: Path) -> dict:
 
 
 def _quoted(value: object) -> str:
-    import json
-
     return json.dumps(str(value), ensure_ascii=False)

@@ -48,6 +48,10 @@ class Ours:
         """How many layers are stacked in it."""
         return sizes.decoder_layers(model) if model.family == "encoder_decoder" and self.key.startswith(LAYERS) else model.num_layers
 
+    def stored(self, model: ModelConfig) -> tuple[int, ...]:
+        """The shape that it has in a checkpoint."""
+        return (self.layers(model), *self.shape) if self.stacked else self.shape
+
     def parts(self, rank: int, ranks: int) -> Iterator[tuple[int, int]]:
         """(start, length) along `axis` of what a tensor-parallel rank holds; the whole vocabulary is cut in parts as even as can be."""
         if self.axis is None:

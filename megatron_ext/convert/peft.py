@@ -67,7 +67,12 @@ def _lines(family: Family, model: ModelConfig, vocab: int) -> Iterator[tuple[Pla
 
 def _sizes(one: Placed) -> list[tuple[int, int]]:
     """(out, in) of each module."""
-    return [shape[::-1] if one.form in (TRANSPOSED, TRANSPOSED_BLOCKS) else shape for shape in one.shapes]
+    return [shape[::-1] if _transposed(one) else shape for shape in one.shapes]
+
+
+def _transposed(one: Placed) -> bool:
+    """Whether the modules keep their weights [in, out]."""
+    return one.form in (TRANSPOSED, TRANSPOSED_BLOCKS)
 
 
 def read(directory: Path, family: Family, model: ModelConfig, vocab: int, dtype: torch.dtype) -> Adapter:
@@ -111,14 +116,10 @@ def read(directory: Path, family: Family, model: ModelConfig, vocab: int, dtype:
 
 def _settings(directory: Path) -> tuple[Settings, float, int]:
     """(the settings, s, r)."""
-    try:
-        values = json.loads((directory / SETTINGS).read_bytes())
-        settings = Settings(dict(values), directory / SETTINGS)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(KEY, directory / SETTINGS, f"cannot be read ({str(error)[:80]})") from None
+    settings = Settings.of(directory, KEY, file=SETTINGS)
 
     def wrong(key: str, right: str) -> UserError:
-        return UserError(f"{SETTINGS}: {key}", json.dumps(settings.values.get(key)), f"is not supported; {right}")
+        return settings.wrong(key, settings.get(key), f"is not supported; {right}")
 
     if settings.get("peft_type") != "LORA":
         raise wrong("peft_type", "LORA is")
@@ -148,8 +149,7 @@ def _joined(one: Placed, pairs: Sequence[tuple[Tensor, Tensor] | None], heads: H
             column[:, start : start + pair[1].shape[1]] = pair[1]
             start += pair[1].shape[1]
         columns.append(column)
-    transposed = one.form in (TRANSPOSED, TRANSPOSED_BLOCKS)
-    return a, one.form.join([column.t() if transposed else column for column in columns], heads)
+    return a, one.form.join([column.t() if _transposed(one) else column for column in columns], heads)
 
 
 def _filled(matrix: Tensor, axis: int, size: int) -> Tensor:
@@ -191,14 +191,14 @@ def write_directory(directory: Path, family: Family, model: ModelConfig, vocab: 
             return region(key + "lora_a", (one.layer, 0, 0), (1, *shape))[0]
         whole = region(key + "lora_b", (one.layer, 0, 0), (1, one.ours.shape[0], lora.rank))[0]
         part = one.form.split(whole, heads)[number]
-        return part.t() if one.form in (TRANSPOSED, TRANSPOSED_BLOCKS) else part
+        return part.t() if _transposed(one) else part
 
     files = write(directory, [Planned(name, dtype, shape) for name, (_, _, shape) in made.items()], make, name=NAME)
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     values = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(set(modules)), "fan_in_fan_out": family.name == "gpt2", "use_rslora": False, "use_dora": False, "modules_to_save": None,
-        "inference_mode": True,
+        "target_modules": sorted(set(modules)), "fan_in_fan_out": any(_transposed(one) for one, _, _ in made.values()), "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "inference_mode": True,
     }
     (directory / SETTINGS).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return files

@@ -71,5 +71,3 @@ def load_torch(path: Path) -> object:
             return loads(archive.read(name))
     except (zipfile.BadZipFile, StopIteration, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"is no file of torch.save ({type(error).__name__})") from None
-
-

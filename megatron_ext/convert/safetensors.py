@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.encode import raw
 from megatron_ext.errors import UserError
 
 NAME, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -71,15 +72,14 @@ def read_header(path: Path, key: str) -> dict[str, Entry]:
             found[name] = Entry(dtype, shape, start + begin, start + end)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise wrong(f"is no safetensors file: its header does not describe tensors ({type(error).__name__}: {str(error)[:80]})") from None
-    reach, last = 0, start
+    last = start
     for name, entry in sorted(found.items(), key=lambda item: item[1].begin):
         if entry.begin < last:
             raise wrong(f"has tensors that overlap at {name}")
         last = max(last, entry.end)
-        reach = max(reach, entry.end)
-    if reach > total:
+    if last > total:
         cut = next(name for name, entry in found.items() if entry.end > total)
-        raise wrong(f"is cut short: {total:,} bytes, its tensors end at {reach:,} ({cut} is not whole); copy it anew")
+        raise wrong(f"is cut short: {total:,} bytes, its tensors end at {last:,} ({cut} is not whole); copy it anew")
     return found
 
 
@@ -210,9 +210,3 @@ def _write_file(path: Path, planned: Iterable[Planned], make: Callable[[str], to
             if tensor.dtype != one.dtype or tuple(tensor.shape) != one.shape:
                 raise ValueError(f"{one.name}: {tensor.dtype} {tuple(tensor.shape)} in the place of {one.dtype} {one.shape}")
             file.write(raw(tensor))
-
-
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, C-contiguous."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

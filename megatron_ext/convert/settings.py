@@ -8,10 +8,11 @@ from pathlib import Path
 from megatron_ext.errors import UserError
 
 FILE = "config.json"
-# Of every family: what says nothing of how logits are computed. Ids of special tokens are read where text is made (tokens.py).
+# Of every family: what says nothing of how logits are computed. Ids of special tokens are read where text is made (carried.py).
 COMMON = (
-    "_name_or_path", "_attn_implementation_autoset", "activation_dropout", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing", "id2label", "initializer_range", "init_std",
+    "_name_or_path", "_attn_implementation_autoset", "activation_dropout", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "classifier_dropout", "dtype", "embd_pdrop", "eos_token_id", "finetuning_task", "gradient_checkpointing",
+    "id2label", "initializer_range", "init_std",
     "keys_to_ignore_at_inference", "label2id", "model_type", "name_or_path", "output_attentions", "output_hidden_states", "output_past", "pad_token_id",
     "prefix", "problem_type", "return_dict", "resid_pdrop", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
     "transformers_version", "transformers.js_config", "unsloth_version", "use_cache", "use_bfloat16", "use_return_dict", "vocab_size",
@@ -35,13 +36,13 @@ class Settings:
         self._read: set[str] = set()
 
     @classmethod
-    def of(cls, directory: Path, key: str = "hf") -> "Settings":
-        """Raises UserError: no config.json in the directory, or no JSON object in it."""
-        path = Path(directory) / FILE
+    def of(cls, directory: Path, key: str = "hf", *, file: str = FILE) -> "Settings":
+        """Raises UserError: no such file in the directory, or no JSON object in it."""
+        path = Path(directory) / file
         try:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
-            raise UserError(key, directory, f"holds no {FILE}; name the directory of a model as transformers saves it") from None
+            raise UserError(key, directory, f"holds no {file}; name the directory of a model as transformers saves it") from None
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(key, path, f"cannot be read ({str(error)[:80]})") from None
         if not isinstance(values, dict):
@@ -107,4 +108,4 @@ class Settings:
         return [f"{key}={json.dumps(value)[:60]}" for key, value in sorted(self.values.items()) if key not in self._read and not key.startswith("summary_")]
 
     def wrong(self, key: str, value: object, reason: str) -> UserError:
-        return UserError(f"{FILE}: {key}", json.dumps(value), reason)
+        return UserError(f"{Path(self.path).name}: {key}", json.dumps(value), reason)

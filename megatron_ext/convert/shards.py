@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 from megatron_ext.checkpoint import manifest as m
-from megatron_ext.checkpoint.encode import encode, name_of
+from megatron_ext.checkpoint.encode import encode, name_of, raw
 from megatron_ext.checkpoint.writer import commit, durable
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
 from megatron_ext.convert.family import Placed
 from megatron_ext.convert.ours import LAYERS, Ours
-from megatron_ext.convert.safetensors import raw
 
 
 class Shard:
@@ -94,7 +93,7 @@ def write(directory: Path, layout: Layout, placed: Iterable[Placed], make, numbe
         if not pieces:
             continue
         whole = make(one)
-        shape = one.ours.shape if one.layer is None else (one.ours.layers(layout.model), *one.ours.shape)
+        shape = one.ours.stored(layout.model)
         for number, offset, cut in pieces:
             part = whole[cut]
             shards[number].add(one.ours.key, shape, offset, part if one.layer is None else part[None])

@@ -11,6 +11,7 @@ from megatron_ext.convert import origin
 from megatron_ext.convert.families import family_of
 from megatron_ext.convert.family import Family, Placed
 from megatron_ext.convert.forms import Heads
+from megatron_ext.convert.ours import WORDS
 from megatron_ext.convert.safetensors import NAMES, Reader
 from megatron_ext.convert.settings import Settings
 from megatron_ext.errors import UserError
@@ -101,7 +102,7 @@ def _check_names(family: Family, model: ModelConfig, reader: Reader, placed: Seq
         if name not in wanted and name not in tied and not family.is_buffer(name):
             raise UserError("hf", reader.file_of(name), f"holds {name}, which no {family.name} model of this config.json has: it would be left out")
     if tied and family.head in reader:
-        words = next(one.names[0] for one in placed if one.ours.key.endswith("word_embeddings.weight"))
+        words = next(one.names[0] for one in placed if one.ours.key == WORDS)
         if not torch.equal(reader.tensor(family.head), reader.tensor(words)):
             raise UserError("hf", reader.file_of(family.head), f"holds {family.head}, which differs from {words} although config.json ties them "
                                                                "(tie_word_embeddings)")

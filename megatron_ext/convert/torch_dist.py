@@ -37,8 +37,11 @@ class Reader:
             raise UserError(key, directory, f"holds no {METADATA}: it is no checkpoint in the format torch_dist (Megatron-LM's --ckpt-format torch_dist); name the "
                                             "iteration's directory, such as .../iter_0001000")
         self.tensors = self._listed()
-        for name in sorted({chunk[0] for tensor in self.tensors.values() for chunk in tensor.chunks}):
-            end = max(chunk[1] + chunk[2] for tensor in self.tensors.values() for chunk in tensor.chunks if chunk[0] == name)
+        ends: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            for name, byte, length, _, _ in tensor.chunks:
+                ends[name] = max(ends.get(name, 0), byte + length)
+        for name, end in sorted(ends.items()):
             file = self.directory / name
             if not file.is_file() or file.stat().st_size < end:
                 raise UserError(key, file, "is not there, or is cut short; copy it anew")
@@ -49,10 +52,11 @@ class Reader:
     def _listed(self) -> dict[str, Stored]:
         try:
             found = pickles.loads((self.directory / METADATA).read_bytes())
-            tensors = {}
+            tensors, shapes = {}, {}
             for name, entry in found.state_dict_metadata.items():
                 if entry.__class__.name.endswith("TensorStorageMetadata"):
                     tensors[name] = Stored(_dtype(entry.properties), tuple(entry.size))
+                    shapes[name] = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
             for index, place in found.storage_data.items():
                 if index.fqn not in tensors:
                     continue
@@ -60,8 +64,7 @@ class Reader:
                 if Path(file).name != file:
                     raise ValueError("a file outside of the directory")
                 offset = tuple(index.offset)
-                shapes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in found.state_dict_metadata[index.fqn].chunks}
-                tensor.chunks.append((file, int(place.offset), int(place.length), offset, shapes[offset]))
+                tensor.chunks.append((file, int(place.offset), int(place.length), offset, shapes[index.fqn][offset]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.wrong(METADATA, f"cannot be read ({type(error).__name__}: {str(error)[:80]})") from None
         return tensors

@@ -5,14 +5,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_ext import platform
 from megatron_ext.cli.options import Options
 from megatron_ext.config.schema import Config
 from megatron_ext.config.sizes import parameters
 from megatron_ext.evaluate import tasks
-from megatron_ext.evaluate.harness_inputs import check
+from megatron_ext.evaluate.harness_inputs import find
 from megatron_ext.evaluate.ranks import Ranks
 from megatron_ext.evaluate.text import PlainTokenizer
 from megatron_ext.train import record as records
@@ -27,34 +26,39 @@ def run(config: Config, options: Options) -> int:
     Raises:
         UserError: the harness is not installed; no checkpoint, a layout that does not fit, a task that is unknown or runs code, ...
     """
-    found = check(config, options, files=platform.is_first_rank())
+    found = find(config, options)
+    with tempfile.TemporaryDirectory() as folder:
+        checked = tasks.gather(found.config.evaluate, Path(folder) / "tasks") if platform.is_first_rank() else None
+        return _run(found, checked, Path(folder), options)
+
+
+def _run(found: Source, checked: tasks.Tasks | None, folder: Path, options: Options) -> int:
+    """checked: the tasks, on rank 0. folder: for what does not stay."""
     settings = found.config.evaluate
-    device = platform.install(config.launch.device)
-    platform.connect(device, config.launch.timeout)
+    device = platform.install(found.config.launch.device)
+    platform.connect(device, found.config.launch.timeout)
     engine = restored_engine(found, device)
     ranks = Ranks(engine, found.tokenizer(), batch_size=settings.batch_size, ends=found.ends,
                   max_length=settings.max_length or found.config.model.max_sequence_length)
-    if dist.get_rank() == 0:
-        _drive(found, ranks, options)
+    if checked is not None:
+        _drive(found, ranks, checked, folder, options)
     else:
         ranks.serve()
     platform.disconnect()
     return 0
 
 
-def _drive(found: Source, ranks: Ranks, options: Options) -> None:
+def _drive(found: Source, ranks: Ranks, checked: tasks.Tasks, folder: Path, options: Options) -> None:
     settings = found.config.evaluate
-    output = Path(settings.output) if settings.output else found.path.absolute().parent.parent / "harness"
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["HF_DATASETS_CACHE"] = f"{folder}/cache"  # read at import: nothing stays behind, and no home directory is needed
-        from megatron_ext.evaluate import harness
+    output = Path(settings.output) if settings.output else found.run / "harness"
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # read at import: nothing stays behind, and no home directory is needed
+    from megatron_ext.evaluate import harness
 
-        checked = tasks.gather(settings, Path(folder) / "tasks")
-        tokenizer = PlainTokenizer(found.tokenizer_file(), eos=ranks.tokenizer.eod, folder=found.folder)
-        model = harness.Runtime(ranks, tokenizer, facts=_facts(found), add_bos=settings.add_bos, batch_size=settings.batch_size,
-                                seed=found.config.generate.seed)
-        with torch.random.fork_rng(devices=[]):  # the harness seeds torch; the model's generators are its own
-            results, files = harness.run_tasks(model, checked, settings, name=_name(found), output=output)
+    tokenizer = PlainTokenizer(found.tokenizer_file(), eos=ranks.tokenizer.eod, folder=found.folder)
+    model = harness.Runtime(ranks, tokenizer, facts=_facts(found), add_bos=settings.add_bos, batch_size=settings.batch_size,
+                            seed=found.config.generate.seed)
+    with torch.random.fork_rng(devices=[]):  # the harness seeds torch; the model's generators are its own
+        results, files = harness.run_tasks(model, checked, settings, name=_name(found), output=output)
     ranks.end()
     if options.json:
         kept = {key: results[key] for key in PRINTED if key in results}
@@ -67,7 +71,7 @@ def _drive(found: Source, ranks: Ranks, options: Options) -> None:
 
 def _name(found: Source) -> str:
     """Of the model, in the harness's file names."""
-    return f"{found.path.absolute().parent.parent.name}/{found.path.name}"
+    return f"{found.run.name}/{found.path.name}"
 
 
 def _facts(found: Source) -> dict:

@@ -11,8 +11,15 @@ from megatron_ext.generate.checks import check_layout
 from megatron_ext.train.restored import Source, source
 
 
-def check(config: Config, options: Options, *, files: bool = True) -> Source:
-    """Finds the checkpoint and looks at the layout, the lengths and, with `files`, the task files. Raises UserError."""
+def check(config: Config, options: Options) -> None:
+    """Looks at all that is given, the task files too. Raises UserError."""
+    found = find(config, options)
+    with tempfile.TemporaryDirectory() as folder:
+        tasks.gather(found.config.evaluate, Path(folder))
+
+
+def find(config: Config, options: Options) -> Source:
+    """The checkpoint; the layout and the lengths fit it. Raises UserError."""
     check_layout(config.parallel)
     found = source(config, options.overrides)
     generates(found.config, found.path)
@@ -20,7 +27,4 @@ def check(config: Config, options: Options, *, files: bool = True) -> Source:
     if asked is not None and asked > has:
         raise UserError("evaluate.max_length", asked, f"the model of {found.path} has positions for {has} tokens")
     found.tokenizer_file()
-    if files:
-        with tempfile.TemporaryDirectory() as folder:
-            tasks.gather(config.evaluate, Path(folder))
     return found

@@ -3,6 +3,7 @@
 A resume is refused where it would silently go on with something else: another model (checkpoint/read.py compares `model`), or other data,
 whose position in samples would mean nothing.
 """
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +33,13 @@ def architecture(model: ModelConfig, vocab_size: int) -> dict:
         "vocab_size": vocab_size, "num_query_groups": sizes.query_groups(model), "head_dim": sizes.head_dim(model),
         "ffn_hidden_size": sizes.ffn_size(model),
     }
+
+
+def different(ours: dict, theirs: dict, words: Sequence[str]) -> str | None:
+    """A key in which two architectures differ, None where they are one: of those that differ one that was typed (`words`), since derived sizes differ too."""
+    typed = {word.lstrip("+").partition("=")[0] for word in words}
+    keys = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    return min(keys, key=lambda key: (f"model.{key}" not in typed, key), default=None)
 
 
 def layout(config: Config) -> dict:

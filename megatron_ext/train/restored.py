@@ -6,6 +6,7 @@ No torch until `restored_engine`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,14 @@ class Source:
         return self.record.get("stage") == "import"
 
     @property
+    def run(self) -> Path:
+        """The directory of the run that it lies in, absolute."""
+        return self.path.absolute().parent.parent
+
+    @property
     def folder(self) -> Path:
         """Where the files lie that were imported beside the weights, if there are any."""
-        return self.path.absolute().parent.parent / carried.FOLDER
+        return self.run / carried.FOLDER
 
     @property
     def ends(self) -> tuple[int, ...] | None:
@@ -65,7 +71,7 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the run (see `tokenizer_file`)."""
-        return self._tokenizer()[1]
+        return self._tokenizer[1]
 
     def tokenizer_file(self) -> Path:
         """The run's tokenizer.json, in its directory, `data.tokenizer`, or the data it was trained on.
@@ -73,15 +79,16 @@ class Source:
         Raises:
             UserError: none of them is there, or none is the one the model was trained with.
         """
-        return self._tokenizer()[0]
+        return self._tokenizer[0]
 
+    @cached_property  # a large file takes a second to parse
     def _tokenizer(self) -> tuple[Path, Tokenizer]:
         if not self.tokenizer_sha256:
             raise UserError(KEY, self.path, "was imported from a directory without a tokenizer: save one there with "
                                             "AutoTokenizer.from_pretrained(NAME).save_pretrained(DIR) and convert it again")
         data = self.config.data
         seen = []
-        for place in (self.path.absolute().parent.parent, data.tokenizer, data.path, *data.paths):
+        for place in (self.run, data.tokenizer, data.path, *data.paths):
             file = None if place is None else tokenizer_file(place)
             if file is None or not file.is_file():
                 continue
@@ -109,7 +116,7 @@ def source(config: Config, words: Sequence[str]) -> Source:
     record = checkpoint.read_record(path)
     try:
         stored = from_dict(record["config"])
-        vocab_size, ours = int(record["vocab_size"]), record["model"]
+        vocab_size, has = int(record["vocab_size"]), record["model"]
         record["data"]["tokenizer"][:1].encode()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(KEY, path, f"its record is not that of a training run ({type(error).__name__}: {error})") from None
@@ -119,12 +126,9 @@ def source(config: Config, words: Sequence[str]) -> Source:
     if any(word.lstrip("+").startswith(("data.path=", "data.paths=")) for word in words):
         data = replace(data, path=None, paths=(), weights=())  # they name the data together
     merged = compose(words, base=replace(config, model=stored.model, precision=stored.precision, data=data, lora=stored.lora))
-    theirs = records.architecture(merged.model, vocab_size)
-    typed = {word.lstrip("+").partition("=")[0] for word in words}
-    for key in sorted(theirs.keys() | ours.keys(), key=lambda key: (f"model.{key}" not in typed, key)):  # derived sizes differ too: name what was typed
-        if theirs.get(key) != ours.get(key):
-            raise UserError(f"model.{key}", theirs.get(key), f"the model of {path} has {ours.get(key)}; leave model keys out, the checkpoint "
-                                                         "knows them")
+    asked = records.architecture(merged.model, vocab_size)
+    if (key := records.different(asked, has, words)) is not None:
+        raise UserError(f"model.{key}", asked.get(key), f"the model of {path} has {has.get(key)}; leave model keys out, the checkpoint knows them")
     check_layout(merged)
     return Source(path, record, merged)
 

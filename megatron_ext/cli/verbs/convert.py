@@ -39,6 +39,9 @@ def _import(config: Config, options: Options) -> int:
 
 
 def _export(config: Config) -> int:
+    from megatron_ext import platform
+
+    platform.quiet()  # before megatron-core is imported
     from megatron_ext.convert import exporter
 
     path = checkpoint.find(config.checkpoint.load, Path(config.run.dir) / "checkpoints", best=True)

@@ -1,4 +1,6 @@
 """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, biases everywhere, tied words; its weights lie [in, out] (transformers' Conv1D)."""
+from collections.abc import Mapping
+
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.family import Family, Line, linear, norm
@@ -35,9 +37,9 @@ def written_dropout(model: ModelConfig) -> dict[str, float]:
             "initializer_range": model.init_std}
 
 
-def activation_name(model: ModelConfig) -> str:
+def activation_name(model: ModelConfig, choices: Mapping[str, str] = ACTIVATIONS) -> str:
     """As transformers calls it."""
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == model.activation), model.activation)
+    return next((theirs for theirs, ours in choices.items() if ours == model.activation), model.activation)
 
 
 def _read(settings: Settings) -> ModelConfig:

@@ -7,7 +7,7 @@ from megatron_ext.convert.settings import Settings
 THETA = 10000.0
 
 
-def read(settings: Settings, *, theta: float = THETA, base_key: str = "rope_theta") -> tuple[dict[str, object], dict]:
+def read(settings: Settings, *, base_key: str = "rope_theta") -> tuple[dict[str, object], dict]:
     """(fields of `ModelConfig`, what else the file says of rotary positions). Raises UserError for a scaling that we do not compute."""
     key = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     scaling = settings.get(key) or {}
@@ -16,7 +16,7 @@ def read(settings: Settings, *, theta: float = THETA, base_key: str = "rope_thet
     inner = Settings(scaling)
     kind = inner.get("rope_type") or inner.get("type") or "default"
     inner.ignore("type")
-    base = inner.number("rope_theta", settings.number(base_key, theta))
+    base = inner.number("rope_theta", settings.number(base_key, THETA))
     found: dict[str, object] = {"position_embedding": "rope", "rotary_base": base}
     if kind == "llama3":
         found |= {

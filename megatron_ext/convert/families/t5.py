@@ -2,8 +2,9 @@
 are scaled instead; version 1.1 (and Flan) scales nothing, has words and head apart, and a gate, whose GELU is the approximate one."""
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.convert.families.gpt2 import activation_name
 from megatron_ext.convert.family import Family, Line
-from megatron_ext.convert.forms import APART, HALVES, KEYS_VALUES, TRANSPOSED
+from megatron_ext.convert.forms import APART, HALVES, KEYS_VALUES, SAME, TRANSPOSED
 from megatron_ext.convert.ours import ENCODER, HEAD, LAST_NORM, TABLES, WORDS
 from megatron_ext.convert.settings import Settings
 
@@ -20,7 +21,7 @@ def _stack(start: str, name: str, last: int, gated: bool) -> list[Line]:
         Line.of(f"{start}self_attention.linear_qkv.weight", *(f"{attention}SelfAttention.{part}.weight" for part in "qkv"), form=APART),
         Line.of(f"{start}self_attention.linear_proj.weight", f"{attention}SelfAttention.o.weight"),
         Line.of(f"{start}pre_mlp_layernorm.weight", f"{feed}layer_norm.weight"),
-        Line.of(f"{start}mlp.linear_fc1.weight", *into, **({"form": HALVES} if gated else {})),
+        Line.of(f"{start}mlp.linear_fc1.weight", *into, form=HALVES if gated else SAME),
         Line.of(f"{start}mlp.linear_fc2.weight", f"{feed}DenseReluDense.wo.weight"),
     ]
 
@@ -63,14 +64,12 @@ def _read(settings: Settings) -> ModelConfig:
 
 
 def _written(model: ModelConfig, vocab: int) -> dict:
-    proj = next((theirs for theirs, ours in ACTIVATIONS.items() if ours == model.activation), model.activation)
     return {
         "is_encoder_decoder": True, "d_model": model.hidden_size, "num_layers": model.num_layers, "num_decoder_layers": sizes.decoder_layers(model),
         "num_heads": model.num_attention_heads, "d_kv": sizes.head_dim(model), "d_ff": sizes.ffn_size(model), "n_positions": model.max_sequence_length,
         "relative_attention_num_buckets": model.relative_buckets, "relative_attention_max_distance": model.relative_distance,
-        "layer_norm_epsilon": model.norm_eps, "feed_forward_proj": proj, "tie_word_embeddings": model.tied_embeddings,
-        "scale_decoder_outputs": model.logit_scale != 1,
-        "dropout_rate": model.hidden_dropout,
+        "layer_norm_epsilon": model.norm_eps, "feed_forward_proj": activation_name(model, ACTIVATIONS), "tie_word_embeddings": model.tied_embeddings,
+        "scale_decoder_outputs": model.logit_scale != 1, "dropout_rate": model.hidden_dropout,
     }
 
 
