@@ -25,6 +25,7 @@ from megatron_ext.parallel.layout import Layout
 from megatron_ext.plan.ledger import Collective, Ledger
 from megatron_ext.platform import Platform, install
 from megatron_ext.train.engine import Engine
+from megatron_ext.train.offload import state_bytes
 
 _AXES = {"tp": "tensor", "cp": "context", "pp": "pipeline", "dp_cp": "data", "embd": "embedding", "intra_dist_opt": "all"}
 
@@ -74,7 +75,7 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
             for kind, name in _AXES.items():
                 if (group := getattr(engine.groups, kind, None)) is not None:
                     names.setdefault(group.group_name, name)
-            held = _held(engine)
+            held = state_bytes(engine)
             before = ledger.restart_peak()
             count = micro_batches or filling(config, Grid.of(config).coordinates(rank)["pp"])
             batch = _batch(config)
@@ -100,30 +101,6 @@ def _engine(config: Config, platform: Platform, vocab: int, head: str) -> Engine
     for part in engine.optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
     return engine
-
-
-def _held(engine: Engine) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state; a storage counts once, under the first of them."""
-    seen: set[int] = set()
-
-    def size(tensors) -> int:
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if id(storage) not in seen:
-                seen.add(id(storage))
-                total += storage.nbytes()
-        return total
-
-    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
-    weights = size(parameters)
-    gradients = size(p.main_grad for p in parameters if hasattr(p, "main_grad"))
-    optimizer = 0
-    for part in engine.optimizer.chained_optimizers:
-        inner = part.optimizer
-        optimizer += size(p for group in inner.param_groups for p in group["params"])
-        optimizer += size(value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
 def _batch(config: Config) -> Batch:
