@@ -13,6 +13,7 @@ from megatron_ext.config.geometry import Iteration
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from megatron_ext.plan import rlhf
+from megatron_ext.plan.budget import bill
 from megatron_ext.plan.calibration import Calibration
 from megatron_ext.plan.hardware import timed
 from megatron_ext.plan.timing import step_time
@@ -50,12 +51,7 @@ def acquire(config: Config, calibration: Calibration, vocab: int) -> list[Wanted
         gpus = replicas * config.parallel.tp * config.parallel.pp * config.parallel.cp
         took = tokens / _speed(config, calibration, vocab, name, replicas) / config.plan.availability / 86400
         hours = 24 * took * gpus * copies
-        energy = None
-        if config.hardware.power is not None:
-            energy = hours * config.hardware.power / 1000 * config.plan.draw * config.plan.server * config.plan.pue
-        priced = config.plan.price is not None or config.plan.power_price is not None and energy is not None
-        cost = hours * (config.plan.price or 0.0) + (energy or 0.0) * (config.plan.power_price or 0.0) if priced else None
-        found.append(Wanted(name, tokens, copies, day, day + took, gpus * copies, hours, energy, cost))
+        found.append(Wanted(name, tokens, copies, day, day + took, gpus * copies, hours, *bill(config, hours)))
         day += days
     return found
 
