@@ -46,6 +46,13 @@ def test_search_lists_what_fits_and_why_the_rest_does_not(capsys):
     assert fits(again, 128256), "the words of the best layout can be typed"
 
 
+def test_search_lists_layouts_of_a_gpu_whose_fp8_peak_nobody_knows(capsys):
+    """Its step has a time, from bf16; an MFU of FP8 products it has not."""
+    out = said(capsys, "plan", "search", "model=llama32_1b", "hardware=a100_80g", "precision=fp8_current", "launch.ranks=4")
+    best = out.split("tokens/s")[1].splitlines()[1]
+    assert " s " in best and best.endswith("unknown")
+
+
 LARGE = ("model=llama3_8b", "precision=bf16", "hardware=h100_sxm", "launch.ranks=8", "train.global_batch_size=64", "data.sequence_length=8192",
          "train.micro_batch_size=1")
 
@@ -94,6 +101,8 @@ def test_gpus_by_when(capsys):
     assert "base" in out and "GPU-hours" in out
     assert main(["plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[base:many:3]"]) == 2
     assert "plan.stages=base:many:3: must be NAME:TOKENS:DAYS" in capsys.readouterr().err
+    assert main(["plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[]"]) == 2
+    assert "plan.stages=[]: name the stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -40,10 +40,12 @@ def acquire(config: Config, calibration: Calibration, vocab: int) -> list[Wanted
     """The stages of `plan.stages` for the model, layout and GPU of `config`.
 
     Raises:
-        UserError: a stage that cannot be read, that no number of GPUs finishes in time, or a GPU that is not known.
+        UserError: no stage, one that cannot be read, that no number of GPUs finishes in time, or a GPU that is not known.
     """
     if not timed(config.hardware):
         raise UserError("hardware.name", config.hardware.name or "null", "name a GPU (hardware=h100_sxm, ...): how many are needed follows from its speed")
+    if not config.plan.stages:
+        raise UserError("plan.stages", "[]", "name the stages to train, such as plan.stages=[base:2.7e11:60,sft:1e9:7:4]")
     found, day = [], 0.0
     for text in config.plan.stages:
         name, tokens, days, copies = _read(text)

@@ -150,7 +150,7 @@ def search_page(config: Config, found: Found) -> str:
         for one in found.best:
             step = one.step
             rows.append([" ".join(one.words), f"{one.memory.total / GIB:.1f}", *(("", "", "") if step is None else (
-                f"{step.seconds:.2f} s", f"{step.tokens_per_second:,.0f}", f"{100 * step.mfu:.1f} %"))])
+                f"{step.seconds:.2f} s", f"{step.tokens_per_second:,.0f}", "unknown" if step.mfu is None else f"{100 * step.mfu:.1f} %"))])
         lines += ["", *_table(rows)]
     if found.refused:
         lines += ["", "does not fit:", *(f"  {layout}: {why}" for layout, why in found.refused)]
