@@ -110,10 +110,6 @@ class Activations:
         """What a trace sees."""
         return max(self.layers + self.edges + self.backward + self.buffers, self.clipping)
 
-    @property
-    def total(self) -> float:
-        return self.traced + self.workspace
-
 
 def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: int, *, head: str = "vocabulary") -> Activations:
     """What a pipeline rank holds beside its parameters, gradients and optimizer.

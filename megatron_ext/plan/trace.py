@@ -54,7 +54,7 @@ class Counted:
     seconds: float
 
 
-def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None = None, head: str = "vocabulary") -> Counted:
+def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None = None) -> Counted:
     """Builds `rank` of `config.launch.ranks` ranks and runs a step.
 
     To be called in a process of its own, or in one that has no process group.
@@ -71,7 +71,7 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
         names: dict[str, str] = {}
         ledger = Ledger(lambda group: names.get(group.group_name, "other"), chosen=config.data.masked_share)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            engine = _engine(config, install("cpu"), vocab, head)
+            engine = _engine(config, install("cpu"), vocab)
             for kind, name in _AXES.items():
                 if (group := getattr(engine.groups, kind, None)) is not None:
                     names.setdefault(group.group_name, name)
@@ -93,10 +93,10 @@ def filling(config: Config, pipeline_rank: int) -> int:
     return min(has, 2 * pp if config.parallel.vpp else pp - pipeline_rank + 1)
 
 
-def _engine(config: Config, platform: Platform, vocab: int, head: str) -> Engine:
+def _engine(config: Config, platform: Platform, vocab: int) -> Engine:
     parallel = config.parallel
     layout = Layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.sp, tuple(range(config.launch.ranks)))
-    engine = Engine(config, layout, platform, vocab_size=vocab, head=head)
+    engine = Engine(config, layout, platform, vocab_size=vocab)
     engine.core_config.deallocate_pipeline_outputs = True
     for part in engine.optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
