@@ -15,6 +15,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.plan.calibration import Calibration
 from megatron_ext.plan.hardware import GIB, timed
 from megatron_ext.plan.memory import RankMemory, fullest, limit
+from megatron_ext.plan.rlhf import together
 from megatron_ext.plan.timing import Step, step_time
 
 
@@ -53,13 +54,8 @@ def divisors(number: int, most: int | None = None) -> list[int]:
     return [i for i in range(1, min(number, most or number) + 1) if number % i == 0]
 
 
-def search(config: Config, calibration: Calibration, vocab: int, *, shown: int | None = None) -> Found:
-    """The best layouts of `config.model` on `config.launch.ranks` ranks with its batch and hardware.
-
-    Args:
-        vocab: words that exist.
-        shown: how many; None = `plan.shown`.
-    """
+def search(config: Config, calibration: Calibration, vocab: int) -> Found:
+    """The best layouts of `config.model` on `config.launch.ranks` ranks with its batch and hardware. `vocab`: words that exist."""
     fitting: list[Candidate] = []
     refused: list[tuple[str, str]] = []
     tried = 0
@@ -81,7 +77,7 @@ def search(config: Config, calibration: Calibration, vocab: int, *, shown: int |
     best: dict[tuple, Candidate] = {}
     for one in fitting:  # of layouts that differ in chunks, micro-batch or recomputation alone, the best
         best.setdefault((one.config.parallel.tp, one.config.parallel.pp, one.config.parallel.cp), one)
-    return Found(tuple(list(best.values())[: shown or config.plan.shown]), tuple(refused), tried, len(fitting))
+    return Found(tuple(list(best.values())[: config.plan.shown]), tuple(refused), tried, len(fitting))
 
 
 def _why(candidate: Candidate, config: Config) -> str:
@@ -147,19 +143,21 @@ def refuse(config: Config, vocab: int) -> None:
     most = limit(config)
     if most is None:
         return
-    if config.stage.name in PACKED:
-        from megatron_ext.plan.rlhf import together
-
+    packed = config.stage.name in PACKED
+    if packed:
         needed, where = together(config, vocab)
     else:
         found = fullest(config, vocab)
         needed, where = found.total, f"pipeline stage {found.pipeline_rank}"
     if needed <= most:
         return
-    parallel, near = config.parallel, None if config.stage.name in PACKED else nearest(config, vocab)
-    right = "no layout on as many ranks fits: take more ranks" if near is None else "the nearest layout that fits: " + " ".join(near.words)
-    if config.stage.name in PACKED:
+    if packed:
         right = "take more ranks, larger layouts, ppo.offload=true, or a smaller rollout.batch_tokens"
+    elif (near := nearest(config, vocab)) is not None:
+        right = "the nearest layout that fits: " + " ".join(near.words)
+    else:
+        right = "no layout on as many ranks fits: take more ranks"
+    parallel = config.parallel
     layout = f"TP {parallel.tp} x PP {parallel.pp}" + (f" x CP {parallel.cp}" if parallel.cp > 1 else "")
     raise UserError("hardware.name", config.hardware.name, f"has {config.hardware.memory:g} GiB, and {layout} with micro-batches of "
                     f"{config.train.micro_batch_size} needs {needed / GIB:.1f} GiB ({where}; {100 * config.plan.margin:g} % of the GPU is left free); {right}")
