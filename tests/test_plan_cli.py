@@ -5,6 +5,7 @@ import pytest
 
 from megatron_ext.cli.main import main
 from megatron_ext.config.compose import compose
+from megatron_ext.config.validate import problems
 from megatron_ext.errors import UserError
 from megatron_ext.plan import acquisition, rlhf
 from megatron_ext.plan.calibration import load
@@ -44,6 +45,15 @@ def test_search_lists_what_fits_and_why_the_rest_does_not(capsys):
     again = compose(["model=llama3_70b", "precision=bf16", "hardware=h100_sxm", "launch.ranks=64", "train.global_batch_size=64",
                      "data.sequence_length=8192", *found.best[0].words])
     assert fits(again, 128256), "the words of the best layout can be typed"
+
+
+def test_search_names_no_layout_that_a_family_does_not_take():
+    """T5's decoder says 114 of 512 tokens, padded to 120: sequence parallelism cannot split them over 16 ranks, which 128 heads and an NVL72 would allow."""
+    config = compose(["model=t5_11b", "precision=bf16", "hardware=gb200", "launch.ranks=16", "train.global_batch_size=16", "data.sequence_length=512",
+                      "plan.shown=100"])
+    found = search(config, load(), 32128)
+    assert max(one.config.parallel.tp for one in found.best) == 8
+    assert all(not problems(one.config, "plan") for one in found.best)
 
 
 def test_search_lists_layouts_of_a_gpu_whose_fp8_peak_nobody_knows(capsys):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ext.config import sizes
+from megatron_ext.config.families import family_fits_layout, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import PACKED
@@ -17,6 +18,8 @@ from megatron_ext.plan.hardware import GIB, timed
 from megatron_ext.plan.memory import RankMemory, fullest, limit
 from megatron_ext.plan.rlhf import together
 from megatron_ext.plan.timing import Step, step_time
+
+RULES = (*MODEL, family_fits_layout, *LAYOUT, spans_fit, batch_divides, sequence_parallel_fits)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def _variants(config: Config, tp: int, pp: int, cp: int) -> Iterator[Config]:
             for vpp in chunks:
                 parallel = replace(config.parallel, tp=tp, pp=pp, cp=cp, vpp=vpp, sp=tp > 1, recompute=recompute, recompute_layers=1)
                 one = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
-                if not any(True for rule in (*MODEL, *LAYOUT, batch_divides, sequence_parallel_fits) for _ in rule(one)):
+                if not any(True for rule in RULES for _ in rule(one)):
                     yield one
 
 
