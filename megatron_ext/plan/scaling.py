@@ -92,7 +92,7 @@ def run(config: Config, options: Options) -> int:
 def point(model: ModelConfig, *, vocab_size: int, sequence_length: int, tokens: float) -> tuple[float, float]:
     """(N, C) of a training over `tokens`."""
     looked_up = (0 if model.tied_embeddings else vocab_size * sizes.embedding_size(model)) \
-        + (model.max_sequence_length * model.hidden_size if model.position_embedding == "learned" else 0)
+        + (sizes.position_rows(model) * model.hidden_size if model.position_embedding == "learned" else 0)
     flops = token_flops(model, sequence_length=sequence_length, vocab_size=vocab_size).training
     return float(sizes.parameters(model, vocab_size) - looked_up), flops * tokens
 
