@@ -9,8 +9,8 @@ from megatron_ext.config.validate import problems
 from megatron_ext.errors import UserError
 from megatron_ext.plan import acquisition, rlhf
 from megatron_ext.plan.calibration import load
-from megatron_ext.plan.memory import fits
-from megatron_ext.plan.search import nearest, refuse, search
+from megatron_ext.plan.memory import fits, fullest
+from megatron_ext.plan.search import Candidate, nearest, refuse, search
 
 
 def said(capsys, *words: str) -> str:
@@ -75,6 +75,16 @@ def test_check_refuses_what_the_gpu_cannot_hold_and_names_the_nearest_layout(cap
     told = {word.partition("=")[0] for word in words}
     assert main(["check", *(word for word in LARGE if word.partition("=")[0] not in told), *words]) == 0
     assert main(["check", *(word for word in LARGE if "hardware" not in word)]) == 0, "without a GPU nothing is judged"
+
+
+def test_a_layout_that_is_named_takes_back_what_was_typed_and_it_has_not():
+    typed = [*LARGE, "parallel.pp=2", "parallel.vpp=2", "parallel.tp=2", "parallel.sp=true", "parallel.cp=2", "parallel.recompute=full",
+             "parallel.recompute_layers=4"]
+    plain = compose([*LARGE, "parallel.pp=8"])
+    told = Candidate(plain, fullest(plain, 128256)).instead_of(compose(typed))
+    changed = {word.partition("=")[0] for word in told}
+    assert compose([*(word for word in typed if word.partition("=")[0] not in changed), *told]).parallel == plain.parallel
+    assert Candidate(plain, fullest(plain, 128256)).instead_of(plain) == ["parallel.tp=1", "parallel.pp=8", "train.micro_batch_size=1"]
 
 
 def test_where_no_layout_fits_it_says_so():

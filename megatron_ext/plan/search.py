@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_ext.config import sizes
 from megatron_ext.config.families import family_fits_layout, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL
-from megatron_ext.config.schema import Config
+from megatron_ext.config.schema import Config, ParallelConfig
 from megatron_ext.config.stages import PACKED
 from megatron_ext.config.validate import batch_divides, sequence_parallel_fits
 from megatron_ext.errors import UserError
@@ -40,6 +40,13 @@ class Candidate:
         found += ["parallel.sp=true"] if parallel.sp else []
         found += [f"parallel.recompute={parallel.recompute}"] if parallel.recompute != "none" else []
         return found + [f"train.micro_batch_size={train.micro_batch_size}"]
+
+    def instead_of(self, typed: Config) -> list[str]:
+        """`words`, and those that take back what `typed` has and this layout has not."""
+        now, was, plain = self.config.parallel, typed.parallel, ParallelConfig()
+        back = [name for name in ("vpp", "cp", "sp", "recompute", "recompute_layers") if getattr(now, name) == getattr(plain, name) != getattr(was, name)]
+        shown = {None: "null", False: "false"}
+        return self.words + [f"parallel.{name}={shown.get(getattr(plain, name), getattr(plain, name))}" for name in back]
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ def refuse(config: Config, vocab: int) -> None:
     if packed:
         right = "take more ranks, larger layouts, ppo.offload=true, or a smaller rollout.batch_tokens"
     elif (near := nearest(config, vocab)) is not None:
-        right = "the nearest layout that fits: " + " ".join(near.words)
+        right = "the nearest layout that fits: " + " ".join(near.instead_of(config))
     else:
         right = "no layout on as many ranks fits: take more ranks"
     parallel = config.parallel
