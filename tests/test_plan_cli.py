@@ -94,6 +94,15 @@ def test_where_no_layout_fits_it_says_so():
         refuse(config, 50257)
 
 
+def test_stages_that_pack_are_told_what_they_can_change():
+    words = ["model=llama3_70b", "precision=bf16", "hardware=h100_sxm"]
+    with pytest.raises(UserError, match=r"micro-batches of rollout.batch_tokens=\d+ tokens needs .*parallel.pp, ppo.offload=true, or a smaller rollout.batch_tokens"):
+        refuse(compose(["stage=dpo", *words]), 128256)
+    for alone in (["stage=reward"], ["stage=dpo", "ppo.offload=true"]):
+        with pytest.raises(UserError, match="parallel.pp, or a smaller rollout.batch_tokens"):
+            refuse(compose([*alone, *words]), 128256)
+
+
 def test_the_four_models_of_ppo():
     words = ["stage=ppo", "model=llama32_1b", "precision=bf16", "launch.ranks=8", "hardware=h100_sxm", "rewards.models=[r]", "rollout.batch_tokens=8192"]
     config = compose(words)

@@ -10,7 +10,7 @@ from megatron_ext.config import sizes
 from megatron_ext.config.families import family_fits_layout, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL
 from megatron_ext.config.schema import Config, ParallelConfig
-from megatron_ext.config.stages import PACKED
+from megatron_ext.config.stages import PACKED, models
 from megatron_ext.config.validate import batch_divides, sequence_parallel_fits
 from megatron_ext.errors import UserError
 from megatron_ext.plan.calibration import Calibration
@@ -156,13 +156,15 @@ def refuse(config: Config, vocab: int) -> None:
     packed = config.stage.name in PACKED
     if packed:
         needed, where = together(config, vocab)
+        batches = f"rollout.batch_tokens={config.rollout.batch_tokens} tokens"
     else:
         found = fullest(config, vocab)
-        needed, where = found.total, f"pipeline stage {found.pipeline_rank}"
+        needed, where, batches = found.total, f"pipeline stage {found.pipeline_rank}", f"{config.train.micro_batch_size}"
     if needed <= most:
         return
     if packed:
-        right = "take more ranks, larger layouts, ppo.offload=true, or a smaller rollout.batch_tokens"
+        offload = " ppo.offload=true," if len(models(config)) > 1 and not config.ppo.offload else ""
+        right = f"take more ranks, a larger parallel.tp or parallel.pp,{offload} or a smaller rollout.batch_tokens"
     elif (near := nearest(config, vocab)) is not None:
         right = "the nearest layout that fits: " + " ".join(near.instead_of(config))
     else:
@@ -170,4 +172,4 @@ def refuse(config: Config, vocab: int) -> None:
     parallel = config.parallel
     layout = f"TP {parallel.tp} x PP {parallel.pp}" + (f" x CP {parallel.cp}" if parallel.cp > 1 else "")
     raise UserError("hardware.name", config.hardware.name, f"has {config.hardware.memory:g} GiB, and {layout} with micro-batches of "
-                    f"{config.train.micro_batch_size} needs {needed / GIB:.1f} GiB ({where}; {100 * config.plan.margin:g} % of the GPU is left free); {right}")
+                    f"{batches} needs {needed / GIB:.1f} GiB ({where}; {100 * config.plan.margin:g} % of the GPU is left free); {right}")
