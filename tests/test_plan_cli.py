@@ -5,11 +5,12 @@ import pytest
 
 from megatron_ext.cli.main import main
 from megatron_ext.config.compose import compose
+from megatron_ext.config.validate import problems
 from megatron_ext.errors import UserError
 from megatron_ext.plan import acquisition, rlhf
 from megatron_ext.plan.calibration import load
-from megatron_ext.plan.memory import fits
-from megatron_ext.plan.search import nearest, refuse, search
+from megatron_ext.plan.memory import fits, fullest
+from megatron_ext.plan.search import Candidate, nearest, refuse, search
 
 
 def said(capsys, *words: str) -> str:
@@ -46,6 +47,22 @@ def test_search_lists_what_fits_and_why_the_rest_does_not(capsys):
     assert fits(again, 128256), "the words of the best layout can be typed"
 
 
+def test_search_names_no_layout_that_a_family_does_not_take():
+    """T5's decoder says 114 of 512 tokens, padded to 120: sequence parallelism cannot split them over 16 ranks, which 128 heads and an NVL72 would allow."""
+    config = compose(["model=t5_11b", "precision=bf16", "hardware=gb200", "launch.ranks=16", "train.global_batch_size=16", "data.sequence_length=512",
+                      "plan.shown=100"])
+    found = search(config, load(), 32128)
+    assert max(one.config.parallel.tp for one in found.best) == 8
+    assert all(not problems(one.config, "plan") for one in found.best)
+
+
+def test_search_lists_layouts_of_a_gpu_whose_fp8_peak_nobody_knows(capsys):
+    """Its step has a time, from bf16; an MFU of FP8 products it has not."""
+    out = said(capsys, "plan", "search", "model=llama32_1b", "hardware=a100_80g", "precision=fp8_current", "launch.ranks=4")
+    best = out.split("tokens/s")[1].splitlines()[1]
+    assert " s " in best and best.endswith("unknown")
+
+
 LARGE = ("model=llama3_8b", "precision=bf16", "hardware=h100_sxm", "launch.ranks=8", "train.global_batch_size=64", "data.sequence_length=8192",
          "train.micro_batch_size=1")
 
@@ -60,11 +77,30 @@ def test_check_refuses_what_the_gpu_cannot_hold_and_names_the_nearest_layout(cap
     assert main(["check", *(word for word in LARGE if "hardware" not in word)]) == 0, "without a GPU nothing is judged"
 
 
+def test_a_layout_that_is_named_takes_back_what_was_typed_and_it_has_not():
+    typed = [*LARGE, "parallel.pp=2", "parallel.vpp=2", "parallel.tp=2", "parallel.sp=true", "parallel.cp=2", "parallel.recompute=full",
+             "parallel.recompute_layers=4"]
+    plain = compose([*LARGE, "parallel.pp=8"])
+    told = Candidate(plain, fullest(plain, 128256)).instead_of(compose(typed))
+    changed = {word.partition("=")[0] for word in told}
+    assert compose([*(word for word in typed if word.partition("=")[0] not in changed), *told]).parallel == plain.parallel
+    assert Candidate(plain, fullest(plain, 128256)).instead_of(plain) == ["parallel.tp=1", "parallel.pp=8", "train.micro_batch_size=1"]
+
+
 def test_where_no_layout_fits_it_says_so():
     config = compose(["model=gpt3_175b", "precision=bf16", "hardware=a100_40g", "launch.ranks=8", "train.global_batch_size=64", "data.sequence_length=2048"])
     assert nearest(config, 50257) is None
     with pytest.raises(UserError, match="no layout on as many ranks fits"):
         refuse(config, 50257)
+
+
+def test_stages_that_pack_are_told_what_they_can_change():
+    words = ["model=llama3_70b", "precision=bf16", "hardware=h100_sxm"]
+    with pytest.raises(UserError, match=r"micro-batches of rollout.batch_tokens=\d+ tokens needs .*parallel.pp, ppo.offload=true, or a smaller rollout.batch_tokens"):
+        refuse(compose(["stage=dpo", *words]), 128256)
+    for alone in (["stage=reward"], ["stage=dpo", "ppo.offload=true"]):
+        with pytest.raises(UserError, match="parallel.pp, or a smaller rollout.batch_tokens"):
+            refuse(compose([*alone, *words]), 128256)
 
 
 def test_the_four_models_of_ppo():
@@ -94,6 +130,8 @@ def test_gpus_by_when(capsys):
     assert "base" in out and "GPU-hours" in out
     assert main(["plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[base:many:3]"]) == 2
     assert "plan.stages=base:many:3: must be NAME:TOKENS:DAYS" in capsys.readouterr().err
+    assert main(["plan", "acquire", "model=llama32_1b", "hardware=h100_sxm", "plan.stages=[]"]) == 2
+    assert "plan.stages=[]: name the stages" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("words", "message"), [

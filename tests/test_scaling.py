@@ -142,6 +142,7 @@ def test_size_counts_what_multiplies():
     size, compute = scaling.point(model, vocab_size=WORDS, sequence_length=LENGTH, tokens=10.0)
     assert size == sizes.parameters(model, WORDS) - WORDS * model.hidden_size
     assert size == scaling.point(replace(model, tied_embeddings=True), vocab_size=WORDS, sequence_length=LENGTH, tokens=1.0)[0]
+    assert size == scaling.point(replace(model, position_embedding="learned", position_offset=2), vocab_size=WORDS, sequence_length=LENGTH, tokens=1.0)[0]
     attention = 3 * 4 * model.hidden_size * LENGTH * model.num_layers
     assert compute == pytest.approx(10 * (6 * size + attention), rel=1e-3)  # norms are parameters, and no products
 

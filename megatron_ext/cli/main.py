@@ -2,6 +2,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_ext.cli import options as command_line
 from megatron_ext.parallel import launch
@@ -44,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
     if options.verb == "plan" and options.action != "scaling":
         from megatron_ext.plan import assume
 
-        words = assume.with_assumed(words)
+        options = replace(options, assumed=assume.assumed(words))
+        words = (*words, *options.assumed)
     config = compose(words)
     if options.verb in ("train", "check") and config.checkpoint.start is not None:
         from megatron_ext.train.start import adopt

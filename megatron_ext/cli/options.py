@@ -42,7 +42,7 @@ ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling")}
 
 @dataclass(frozen=True)
 class Options:
-    """What was typed. `argv` is the whole command line (ranks are started with it again)."""
+    """What was typed. `argv` is the whole command line (ranks are started with it again); `assumed`, overrides that `plan` adds to the typed ones."""
 
     verb: str
     argv: tuple[str, ...]
@@ -54,6 +54,7 @@ class Options:
     prompt_file: Path | None = None
     action: str | None = None
     ranks: tuple[int, ...] = ()
+    assumed: tuple[str, ...] = ()
     help: bool = False
 
 

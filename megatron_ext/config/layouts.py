@@ -123,7 +123,8 @@ def stages_divide_layers(config: Config) -> Iterator[UserError]:
     if parallel.vpp is not None and parallel.pp == 1:
         yield UserError("parallel.vpp", parallel.vpp, "interleaves pipeline stages: needs parallel.pp greater than 1, or null")
     elif parallel.vpp is not None and layers % (parallel.pp * parallel.vpp):
-        yield UserError("model.num_layers", layers, f"must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
+        both = f"makes {layers} layers of both stacks, which " if config.model.family == "encoder_decoder" else ""
+        yield UserError("model.num_layers", config.model.num_layers, f"{both}must be a multiple of parallel.pp x vpp = {parallel.pp} x {parallel.vpp} = "
                                                     f"{parallel.pp * parallel.vpp}")
     elif layers % parallel.pp:
         named = "the layers of both stacks, " if config.model.family == "encoder_decoder" else "model.num_layers="

@@ -61,8 +61,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
     elif verb == "plan":
         rules += (family_has_its_keys, *MODEL, family_fits_layout, *LAYOUT, spans_fit, stage_is_known, fp8_fits, batch_divides, sequence_parallel_fits,
                   sequence_fits_positions)
-    elif verb == "search":
-        rules += (family_has_its_keys, *MODEL)
+    elif verb == "search":  # what no layout would mend is told, the rest is for the search
+        rules += (family_has_its_keys, *MODEL, family_fits_layout, spans_fit)
     elif verb in ("generate", "evaluate"):
         rules += READ
     elif verb == "convert":

@@ -13,6 +13,7 @@ from megatron_ext.config.geometry import Iteration
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from megatron_ext.plan import rlhf
+from megatron_ext.plan.budget import bill
 from megatron_ext.plan.calibration import Calibration
 from megatron_ext.plan.hardware import timed
 from megatron_ext.plan.timing import step_time
@@ -39,10 +40,12 @@ def acquire(config: Config, calibration: Calibration, vocab: int) -> list[Wanted
     """The stages of `plan.stages` for the model, layout and GPU of `config`.
 
     Raises:
-        UserError: a stage that cannot be read, that no number of GPUs finishes in time, or a GPU that is not known.
+        UserError: no stage, one that cannot be read, that no number of GPUs finishes in time, or a GPU that is not known.
     """
     if not timed(config.hardware):
         raise UserError("hardware.name", config.hardware.name or "null", "name a GPU (hardware=h100_sxm, ...): how many are needed follows from its speed")
+    if not config.plan.stages:
+        raise UserError("plan.stages", "[]", "name the stages to train, such as plan.stages=[base:2.7e11:60,sft:1e9:7:4]")
     found, day = [], 0.0
     for text in config.plan.stages:
         name, tokens, days, copies = _read(text)
@@ -50,12 +53,7 @@ def acquire(config: Config, calibration: Calibration, vocab: int) -> list[Wanted
         gpus = replicas * config.parallel.tp * config.parallel.pp * config.parallel.cp
         took = tokens / _speed(config, calibration, vocab, name, replicas) / config.plan.availability / 86400
         hours = 24 * took * gpus * copies
-        energy = None
-        if config.hardware.power is not None:
-            energy = hours * config.hardware.power / 1000 * config.plan.draw * config.plan.server * config.plan.pue
-        priced = config.plan.price is not None or config.plan.power_price is not None and energy is not None
-        cost = hours * (config.plan.price or 0.0) + (energy or 0.0) * (config.plan.power_price or 0.0) if priced else None
-        found.append(Wanted(name, tokens, copies, day, day + took, gpus * copies, hours, energy, cost))
+        found.append(Wanted(name, tokens, copies, day, day + took, gpus * copies, hours, *bill(config, hours)))
         day += days
     return found
 

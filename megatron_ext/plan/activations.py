@@ -92,10 +92,16 @@ def in_flight(config: Config, pipeline_rank: int, micro_batches: int) -> float:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes at the fullest moment of a step. layers: kept by layers. edges: embedding, last norm, head. backward: of the layer that goes backward (its own
-    recomputed activations included). buffers: sent, received, gathered. clipping: at the end of the step, when nothing else is there, a copy of the largest
-    gradient that the rank owns: without Transformer Engine and Apex megatron-core scales out of place (and what autograd made of a tied table). workspace: inside kernels, which a trace does not
-    see."""
+    """Bytes at the fullest moment of a step.
+
+    Attributes:
+        layers: kept by layers. edges: embedding, last norm, head.
+        backward: of the layer that goes backward, its own recomputed activations included.
+        buffers: sent, received, gathered.
+        clipping: at the end of the step, when nothing else is there, a copy of the largest gradient that the rank owns: without Transformer Engine and Apex
+            megatron-core scales out of place (and what autograd made of a tied table).
+        workspace: inside kernels, which a trace does not see.
+    """
 
     layers: float
     edges: float
@@ -109,10 +115,6 @@ class Activations:
     def traced(self) -> float:
         """What a trace sees."""
         return max(self.layers + self.edges + self.backward + self.buffers, self.clipping)
-
-    @property
-    def total(self) -> float:
-        return self.traced + self.workspace
 
 
 def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: int, *, head: str = "vocabulary") -> Activations:
@@ -139,7 +141,7 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
             again = max(again, kind.kept * min(parallel.recompute_layers, count) - kind.input if full else 0.0)
     begins = crossing if decoded and both else one  # goes backward first, while all is still kept
     kept += _once(config, encoded, decoded)
-    first, last = held[0].first, held[-1].last
+    first, has_head = held[0].first, held[-1].last and head == "vocabulary"
     # Of a rank's chunks the first embeds and the last has the head; both passes are among those in flight.
     embedded = passes / len(held) if first else 0
     edges = embedded * t * ((8 + 4) * 2 + (model.hidden_size * w if model.hidden_dropout else 0))
@@ -147,27 +149,27 @@ def activations(config: Config, pipeline_rank: int, vocab: int, micro_batches: i
     table = rows * model.hidden_size * b
     placeholder = persistent = 0.0
     spoken = said(config) if both else t  # tokens at the head
-    shown, gathered = spoken * model.hidden_size * b * (2 * w), spoken * model.hidden_size * b if parallel.sp else 0.0
-    if last and head == "vocabulary":
-        edges += shown + gathered
-        placeholder = table + spoken * model.hidden_size * b + shown / 2
+    heard = spoken * model.hidden_size * b
+    shown = heard * (2 * w)
+    inputs = shown + (heard if parallel.sp else 0.0) if has_head else 0.0
+    if has_head:
+        placeholder = table + heard + shown / 2
         if model.tied_embeddings and first:  # autograd adds up both uses of the table: the first gradient waits for the second
             persistent = table
         if config.kernels.layers == "plain":
             placeholder += 3 * rows * spoken * 4
         placeholder += _special_head(config, rows, spoken, table)
     if config.lora.rank:
-        placeholder, persistent = spoken * model.hidden_size * b + shown / 2, 0.0
+        placeholder, persistent = heard + shown / 2, 0.0
     # The head goes backward before any layer does: its inputs are gone when the first layer begins.
-    after = edges - (shown + gathered if last and head == "vocabulary" else 0.0)
-    at_head, at_layer = edges + max(placeholder, persistent), after + persistent + begins.backward + again
-    edges, backward = (edges, max(placeholder, persistent)) if at_head > at_layer else (after, at_layer - after)
+    at_head, at_layer = edges + inputs + max(placeholder, persistent), edges + persistent + begins.backward + again
+    edges, backward = (edges + inputs, max(placeholder, persistent)) if at_head > at_layer else (edges, at_layer - edges)
     shared = whole if parallel.sp and not config.lora.rank else 0.0  # megatron-core's global buffer for a gathered input
     sent = (4 if parallel.vpp else 2) * stream if parallel.pp > 1 else 0.0  # interleaved, what comes next is under way too
     largest = state(config, Grid.of(config).rank(pp=pipeline_rank), vocab, head=head).largest if config.optim.clip else 0
     return Activations(
         layers=kept * passes, edges=edges, backward=backward, buffers=shared + sent, clipping=4.0 * largest + persistent,
-        workspace=_workspace(config, rows, spoken, last and head == "vocabulary"),
+        workspace=_workspace(config, rows, spoken, has_head),
         parts={name: value * encoded * passes for name, value in one.parts.items()} if not full and not both else {"all": kept * passes},
     )
 

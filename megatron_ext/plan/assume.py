@@ -7,7 +7,7 @@ from megatron_ext.config.schema import Config
 LONGEST = 8192  # tokens of a sequence that nobody asked for
 
 
-def assumed(words: Sequence[str]) -> list[str]:
+def assumed(words: Sequence[str]) -> tuple[str, ...]:
     """Overrides that `plan` adds to those typed: bf16, sequences as long as the model takes (at most LONGEST), sequence parallelism with tensor
     parallelism, micro-batches of one, and a batch that fills the pipeline eight times over."""
     named = {word.lstrip("+").partition("=")[0] for word in words}
@@ -26,14 +26,9 @@ def assumed(words: Sequence[str]) -> list[str]:
         found.append(f"train.global_batch_size={_batch(config, micro)}")
     if "optim.warmup_steps" not in named:
         found.append("optim.warmup_steps=0")
-    return found
+    return tuple(found)
 
 
 def _batch(config: Config, micro: int) -> int:
     parallel, ranks = config.parallel, config.launch.ranks
-    return max(1, ranks // (parallel.tp * parallel.pp * parallel.cp)) * micro * (8 * parallel.pp if parallel.pp > 1 else 8)
-
-
-def with_assumed(words: Sequence[str]) -> tuple[str, ...]:
-    """The words typed, and what they leave open."""
-    return (*words, *assumed(words))
+    return max(1, ranks // (parallel.tp * parallel.pp * parallel.cp)) * micro * 8 * parallel.pp

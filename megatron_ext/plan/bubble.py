@@ -36,11 +36,10 @@ def order(rank: int, pp: int, vpp: int | None, micro_batches: int) -> list[Pass]
 
 @dataclass(frozen=True)
 class Timeline:
-    """A simulated step. seconds: until the last pass ends. busy: of each rank. passes: of each rank, (pass, start, end)."""
+    """A simulated step. seconds: until the last pass ends. busy: of each rank."""
 
     seconds: float
     busy: tuple[float, ...]
-    passes: tuple[tuple[tuple[Pass, float, float], ...], ...]
 
     @property
     def bubble(self) -> float:
@@ -48,20 +47,17 @@ class Timeline:
         return self.seconds / max(self.busy) - 1
 
 
-def simulate(pp: int, vpp: int | None, micro_batches: int, duration: Callable[[str, int], float], *, transfer: float = 0.0,
-             orders: list[list[Pass]] | None = None) -> Timeline:
+def simulate(pp: int, vpp: int | None, micro_batches: int, duration: Callable[[str, int], float], *, transfer: float = 0.0) -> Timeline:
     """Runs a step.
 
     Args:
         duration: of a pass ("F" or "B") through stage number s (chunk v of rank r is stage v pp + r), seconds.
         transfer: from a stage to the next, seconds.
-        orders: of each rank, where they are not those of `order`.
     """
     stages = pp * (vpp or 1)
-    queues = orders or [order(rank, pp, vpp, micro_batches) for rank in range(pp)]
+    queues = [order(rank, pp, vpp, micro_batches) for rank in range(pp)]
     ends: dict[tuple[str, int, int], float] = {}
     free, busy, at = [0.0] * pp, [0.0] * pp, [0] * pp
-    passes: list[list] = [[] for _ in range(pp)]
     while any(at[rank] < len(queues[rank]) for rank in range(pp)):
         moved = False
         for rank in range(pp):
@@ -78,9 +74,8 @@ def simulate(pp: int, vpp: int | None, micro_batches: int, duration: Callable[[s
                 seconds = duration(kind, stage)
                 ends[kind, stage, micro] = free[rank] = start + seconds
                 busy[rank] += seconds
-                passes[rank].append(((kind, chunk, micro), start, start + seconds))
                 at[rank] += 1
                 moved = True
         if not moved:
             raise ValueError("the orders wait for each other")
-    return Timeline(max(ends.values()), tuple(busy), tuple(tuple(one) for one in passes))
+    return Timeline(max(ends.values()), tuple(busy))

@@ -55,10 +55,7 @@ def budget(config: Config, vocab: int, step: Step | None, flops_per_token: float
     if step is not None:
         days = tokens / step.tokens_per_second / plan.availability / 86400
         hours = 24 * days * ranks
-        if config.hardware.power is not None:
-            energy = hours * config.hardware.power / 1000 * plan.draw * plan.server * plan.pue
-        if plan.price is not None or plan.power_price is not None and energy is not None:
-            cost = hours * (plan.price or 0.0) + (energy or 0.0) * (plan.power_price or 0.0)
+        energy, cost = bill(config, hours)
     size = checkpoint_bytes(config, vocab)
     mttf = plan.mttf or plan.mttf_gpu / ranks
     seconds = SHARE**2 * mttf * 3600 / 2
@@ -68,6 +65,16 @@ def budget(config: Config, vocab: int, step: Step | None, flops_per_token: float
         checkpoints_bytes=size * max(config.checkpoint.keep, 1), mttf=mttf, write_seconds=seconds, write_bandwidth=size / seconds,
         checkpoint_interval=SHARE * mttf * 3600,
     )
+
+
+def bill(config: Config, hours: float) -> tuple[float | None, float | None]:
+    """Energy in kWh, of the site, and money for so many GPU-hours; None: the GPU's power is not known, there is no price."""
+    plan, energy = config.plan, None
+    if config.hardware.power is not None:
+        energy = hours * config.hardware.power / 1000 * plan.draw * plan.server * plan.pue
+    if plan.price is None and (plan.power_price is None or energy is None):
+        return energy, None
+    return energy, hours * (plan.price or 0.0) + (energy or 0.0) * (plan.power_price or 0.0)
 
 
 def checkpoint_bytes(config: Config, vocab: int) -> float:

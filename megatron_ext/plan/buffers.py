@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config
-from megatron_ext.plan.shapes import Chunk, Tensor, chunks, tensors
+from megatron_ext.plan.shapes import Tensor, chunks, tensors
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SMALLEST_BUCKET = 40_000_000  # elements; megatron-core's default, with at least a million a data rank
@@ -142,6 +142,3 @@ def fullest_stage(config: Config, vocab: int) -> int:
         return sum(t.numel for chunk in chunks(config, rank) for t in tensors(config, chunk, vocab))
 
     return max({0, config.parallel.pp - 1, min(1, config.parallel.pp - 1)}, key=held)
-
-
-__all__ = ["Buffer", "Chunk", "State", "buffer", "chunk_buffer", "fullest_stage", "state"]

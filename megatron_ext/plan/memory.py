@@ -28,14 +28,13 @@ class RankMemory:
     logits: float
     buffers: float
     margin: float
-    in_parts: Activations
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buffers + self.margin
 
     def as_dict(self) -> dict[str, object]:
-        return {k: v for k, v in asdict(self).items() if k != "in_parts"} | {"total": self.total}
+        return asdict(self) | {"total": self.total}
 
 
 def rank_memory(config: Config, pipeline_rank: int, vocab: int, *, head: str = "vocabulary", train: bool = True) -> RankMemory:
@@ -51,12 +50,11 @@ def rank_memory(config: Config, pipeline_rank: int, vocab: int, *, head: str = "
     found = activations(config, pipeline_rank, vocab, count, head=head)
     if not train:  # one layer at a time, and nothing is kept
         found = Activations(0.0, 0.0, found.layers / max(1, sizes.layers(config.model) // config.parallel.pp), found.buffers, 0.0, found.workspace, {})
-    memory = config.hardware.memory
     logits = found.edges if pipeline_rank == config.parallel.pp - 1 else 0.0
     return RankMemory(
         rank=rank, pipeline_rank=pipeline_rank, parameters=held.parameters, weights=held.weights, gradients=held.gradients, optimizer=held.optimizer,
         activations=max(0.0, found.traced - logits - found.buffers), logits=logits, buffers=found.buffers + found.workspace,
-        margin=0.0 if memory is None else config.plan.margin * memory * GIB, in_parts=found,
+        margin=margin(config),
     )
 
 
@@ -79,6 +77,11 @@ def fullest(config: Config, vocab: int) -> RankMemory:
 def limit(config: Config) -> float | None:
     """Bytes that a GPU has; None where it is not known."""
     return None if config.hardware.memory is None else config.hardware.memory * GIB
+
+
+def margin(config: Config) -> float:
+    """Bytes that are left free; 0 where it is not known what a GPU has."""
+    return config.plan.margin * (limit(config) or 0.0)
 
 
 def fits(config: Config, vocab: int) -> bool:

@@ -5,10 +5,8 @@ pipeline a rank takes the sequences of a step at once, where they are few (four 
 """
 from dataclasses import dataclass, replace
 
-from megatron_ext.config.geometry import Grid
 from megatron_ext.config.schema import Config, DataConfig, LaunchConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainConfig
 from megatron_ext.plan import hardware
-from megatron_ext.plan.memory import fullest
 from megatron_ext.plan.timing import MEGATRON, Software
 
 TABLE = "Megatron-LM's README, images/model_table.png (H100, core r0.8.0, sequence 4,096, vocabulary 131,072, the whole attention matrix counted)"
@@ -120,14 +118,6 @@ def _mt_nlg() -> list[Row]:
     rows = ((2240, 60.1), (2800, 50.2), (3360, 44.4))
     return [Row(f"MT-NLG 530B, {gpus:,} A100", _config(model, tp=8, pp=35, gpus=gpus, batch=1920, length=2048, recompute="full", gpu="a100_80g"), 50257,
                 1920 * 2048 / seconds / gpus, "tokens", source, software) for gpus, seconds in rows]
-
-
-def needed(row: Row) -> float:
-    """Bytes that the fullest rank of a row needs, the margin left out: it ran."""
-    # Meta runs micro-batches so that a rank holds no more of them than in 1F1B (section 3.3.2): interleaving costs no memory there.
-    config = replace(row.config, parallel=replace(row.config.parallel, vpp=None)) if row.name.startswith("Llama 3") else row.config
-    most, ranks = fullest(config, row.vocab), Grid.of(config).dp * Grid.of(config).cp
-    return most.total - most.margin - (most.weights + most.gradients) * (1 - 1 / ranks if row.sharded else 0.0)
 
 
 def predicted(row: Row, step) -> float:

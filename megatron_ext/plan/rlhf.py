@@ -5,15 +5,16 @@ Generation holds keys and values of `generate.batch_size` responses a data rank;
 seconds a token = (weights + keys and values) / bandwidth.
 """
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megatron_ext.config import sizes, stages
 from megatron_ext.config.geometry import Grid, Iteration
 from megatron_ext.config.placement import placed
-from megatron_ext.config.schema import Config, ModelConfig
+from megatron_ext.config.schema import Config
 from megatron_ext.plan.buffers import BYTES
 from megatron_ext.plan.calibration import Calibration
-from megatron_ext.plan.memory import RankMemory, rank_memory
+from megatron_ext.plan.memory import RankMemory, margin, rank_memory
 from megatron_ext.plan.timing import Clock
 
 TRAINED = ("policy", "critic")
@@ -38,17 +39,12 @@ def as_text(config: Config) -> Config:
     return replace(config, data=replace(config.data, sequence_length=config.rollout.batch_tokens), train=replace(config.train, micro_batch_size=1))
 
 
-def members(config: Config, vocab: int, models: dict[str, ModelConfig] | None = None) -> list[Member]:
-    """Every model of the stage, on the pipeline stage where it needs most.
-
-    Args:
-        vocab: words that exist.
-        models: sizes by role, where they are known; else the policy's.
-    """
+def members(config: Config, vocab: int) -> list[Member]:
+    """Every model of the stage, as large as the policy, on the pipeline stage where it needs most. `vocab`: words that exist."""
     found = []
     for role in stages.models(config):
         trained = role in TRAINED
-        own = as_text(placed(config, role, (models or {}).get(role)))
+        own = as_text(placed(config, role))
         head = "scalar" if role in ("reward", "critic") or config.stage.name == "reward" else "vocabulary"
         if not trained:
             own = replace(own, lora=replace(own.lora, rank=0))
@@ -67,15 +63,19 @@ def _cache(config: Config) -> float:
     return model.num_layers / config.parallel.pp * width * length * config.generate.batch_size * BYTES[config.precision.dtype]
 
 
-def together(config: Config, vocab: int, models: dict[str, ModelConfig] | None = None) -> tuple[float, str]:
+def together(config: Config, vocab: int) -> tuple[float, str]:
+    """`fullest_moment` of the stage's models."""
+    return fullest_moment(config, members(config, vocab))
+
+
+def fullest_moment(config: Config, found: Sequence[Member]) -> tuple[float, str]:
     """Bytes of the fullest moment on a rank, and what it is. One model works at a time; with `ppo.offload` only that one is there."""
-    found = members(config, vocab, models)
-    margin = 0.0 if config.hardware.memory is None else config.plan.margin * config.hardware.memory * 2**30
+    free = margin(config)
     if config.ppo.offload:
         worst = max(found, key=lambda one: one.held + one.working)
-        return worst.held + worst.working + margin, f"the {worst.role} alone, the others wait in host memory"
+        return worst.held + worst.working + free, f"the {worst.role} alone, the others wait in host memory"
     worst = max(found, key=lambda one: one.working)
-    return sum(one.held for one in found) + worst.working + margin, f"{', '.join(one.role for one in found)} together, the {worst.role} at work"
+    return sum(one.held for one in found) + worst.working + free, f"{', '.join(one.role for one in found)} together, the {worst.role} at work"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class IterationTime:
 def iteration_time(config: Config, calibration: Calibration, vocab: int) -> IterationTime:
     """An iteration of ppo, grpo or rloo with responses of full length, all models as large as the policy."""
     one, grid = Iteration.of(config), Grid.of(config)
-    clock = Clock(as_text(config), config.hardware, calibration, vocab)
+    clock = Clock(as_text(config), calibration, vocab)
     stage, head = clock.layer().times(sizes.layers(config.model) / config.parallel.pp), clock.head()
     forward, both = sum(stage.forward.values()) + sum(head.forward.values()), stage.total + head.total
     batches = math.ceil(one.tokens / grid.dp / config.rollout.batch_tokens)

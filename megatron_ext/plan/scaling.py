@@ -92,7 +92,7 @@ def run(config: Config, options: Options) -> int:
 def point(model: ModelConfig, *, vocab_size: int, sequence_length: int, tokens: float) -> tuple[float, float]:
     """(N, C) of a training over `tokens`."""
     looked_up = (0 if model.tied_embeddings else vocab_size * sizes.embedding_size(model)) \
-        + (model.max_sequence_length * model.hidden_size if model.position_embedding == "learned" else 0)
+        + (sizes.position_rows(model) * model.hidden_size if model.position_embedding == "learned" else 0)
     flops = token_flops(model, sequence_length=sequence_length, vocab_size=vocab_size).training
     return float(sizes.parameters(model, vocab_size) - looked_up), flops * tokens
 
@@ -115,7 +115,7 @@ def read_runs(places: tuple[str, ...]) -> list[SmallRun]:
     for one in runs[1:]:
         for name, value in one.same.items():
             if value != runs[0].same[name]:
-                raise UserError(KEY, one.name, f"cannot be compared with {runs[0].name}: {name} {value}, there {runs[0].same[name]}")
+                raise UserError(KEY, one.name, f"cannot be compared with {runs[0].name}: {name} {value}, there {runs[0].same[name]}; leave one of them out")
     return runs
 
 
@@ -138,7 +138,8 @@ def read_run(directory: Path) -> SmallRun:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration, yaml.YAMLError, UserError) as error:
         raise UserError(KEY, directory, f"cannot be read ({type(error).__name__}: {error})") from None
     if not any(event["kind"] == "stop" and event.get("criterion") in ("steps", "tokens") for event in events):
-        raise UserError(KEY, directory, "has not ended: its learning rate has not come down, and its loss with it")
+        raise UserError(KEY, directory, "has not ended: its learning rate has not come down, and its loss with it; train it to its end "
+                                        "(checkpoint.load=auto), or leave it out")
     if not isinstance(loss, float) or not math.isfinite(loss):
         raise UserError(KEY, directory, f"has no validation loss after its last step ({last.get('step')}); train with validation.at_end=true")
     size, compute = point(config.model, vocab_size=words, sequence_length=data["sequence_length"], tokens=tokens)
@@ -159,7 +160,7 @@ def fit(config: Config, runs: list[SmallRun]) -> Law:
     try:
         return laws.fit(given, kind, noise=settings.noise, resamples=settings.resamples)
     except ValueError as error:
-        raise UserError(KEY, ",".join(settings.runs), f"do not tell a law: {error}") from None
+        raise UserError(KEY, ",".join(settings.runs), f"do not tell a law: {error}; add runs of other model sizes and train.tokens (conf/sweep/scaling.yaml makes nine)") from None
 
 
 def predict(config: Config, runs: list[SmallRun], law: Law) -> Prediction:

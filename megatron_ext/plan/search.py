@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ext.config import sizes
+from megatron_ext.config.families import family_fits_layout, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL
-from megatron_ext.config.schema import Config
-from megatron_ext.config.stages import PACKED
+from megatron_ext.config.schema import Config, ParallelConfig
+from megatron_ext.config.stages import PACKED, models
 from megatron_ext.config.validate import batch_divides, sequence_parallel_fits
 from megatron_ext.errors import UserError
 from megatron_ext.plan.calibration import Calibration
 from megatron_ext.plan.hardware import GIB, timed
 from megatron_ext.plan.memory import RankMemory, fullest, limit
+from megatron_ext.plan.rlhf import together
 from megatron_ext.plan.timing import Step, step_time
+
+RULES = (*MODEL, family_fits_layout, *LAYOUT, spans_fit, batch_divides, sequence_parallel_fits)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,13 @@ class Candidate:
         found += [f"parallel.recompute={parallel.recompute}"] if parallel.recompute != "none" else []
         return found + [f"train.micro_batch_size={train.micro_batch_size}"]
 
+    def instead_of(self, typed: Config) -> list[str]:
+        """`words`, and those that take back what `typed` has and this layout has not."""
+        now, was, plain = self.config.parallel, typed.parallel, ParallelConfig()
+        back = [name for name in ("vpp", "cp", "sp", "recompute", "recompute_layers") if getattr(now, name) == getattr(plain, name) != getattr(was, name)]
+        shown = {None: "null", False: "false"}
+        return self.words + [f"parallel.{name}={shown.get(getattr(plain, name), getattr(plain, name))}" for name in back]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -53,13 +64,8 @@ def divisors(number: int, most: int | None = None) -> list[int]:
     return [i for i in range(1, min(number, most or number) + 1) if number % i == 0]
 
 
-def search(config: Config, calibration: Calibration, vocab: int, *, shown: int | None = None) -> Found:
-    """The best layouts of `config.model` on `config.launch.ranks` ranks with its batch and hardware.
-
-    Args:
-        vocab: words that exist.
-        shown: how many; None = `plan.shown`.
-    """
+def search(config: Config, calibration: Calibration, vocab: int) -> Found:
+    """The best layouts of `config.model` on `config.launch.ranks` ranks with its batch and hardware. `vocab`: words that exist."""
     fitting: list[Candidate] = []
     refused: list[tuple[str, str]] = []
     tried = 0
@@ -81,7 +87,7 @@ def search(config: Config, calibration: Calibration, vocab: int, *, shown: int |
     best: dict[tuple, Candidate] = {}
     for one in fitting:  # of layouts that differ in chunks, micro-batch or recomputation alone, the best
         best.setdefault((one.config.parallel.tp, one.config.parallel.pp, one.config.parallel.cp), one)
-    return Found(tuple(list(best.values())[: shown or config.plan.shown]), tuple(refused), tried, len(fitting))
+    return Found(tuple(list(best.values())[: config.plan.shown]), tuple(refused), tried, len(fitting))
 
 
 def _why(candidate: Candidate, config: Config) -> str:
@@ -119,7 +125,7 @@ def _variants(config: Config, tp: int, pp: int, cp: int) -> Iterator[Config]:
             for vpp in chunks:
                 parallel = replace(config.parallel, tp=tp, pp=pp, cp=cp, vpp=vpp, sp=tp > 1, recompute=recompute, recompute_layers=1)
                 one = replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=micro))
-                if not any(True for rule in (*MODEL, *LAYOUT, batch_divides, sequence_parallel_fits) for _ in rule(one)):
+                if not any(True for rule in RULES for _ in rule(one)):
                     yield one
 
 
@@ -147,19 +153,23 @@ def refuse(config: Config, vocab: int) -> None:
     most = limit(config)
     if most is None:
         return
-    if config.stage.name in PACKED:
-        from megatron_ext.plan.rlhf import together
-
+    packed = config.stage.name in PACKED
+    if packed:
         needed, where = together(config, vocab)
+        batches = f"rollout.batch_tokens={config.rollout.batch_tokens} tokens"
     else:
         found = fullest(config, vocab)
-        needed, where = found.total, f"pipeline stage {found.pipeline_rank}"
+        needed, where, batches = found.total, f"pipeline stage {found.pipeline_rank}", f"{config.train.micro_batch_size}"
     if needed <= most:
         return
-    parallel, near = config.parallel, None if config.stage.name in PACKED else nearest(config, vocab)
-    right = "no layout on as many ranks fits: take more ranks" if near is None else "the nearest layout that fits: " + " ".join(near.words)
-    if config.stage.name in PACKED:
-        right = "take more ranks, larger layouts, ppo.offload=true, or a smaller rollout.batch_tokens"
+    if packed:
+        offload = " ppo.offload=true," if len(models(config)) > 1 and not config.ppo.offload else ""
+        right = f"take more ranks, a larger parallel.tp or parallel.pp,{offload} or a smaller rollout.batch_tokens"
+    elif (near := nearest(config, vocab)) is not None:
+        right = "the nearest layout that fits: " + " ".join(near.instead_of(config))
+    else:
+        right = "no layout on as many ranks fits: take more ranks"
+    parallel = config.parallel
     layout = f"TP {parallel.tp} x PP {parallel.pp}" + (f" x CP {parallel.cp}" if parallel.cp > 1 else "")
     raise UserError("hardware.name", config.hardware.name, f"has {config.hardware.memory:g} GiB, and {layout} with micro-batches of "
-                    f"{config.train.micro_batch_size} needs {needed / GIB:.1f} GiB ({where}; {100 * config.plan.margin:g} % of the GPU is left free); {right}")
+                    f"{batches} needs {needed / GIB:.1f} GiB ({where}; {100 * config.plan.margin:g} % of the GPU is left free); {right}")

@@ -38,7 +38,7 @@ class Plan:
         most = limit(self.config)
         if most is None:
             return None
-        return (rlhf.together(self.config, self.vocab)[0] if self.members else self.fullest.total) <= most
+        return (rlhf.fullest_moment(self.config, self.members)[0] if self.members else self.fullest.total) <= most
 
 
 def make(config: Config, calibration: Calibration, vocab: int) -> Plan:
@@ -93,7 +93,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _members(plan: Plan) -> list[str]:
-    needed, where = rlhf.together(plan.config, plan.vocab)
+    needed, where = rlhf.fullest_moment(plan.config, plan.members)
     rows = [["model", "parameters", "held", "at work"]]
     rows += [[one.role + ("" if one.trained else " (weights)"), f"{one.parameters:,}", f"{one.held / GIB:.2f}", f"{one.working / GIB:.2f}"] for one in plan.members]
     return ["models      GiB a rank", *_table(rows), f"  {needed / GIB:.2f} GiB: {where}"]
@@ -150,7 +150,7 @@ def search_page(config: Config, found: Found) -> str:
         for one in found.best:
             step = one.step
             rows.append([" ".join(one.words), f"{one.memory.total / GIB:.1f}", *(("", "", "") if step is None else (
-                f"{step.seconds:.2f} s", f"{step.tokens_per_second:,.0f}", f"{100 * step.mfu:.1f} %"))])
+                f"{step.seconds:.2f} s", f"{step.tokens_per_second:,.0f}", "unknown" if step.mfu is None else f"{100 * step.mfu:.1f} %"))])
         lines += ["", *_table(rows)]
     if found.refused:
         lines += ["", "does not fit:", *(f"  {layout}: {why}" for layout, why in found.refused)]

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_ext.config import sizes
 from megatron_ext.config.geometry import Batch, Grid
-from megatron_ext.config.schema import Config, HardwareConfig
+from megatron_ext.config.schema import Config
 from megatron_ext.config.spans import spans_of
 from megatron_ext.observe.flops import token_flops, utilisation
 from megatron_ext.plan.buffers import BYTES, fullest_stage, state
@@ -105,9 +105,10 @@ EAGER = Software(elementwise=2.5, fused_loss=False)  # every expression reads an
 
 
 class Clock:
-    """Times of one configuration on one kind of GPU."""
+    """Times of one configuration on its hardware."""
 
-    def __init__(self, config: Config, hardware: HardwareConfig, calibration: Calibration, vocab: int, software: Software | None = None):
+    def __init__(self, config: Config, calibration: Calibration, vocab: int, software: Software | None = None):
+        hardware = config.hardware
         self.config, self.hardware, self.calibration, self.vocab = config, hardware, calibration, vocab
         self.software = software or (EAGER if config.kernels.layers == "plain" else OURS)
         self.peak, fp8 = peaks(hardware)
@@ -246,15 +247,14 @@ class Clock:
         return (held.gradients + (2 * held.gradients + held.weights) / ranks + 2 * held.optimizer) / self.memory
 
 
-def step_time(config: Config, calibration: Calibration, vocab: int, hardware: HardwareConfig | None = None, software: Software | None = None) -> Step:
-    """A step of `config`.
+def step_time(config: Config, calibration: Calibration, vocab: int, software: Software | None = None) -> Step:
+    """A step of `config` on its hardware.
 
     Args:
         vocab: words that exist.
-        hardware: None = the configuration's. software: None = this project's.
+        software: None = this project's.
     """
-    hardware = hardware or config.hardware
-    clock, parallel = Clock(config, hardware, calibration, vocab, software), config.parallel
+    clock, parallel = Clock(config, calibration, vocab, software), config.parallel
     m, pp, v = max(1, Batch.of(config).accumulation), parallel.pp, parallel.vpp or 1
     stage = clock.layer().times(clock.layers / pp)
     first, last = stage.plus(clock.embedding()), stage.plus(clock.head())
@@ -269,9 +269,8 @@ def step_time(config: Config, calibration: Calibration, vocab: int, hardware: Ha
         parts["pipeline"] = 2 * clock.transfer() * ((pp - 1) + m * v * clock.software.sends_exposed[v > 1])
         parts["bubble"] = (pp - 1) / v * mean
     scatter, gather = clock.data()
-    back, ahead = sum(slowest.backward.values()), sum(slowest.forward.values())
-    if v > 1:  # a chunk's gradients travel while the earlier chunks are computed
-        back, ahead = back * (pp * (v - 1) / v + 1 / v) / 1, ahead * (pp * (v - 1) / v + 1 / v) / 1
+    passes = pp * (v - 1) / v + 1 / v  # that hide it: interleaved, a chunk's gradients travel while the earlier chunks are computed
+    back, ahead = passes * sum(slowest.backward.values()), passes * sum(slowest.forward.values())
     hidden_scatter = back if parallel.overlap_grad_reduce else 0.0
     hidden_gather = ahead if parallel.overlap_param_gather and parallel.overlap_grad_reduce and parallel.distributed_optimizer else 0.0
     parts["data"] = max(0.0, scatter - hidden_scatter) + max(0.0, gather - hidden_gather)
@@ -293,6 +292,3 @@ def _step(config: Config, clock: Clock, parts: dict[str, float], micro_batches: 
         hfu=utilisation(flops.hardware(recompute), fp8_flops=flops.hardware_fp8(recompute), **common),
         causal_tflops_per_gpu=causal.training * speed / ranks / 1e12,
     )
-
-
-__all__ = ["EAGER", "MEGATRON", "OURS", "Clock", "Passes", "Software", "Step", "step_time"]

@@ -25,6 +25,7 @@ from megatron_ext.parallel.layout import Layout
 from megatron_ext.plan.ledger import Collective, Ledger
 from megatron_ext.platform import Platform, install
 from megatron_ext.train.engine import Engine
+from megatron_ext.train.offload import state_bytes
 
 _AXES = {"tp": "tensor", "cp": "context", "pp": "pipeline", "dp_cp": "data", "embd": "embedding", "intra_dist_opt": "all"}
 
@@ -53,7 +54,7 @@ class Counted:
     seconds: float
 
 
-def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None = None, head: str = "vocabulary") -> Counted:
+def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None = None) -> Counted:
     """Builds `rank` of `config.launch.ranks` ranks and runs a step.
 
     To be called in a process of its own, or in one that has no process group.
@@ -70,11 +71,11 @@ def dry_run(config: Config, rank: int, vocab: int, *, micro_batches: int | None 
         names: dict[str, str] = {}
         ledger = Ledger(lambda group: names.get(group.group_name, "other"), chosen=config.data.masked_share)
         with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-            engine = _engine(config, install("cpu"), vocab, head)
+            engine = _engine(config, install("cpu"), vocab)
             for kind, name in _AXES.items():
                 if (group := getattr(engine.groups, kind, None)) is not None:
                     names.setdefault(group.group_name, name)
-            held = _held(engine)
+            held = state_bytes(engine)
             before = ledger.restart_peak()
             count = micro_batches or filling(config, Grid.of(config).coordinates(rank)["pp"])
             batch = _batch(config)
@@ -92,38 +93,14 @@ def filling(config: Config, pipeline_rank: int) -> int:
     return min(has, 2 * pp if config.parallel.vpp else pp - pipeline_rank + 1)
 
 
-def _engine(config: Config, platform: Platform, vocab: int, head: str) -> Engine:
+def _engine(config: Config, platform: Platform, vocab: int) -> Engine:
     parallel = config.parallel
     layout = Layout(parallel.tp, parallel.pp, parallel.vpp, parallel.cp, parallel.sp, tuple(range(config.launch.ranks)))
-    engine = Engine(config, layout, platform, vocab_size=vocab, head=head)
+    engine = Engine(config, layout, platform, vocab_size=vocab)
     engine.core_config.deallocate_pipeline_outputs = True
     for part in engine.optimizer.chained_optimizers:
         part.init_state_fn(part.optimizer, part.config)
     return engine
-
-
-def _held(engine: Engine) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state; a storage counts once, under the first of them."""
-    seen: set[int] = set()
-
-    def size(tensors) -> int:
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if id(storage) not in seen:
-                seen.add(id(storage))
-                total += storage.nbytes()
-        return total
-
-    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
-    weights = size(parameters)
-    gradients = size(p.main_grad for p in parameters if hasattr(p, "main_grad"))
-    optimizer = 0
-    for part in engine.optimizer.chained_optimizers:
-        inner = part.optimizer
-        optimizer += size(p for group in inner.param_groups for p in group["params"])
-        optimizer += size(value for state in inner.state.values() for value in state.values() if isinstance(value, torch.Tensor))
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
 def _batch(config: Config) -> Batch:

@@ -17,6 +17,7 @@ from megatron_ext.plan.memory import rank_memory
 from megatron_ext.plan.timing import step_time
 from megatron_ext.platform import Platform
 from megatron_ext.train.engine import Engine
+from megatron_ext.train.offload import state_bytes
 
 FEWEST = 3  # steps; the first compile kernels and fill caches
 
@@ -31,7 +32,8 @@ def foretold(config: Config, engine: Engine, platform: Platform, seconds: Sequen
     config = replace(config, hardware=known, launch=replace(config.launch, ranks=len(engine.layout.ranks)))
     head = "scalar" if engine.models[0].scalar else "vocabulary"
     planned = state(config, 0, engine.vocab_size, head=head)
-    found = {name: {"planned": getattr(planned, name), "measured": size} for name, size in _sizes(engine).items()}
+    held = {"parameters": sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())} | state_bytes(engine)
+    found = {name: {"planned": getattr(planned, name), "measured": size} for name, size in held.items()}
     peak = platform.peak_memory()
     if peak is not None:
         whole = rank_memory(config, 0, engine.vocab_size, head=head)
@@ -45,27 +47,3 @@ def foretold(config: Config, engine: Engine, platform: Platform, seconds: Sequen
 def _found(platform: Platform):
     name = torch.cuda.get_device_name() if platform.is_cuda else ""
     return hardware.find(name) or hardware.load("unknown")
-
-
-def _sizes(engine: Engine) -> dict[str, int]:
-    """Parameters in elements; weights, gradients and optimizer state in bytes. A storage counts once."""
-    seen: set[int] = set()
-
-    def size(tensors) -> int:
-        total = 0
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                total += storage.nbytes()
-        return total
-
-    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
-    found = {"parameters": sum(p.numel() for p in parameters), "weights": size(parameters)}
-    found["gradients"] = size(p.main_grad for p in parameters if hasattr(p, "main_grad"))
-    optimizer = 0
-    for part in engine.optimizer.chained_optimizers:
-        if part.optimizer is not None:
-            optimizer += size(p for group in part.optimizer.param_groups for p in group["params"])
-            optimizer += size(v for one in part.optimizer.state.values() for v in one.values() if isinstance(v, torch.Tensor) and v.dim())
-    return found | {"optimizer": optimizer}

@@ -35,6 +35,19 @@ def device_bytes(engine: "Engine") -> dict[str, int]:
     return {part: sum(storage.nbytes() for storage in storages) for part, storages in _storages(engine).items()}
 
 
+def state_bytes(engine: "Engine") -> dict[str, int]:
+    """Bytes of what training keeps, by part: weights, their gradients, and main weights and moments of the optimizer, where those are no views of the
+    weights. As `plan` counts them beforehand (plan/buffers.py): scalars such as Adam's step, and all else that `device_bytes` sees, are left out. The engine
+    is on its device, and trains; its tensors may be fake."""
+    weights = [weight for chunk in engine.chunks for weight in chunk.parameters()]
+    inner = [part.optimizer for part in engine.optimizer.chained_optimizers if part.optimizer is not None]
+    main, moments = _tensors([one.param_groups for one in inner]), _tensors([one.state for one in inner])
+    parts = {"weights": weights, "gradients": [weight.main_grad for weight in weights if hasattr(weight, "main_grad")],
+             "optimizer": [*main, *(tensor for tensor in moments if tensor.dim())]}
+    seen: set[int] = set()
+    return {part: sum(storage.nbytes() for storage in _unseen(tensors, seen)) for part, tensors in parts.items()}
+
+
 class Away:
     """Stands where an engine's chunks were while they are in host memory. Freed tensors must not be touched (on the CPU that ends the
     process), and whatever is asked of an engine begins with its chunks: it raises a RuntimeError that says what to do."""
@@ -156,11 +169,7 @@ def _storages(engine: "Engine") -> dict[str, list[UntypedStorage]]:
     seen: set[int] = set()
 
     def take(part: str, *values: object) -> None:
-        for tensor in _tensors(values):
-            storage = tensor.untyped_storage()
-            if tensor.device.type == engine.platform.device.type and storage._cdata not in seen:  # the address of all freed ones is 0
-                seen.add(storage._cdata)
-                found[part].append(storage)
+        found[part] += _unseen((tensor for tensor in _tensors(values) if tensor.device.type == engine.platform.device.type), seen)
 
     chunks = engine.chunks.chunks if isinstance(engine.chunks, Away) else engine.chunks
     wrappers = [chunk for chunk in chunks if isinstance(chunk, DistributedDataParallel)]
@@ -176,6 +185,15 @@ def _storages(engine: "Engine") -> dict[str, list[UntypedStorage]]:
          [vars(part.grad_scaler) for part in parts if getattr(part, "grad_scaler", None) is not None])
     take("buffers", [vars(module) for chunk in chunks for module in chunk.modules()])
     return found
+
+
+def _unseen(tensors: Iterable[Tensor], seen: set[int]) -> Iterator[UntypedStorage]:
+    """The storages that are not in `seen`, to which they are added."""
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:  # the address of the bytes is 0 where they are freed, and a fake tensor has none
+            seen.add(storage._cdata)
+            yield storage
 
 
 def _tensors(values: object) -> Iterator[Tensor]:

@@ -8,7 +8,6 @@ from megatron_ext.cli.options import Options
 from megatron_ext.config import sizes
 from megatron_ext.config.schema import Config
 from megatron_ext.plan import calibration, text
-from megatron_ext.plan.assume import assumed
 
 
 def plan(config: Config, options: Options) -> int:
@@ -35,12 +34,12 @@ def plan(config: Config, options: Options) -> int:
         return 0
     if options.dry_run:
         return _dry_run(config, options, vocab)
-    made, said = text.make(config, constants, vocab), assumed(options.overrides)
+    made = text.make(config, constants, vocab)
     if config.output is not None:
         from megatron_ext.plan.plots import draw
 
         draw(made, constants, Path(config.output))
-    print(json.dumps(text.as_dict(made) | {"assumed": said}) if options.json else text.page(made, said))
+    print(json.dumps(text.as_dict(made) | {"assumed": options.assumed}) if options.json else text.page(made, options.assumed))
     return 0
 
 
