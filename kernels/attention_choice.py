@@ -120,9 +120,11 @@ def _serving(backend: str, device: str, index: int | None, dtype: torch.dtype, h
     return choose_for(call, backend, partial=partial).backend
 
 
-@torch.compiler.assume_constant_result
 def _constant(*call) -> str:
     return _serving(*call)
+
+
+_constant._dynamo_marked_constant = True  # torch.compiler.assume_constant_result does this and imports Dynamo for it: 2 s of every start
 
 
 def serving(backend: str, q: Tensor, *, packed: bool, mask: bool, dropout: bool = False, return_lse: bool = False, grad: bool = False,

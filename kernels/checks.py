@@ -6,6 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import dynamo
+
+dynamo.install()  # every op imports this module before it registers itself
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
