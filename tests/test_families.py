@@ -18,7 +18,6 @@ from megatron_ext.config.compose import compose
 from megatron_ext.errors import UserError
 from megatron_ext.generate import inputs
 
-pytestmark = pytest.mark.both
 SCRIPT = Path(__file__).with_name("families_ranks.py")
 
 
