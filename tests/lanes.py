@@ -9,15 +9,7 @@ import os
 import pytest
 
 RANKS = "ranks"
-BESIDE = frozenset(f"test_{name}.py" for name in """
-    adamw adamw_triton attention autocast backend bias_gelu checks dynamic_shapes fp8 fp8_linear fused gae geglu grad_norm half_products layer_norm
-    linear_cross_entropy linear_cross_entropy_memory linear_cross_entropy_registered rms_norm rope swiglu wgrad_accumulate
-    chat_files chat_records chat_templates chat_tokens data_order data_read data_samples data_tokenizer
-    config_compose config_rlhf config_validate presets schedule static_check
-    encoder encoder_decoder evaluate generate generate_text last_layer models observe_flops
-    convert convert_adapters convert_families convert_megatron convert_refusals harness_eval plan plan_cli plan_trace record scaling
-    rlhf_advantages rlhf_kl rlhf_policy_losses rlhf_preferences rlhf_report start_up
-""".split())
+BESIDE = frozenset(f"test_{name}.py" for name in ["adamw", "adamw_triton", "attention", "autocast", "backend", "bias_gelu", "checks", "dynamic_shapes", "fp8", "fp8_linear", "fused", "gae", "geglu", "grad_norm", "half_products", "layer_norm", "linear_cross_entropy", "linear_cross_entropy_memory", "linear_cross_entropy_registered", "rms_norm", "rope", "swiglu", "wgrad_accumulate", "chat_files", "chat_records", "chat_templates", "chat_tokens", "data_order", "data_read", "data_samples", "data_tokenizer", "config_compose", "config_rlhf", "config_validate", "presets", "schedule", "static_check", "encoder", "encoder_decoder", "evaluate", "generate", "generate_text", "last_layer", "models", "observe_flops", "convert", "convert_adapters", "convert_families", "convert_megatron", "convert_refusals", "harness_eval", "plan", "plan_cli", "plan_trace", "record", "scaling", "rlhf_advantages", "rlhf_kl", "rlhf_policy_losses", "rlhf_preferences", "rlhf_report", "start_up"])
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
