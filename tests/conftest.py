@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from lanes import pytest_collection_modifyitems, pytest_runtest_setup  # noqa: F401 hooks
+from lanes import pytest_runtest_setup, pytest_xdist_make_scheduler  # noqa: F401 hooks
 from rlhf_small import make_chain
 from slurm_lab import lab  # noqa: F401 a fixture
 from small import prepare_text

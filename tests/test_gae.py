@@ -217,6 +217,5 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.xdist_group("ranks")
 def test_splitting_the_batch_over_ranks_changes_nothing():
     assert spawn(["-c", RANK], 2, timeout=120) == ["same", "same"]

@@ -153,6 +153,5 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.xdist_group("ranks")
 def test_the_ranks_agree_on_the_norm():
     assert spawn(["-c", RANK], 2, timeout=120) == ["same", "same"]

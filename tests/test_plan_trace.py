@@ -85,7 +85,6 @@ def test_collectives_of_a_step_by_hand():
     assert sent["data", "reduce-scatter"][1] == 2 * sent["data", "all-gather"][1], "fp32 gradients, bf16 weights"
 
 
-@pytest.mark.xdist_group("ranks")  # alone: it looks at the clock
 def test_a_rank_of_530_billion_parameters_on_2240_is_planned_and_run_in_under_a_minute():
     """The last stage of MT-NLG in its published layout; stage 0 has all of the pipeline's micro-batches in flight, and takes longer."""
     began = time.monotonic()
