@@ -118,7 +118,7 @@ def _become(asked: dict) -> None:
     try:
         if kind == "-c":
             sys.argv, sys.path[0] = ["-c", *rest[1:]], ""
-            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 what `python -c` does
         elif kind == "-m":
             sys.argv, sys.path[0] = rest, asked["cwd"]
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
@@ -130,7 +130,7 @@ def _become(asked: dict) -> None:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 the interpreter prints all of them
         traceback.print_exc()
     finally:
         threading._shutdown()

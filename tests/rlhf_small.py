@@ -1,7 +1,6 @@
 """A tiny chain for tests of RLHF: records, a pretrained model, a reward model, and the command lines that go on from them."""
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import forked
