@@ -23,7 +23,7 @@ _STRONG = {"password", "passwd", "passphrase", "pwd", "secret", "secrets", "cred
 _PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("auth", "key"), ("account", "key"), ("signing", "key"),
           ("encryption", "key"), ("license", "key"), ("access", "token"), ("auth", "token"), ("bearer", "token"), ("refresh", "token")}
 _WEAK = {"token", "signature"}  # also words of the trade
-_BESIDE = {"file", "path", "dir", "name", "type", "count", "id"}  # of something that is itself no secret
+_BESIDE = {"file", "path", "dir", "name", "type", "types", "count", "bytes", "id"}  # of something that is itself no secret
 _IN_ENVIRONMENT = {"key", "pass", "auth", "pat"}
 _EMPTY = {"", "null", "none", "true", "false", "~", MARK}
 

@@ -54,17 +54,18 @@ def start(arguments: Sequence[str], *, env: dict[str, str], out: Path | None, er
         with open(error, "w") as errors, open(out or os.devnull, "w") as outs:
             return subprocess.Popen([sys.executable, *(["-W", "ignore"] if quiet else []), *arguments], env=env, stdout=outs if out else None, stderr=errors)
     key = tuple(env.get(name) for name in READ_AT_IMPORT)
-    if key not in _servers:
+    if key not in _servers or _servers[key].process.poll() is not None:
         _servers[key] = Server(env)
     files = [str(out) if out else None, str(error)]
     return Process(_servers[key], _servers[key].ask(program=list(arguments), env=env, cwd=os.getcwd(), files=files, quiet=quiet)["pid"])
 
 
-def run(words: Sequence[str], *, env: dict[str, str], timeout: float, program: Sequence[str] = ("-m", "megatron_ext")) -> subprocess.CompletedProcess:
+def run(words: Sequence[str], *, env: dict[str, str], timeout: float, program: Sequence[str] = ("-m", "megatron_ext"),
+        quiet: bool = False) -> subprocess.CompletedProcess:
     """What `subprocess.run([sys.executable, *program, *words], env=env, capture_output=True, text=True, timeout=timeout)` returns."""
     with tempfile.TemporaryDirectory() as folder:
         out, error = Path(folder) / "out", Path(folder) / "error"
-        process, deadline = start([*program, *words], env=env, out=out, error=error), time.monotonic() + timeout
+        process, deadline = start([*program, *words], env=env, out=out, error=error, quiet=quiet), time.monotonic() + timeout
         try:
             while process.poll() is None:
                 if time.monotonic() > deadline:
@@ -81,7 +82,8 @@ class Server:
 
     def __init__(self, env: dict[str, str]):
         ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__)), str(theirs.fileno())], env=env, pass_fds=[theirs.fileno()], cwd=ROOT)
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__)), str(theirs.fileno())], env=env, pass_fds=[theirs.fileno()], cwd=ROOT,
+                                        start_new_session=True)  # no signal that a test sends to its own group reaches it
         theirs.close()
         self.line = ours.makefile("rw", encoding="utf-8")
         assert json.loads(self.line.readline())["threads"] == 1, "only a process of one thread may be forked"
@@ -93,7 +95,6 @@ class Server:
         return json.loads(self.line.readline())
 
     def close(self) -> None:
-        self.line.close()
         self.process.kill()
         self.process.wait()
 

@@ -54,7 +54,7 @@ class Job:
     micro: int = 2
     dtype: str = "fp32"
     data: dict = field(default_factory=dict)
-    steps: int = 13
+    steps: int = 8
     length: int = STEPS
     kernels: dict = field(default_factory=dict)
     fp8: str | None = None
@@ -62,7 +62,7 @@ class Job:
 
 # In the order in which they run; what is left of a row's ranks is idle, so jobs of two ranks come in pairs, of one rank in fours.
 JOBS = (
-    Job("one", steps=STEPS), Job("documents/one", data=DOCUMENTS), Job("gpt2/one", GPT2), Job("bf16/one", dtype="bf16"),
+    Job("one", steps=STEPS), Job("documents/one", data=DOCUMENTS), Job("gpt2/one", GPT2), Job("bf16/one", dtype="bf16", steps=13),
     Job("tied/one", TIED), Job("multi-head/one", MULTI_HEAD), Job("dropout/one", DROPOUT), Job("masked/one", data={"mask_eod_loss": True}),
     Job("micro1", micro=1), Job("micro4", micro=4), Job("full/one", parallel={"recompute": "full"}),
     Job("dropout/full", DROPOUT, parallel={"recompute": "full", "recompute_layers": 2}),
@@ -78,8 +78,8 @@ JOBS = (
     Job("full/tp2sp", parallel={**SP, "recompute": "full", "recompute_layers": 4}, ranks=2),
     Job("documents/dp2", data=DOCUMENTS, ranks=2),
     Job("documents/tp2sp", data=DOCUMENTS, parallel=SP, ranks=2), Job("documents/pp2", data=DOCUMENTS, parallel=PP2, ranks=2),
-    Job("bf16/tp2sp", parallel=SP, dtype="bf16", ranks=2), Job("bf16/pp2", parallel=PP2, dtype="bf16", ranks=2),
-    Job("bf16/interleaved", parallel=INTERLEAVED, dtype="bf16", ranks=2), Job("bf16/dp2", dtype="bf16", ranks=2),
+    Job("bf16/tp2sp", parallel=SP, dtype="bf16", ranks=2, steps=13), Job("bf16/pp2", parallel=PP2, dtype="bf16", ranks=2, steps=13),
+    Job("bf16/interleaved", parallel=INTERLEAVED, dtype="bf16", ranks=2, steps=13), Job("bf16/dp2", dtype="bf16", ranks=2, steps=13),
     Job("plain", kernels={"layers": "plain"}), Job("fp8/one", fp8="current", **FP8), Job("fp8-delayed/one", fp8="delayed", **FP8),
     Job("fp8-delayed/full", fp8="delayed", parallel={"recompute": "full"}, **FP8),
     Job("cp2", parallel=CP2, ranks=2), Job("ulysses", parallel=ULYSSES, ranks=2),
@@ -177,7 +177,7 @@ def together(directory: Path, platform) -> dict:
     """Two models of different layouts on the same two ranks, stepped in turns and evaluated between: what RLHF needs."""
     jobs = {"together/tp2sp": Job("", parallel=SP, ranks=2), "together/pp2": Job("", GPT2, parallel=PP2, ranks=2)}
     trainers = {name: Trainer(job, (0, 1), directory, platform) for name, job in jobs.items()}
-    for _ in range(13):
+    for _ in range(8):
         for trainer in trainers.values():
             trainer.step()
     return {name: trainer.facts for name, trainer in trainers.items()}

@@ -1,6 +1,6 @@
 """The same numbers in every layout: one spawn of four ranks trains on real text in all of them (parity_ranks.py), the tests compare.
 
-Hidden size 256, the learning rate of `make run`, 20 steps of which 10 are past the warm-up (13 for the variants of the model). fp32: every
+Hidden size 256, the learning rate of `make run`, 20 steps of which 10 are past the warm-up (8 for the variants of the model, 13 in bf16). fp32: every
 loss within 2e-6 of one rank's, relative. Different layouts add the same numbers in another order, which is 1e-7. Tried: without the sum of the
 tied embeddings' gradients PP2 is 1e-3 off within four steps, its first gradient norms 3e-2; without that of the gains of norms, the smallest
 there is, sequence parallel is 2e-6 off within four steps, its first gradient norms 5e-5.
@@ -37,7 +37,7 @@ def same_training(runs: dict, name: str, reference: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_trains_as_one_rank_does(runs, name):
-    assert len(runs[name]["losses"]) == (13 if name in ("dp2-plain", "cp2", "ulysses", "cp2tp2sp") else 20)
+    assert len(runs[name]["losses"]) == (8 if name in ("dp2-plain", "cp2", "ulysses", "cp2tp2sp") else 20)
     same_training(runs, name, "one")
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from small import environment
@@ -23,10 +24,8 @@ ON_CPU = not torch.cuda.is_available()
 def python(source: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     hidden = ("RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source), *arguments], capture_output=True, text=True, check=False, timeout=300,
-        env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-    )
+    return forked.run(arguments, env=environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}, timeout=300,
+                      program=("-c", textwrap.dedent(source)), quiet=True)
 
 
 def passes(source: str, *arguments: str) -> str:

@@ -81,7 +81,7 @@ def test_the_table_in_the_documentation_has_every_preset_with_its_number():
     rows = {}
     for line in MODELS_MD.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| `"):
+        if line.startswith("| `") and cells[2].replace(",", "").isdigit():  # the table of families counts nothing
             rows[cells[0].strip("`")] = cells
     assert sorted(rows) == sorted(published_presets())
     for preset, cells in rows.items():

@@ -113,6 +113,11 @@ def _probe_tensor_types():
 
 
 def _apply_factories():
+    # `with torch.device("meta")` knows torch's functions by identity, and lists them when it is first used: after this it would list ours, find none of
+    # its own inside them, and do nothing. (transformers builds models so: its rotary frequencies were whatever lay in memory.)
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
 
@@ -121,6 +126,8 @@ def _probe_factories():
     for value in (torch.empty(1, device="cuda"), torch.zeros_like(torch.ones(1), device="cuda")):
         assert value.device == CPU
     assert torch.tensor([1.0], pin_memory=True, device="cuda:0").device == CPU
+    with torch.device("meta"):
+        assert torch.arange(3).is_meta
 
 
 def _apply_moves():
