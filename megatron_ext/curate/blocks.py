@@ -54,7 +54,8 @@ class Document(Protocol):
         text: NFC, lines end in \\n.
         id: 32 hexadecimal digits, of source, path and position: it stays when the text changes.
         metadata: `source`, `licence`, `owner`, `date`, `origin` (path and position), `sha256` (of the raw bytes), `language`, `domain`, `title` (texts; absent
-            when unknown), `images` and `tables` (lists of dicts, ingest/parts.py). Texts inside (origin, title, captions, cells) are data of people too: a block
+            when unknown), `images` and `tables` (lists of dicts, ingest/parts.py), `derived_from` (ids of the documents that this one was made of: whoever
+            makes new records out of documents writes it, so that a removal reaches them). Texts inside (origin, title, captions, cells) are data of people too: a block
             that removes personal data has to look at them. Values are JSON.
         media: datatrove's; unused.
     """
@@ -141,6 +142,7 @@ BLOCKS: dict[str, Entry] = {
     "near": Entry(f"{_ROOM}.quality.block:NearDuplicates", "quality", whole=True),
     "paragraphs": Entry(f"{_ROOM}.quality.block:ParagraphDuplicates", "quality", whole=True),
     "taxonomy": Entry(f"{_ROOM}.taxonomy.block:Taxonomy", "taxonomy"),
+    "select": Entry(f"{_ROOM}.ingest.block:Select", "select"),
 }
 
 
