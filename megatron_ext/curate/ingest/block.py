@@ -3,7 +3,6 @@ import re
 import unicodedata
 
 from megatron_ext.curate.blocks import CHANGED, KEPT, Document, Verdict, dropped
-from megatron_ext.curate.ingest import parts
 from megatron_ext.curate.ingest.config import IngestConfig, SelectConfig
 from megatron_ext.curate.ingest.language import identify
 
@@ -67,8 +66,3 @@ class Select:
             if wanted and document.metadata.get(key) not in wanted:
                 return dropped(f"other_{key}")
         return KEPT
-
-
-def line_up(document: Document, before: str) -> None:
-    """Parts stand where their line went, after any step that changed the text."""
-    parts.realign(document.metadata, before, document.text)
