@@ -32,8 +32,8 @@ LICENCES = (
     Licence("CC BY-SA", ("cc-by-sa*", "cc by-sa*"), (), "name the source; what is made from it goes under the same licence"),
     Licence("CC BY", ("cc-by*", "cc by*"), (), SOURCE),
     Licence("AI Hub", ("aihub*", "ai-hub*", "ai hub*"), ("redistribute",), "name NIA and AI Hub; no export abroad without their consent"),
-    Licence("NIKL", ("nikl*", "모두의 말뭉치*"), ("commercial", "redistribute"), "the corpus agreement of the National Institute of Korean Language"),
-    Licence("no copyright", ("none", "public-domain", "public domain", "cc0*", "pd"), ()),
+    Licence("NIKL", ("nikl*", "모두의 말뭉치*"), ("redistribute",), "the corpus agreement of the National Institute of Korean Language"),
+    Licence("no copyright", ("no-copyright", "no copyright", "public-domain", "public domain", "cc0*", "pd"), ()),
     Licence("open", ("mit", "apache-2.0", "bsd*", "odc-by*", "odbl*", "psf*", "isc"), (), "keep its notice"),
     Licence("own", ("own", "internal", "proprietary"), ("redistribute",), "the owner decides"),
 )
