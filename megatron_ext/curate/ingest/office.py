@@ -186,10 +186,13 @@ def _hwpx_blocks(element: ET.Element, body: _Body, wanted: bool, depth: int = 0)
     for paragraph in element:
         if local(paragraph.tag) == "p":
             text: list[str] = []
-            place = len(body.lines)
+            place, tables, images = len(body.lines), len(body.tables), len(body.images)
             body.lines.append("")
             _hwpx_runs(paragraph, text, body, wanted, depth)
-            body.lines[place : place + 1] = "".join(text).split("\n")
+            lines = "".join(text).split("\n")
+            body.lines[place : place + 1] = lines
+            for part in (*body.tables[tables:], *body.images[images:]):
+                part["line"] += len(lines) - 1
 
 
 def _hwpx_runs(element: ET.Element, text: list[str], body: _Body, wanted: bool, depth: int) -> None:
