@@ -38,9 +38,6 @@ def page(content: bytes, reading: Reading, *, declared: str | None = None, posit
     metadata = {}
     if title := " ".join((root.findtext(".//title") or "").split()):
         metadata["title"] = title
-    if language := (root.get("lang") or "").split("-")[0].lower():
-        if len(language) == 2 and language.isalpha():
-            metadata["page_language"] = language
     return Item(chosen, sha256(content), position, metadata, tuple(images), tuple(tables))
 
 
