@@ -1,6 +1,6 @@
 """The datatrove steps of a build: reading raw files, reading shards, blocks, and writing. Each keeps a Tally; the writer puts them beside its shard.
 
-Removed documents go where the reader meets them; copies of them by their normalised text, which is looked at in front of the first step behind `normalise`.
+Removed documents go where the reader meets them; copies of them by their normalised text, which the step `Fingerprint` looks at behind `normalise`.
 """
 import json
 import traceback
@@ -71,8 +71,6 @@ class RawReader(PipelineStep):
             self._aside(unit, "", f"cannot be read: {error.strerror}")
         except UserError:
             raise
-        except GeneratorExit:
-            raise
         except Exception as error:
             raise StepFailed(f"reading {where}: {_told(error)}") from None
 
@@ -95,7 +93,7 @@ class RawReader(PipelineStep):
             verdict = dropped("bad_parts")
         self.tally.add(source.name, verdict, len(found.text), len(found.text))
         if verdict.action == DROP:
-            self.dropped.append((document, verdict.reason))
+            self.dropped.append(_gone(document, self.name, verdict.reason))
             return None
         for name, content in found.pictures.items():
             self._keep(name, content)
@@ -128,15 +126,14 @@ class BlockStep(PipelineStep):
 
     Args:
         settings: the step's. shards: of a GlobalBlock, the documents that it has seen.
-        removals: looked for in the texts that come in.
     """
 
     type = "curate"
 
-    def __init__(self, step: str, settings: object, shards: Shards | None = None, removals: Removals | None = None):
+    def __init__(self, step: str, settings: object, shards: Shards | None = None):
         self.name = step
         super().__init__()
-        self._settings, self._shards, self._removals = settings, shards, removals
+        self._settings, self._shards = settings, shards
         self.tally, self.dropped = Tally(step), []
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -147,25 +144,42 @@ class BlockStep(PipelineStep):
             with self.track_time():
                 verdict = self._decide(block, document)
             if verdict.action == DROP:
-                self.dropped.append((document, verdict.reason))
+                self.dropped.append(_gone(document, self.name, verdict.reason))
             else:
                 yield document
 
     def _decide(self, block: Any, document: Document) -> Verdict:
         text, source = document.text, document.metadata["source"]
-        if self._removals and self._removals.covers(text_sha256(text)):
-            verdict = dropped("removed")
-        else:
-            try:
-                verdict = block.process(document)
-                if verdict.action == CHANGE:
-                    parts.realign(document.metadata, text, document.text)
-            except UserError:
-                raise
-            except Exception as error:
-                raise StepFailed(f"step {self.name}, document {document.id} of {source}: {_told(error)}") from None
+        try:
+            verdict = block.process(document)
+            if verdict.action == CHANGE:
+                parts.realign(document.metadata, text, document.text)
+        except UserError:
+            raise
+        except Exception as error:
+            raise StepFailed(f"step {self.name}, document {document.id} of {source}: {_told(error)}") from None
         self.tally.add(source, verdict, len(text), len(document.text))
         return verdict
+
+
+class Fingerprint(PipelineStep):
+    """Writes `text_sha256`, of the text before anything but its form was changed, and drops what is a copy of a removed document."""
+
+    type, name = "curate", "removals"
+
+    def __init__(self, removals: Removals):
+        super().__init__()
+        self._removals, self.tally, self.dropped = removals, Tally(self.name), []
+
+    def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for document in data:
+            document.metadata["text_sha256"] = digest = text_sha256(document.text)
+            verdict = dropped("removed") if self._removals.covers(digest) else KEPT
+            self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
+            if verdict.action == DROP:
+                self.dropped.append(_gone(document, self.name, verdict.reason))
+            else:
+                yield document
 
 
 class ShardWriter(PipelineStep):
@@ -189,9 +203,8 @@ class ShardWriter(PipelineStep):
                 characters += len(document.text)
         with LineWriter(self._folder / "dropped" / shard_name(rank)) as gone:
             for step in self._before:
-                for document, reason in getattr(step, "dropped", ()):
-                    gone.write(canonical({"id": document.id, "sha256": document.metadata["sha256"], "source": document.metadata["source"], "step": step.name,
-                                          "reason": reason}) + b"\n")
+                for entry in getattr(step, "dropped", ()):
+                    gone.write(canonical(entry) + b"\n")
         reader = self._before[0]
         write_json(self._folder / "counts" / f"{rank:05d}.json", {
             "tallies": [step.tally.to_json() for step in self._before if hasattr(step, "tally")],
@@ -200,6 +213,12 @@ class ShardWriter(PipelineStep):
             "dropped": {"documents": gone.count, "bytes": gone.size, "sha256": gone.sha256},
         })
         yield from ()
+
+
+def _gone(document: Document, step: str, reason: str) -> dict[str, str]:
+    """What is kept of a document that was dropped."""
+    kept = {key: document.metadata[key] for key in ("sha256", "text_sha256", "source") if key in document.metadata}
+    return {"id": document.id, "step": step, "reason": reason, **kept}
 
 
 def _told(error: Exception) -> str:
