@@ -1,7 +1,7 @@
 """A build: from the configuration to phases of tasks, kept in a working folder so that any process on any machine can do any task, again if it has to.
 
     OUTPUT.work/build.json        input, output, settings, and the code that they are for
-    OUTPUT.work/plan.json         the input's files and how many tasks they are; tasks/00000.json, ... the units of each
+    OUTPUT.work/plan.json         the input's files and how many tasks they are; tasks/000000.json, ... the units of each
     OUTPUT.work/phases/NAME/      datatrove's records of a phase: completions/, stats/
     OUTPUT.work/groups/N/         documents between two phases
     OUTPUT.work/out/              the result, renamed to OUTPUT when it is complete
@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ FIRST = ("normalise",)  # steps in front of the fingerprint of a text
 
 @dataclass(frozen=True)
 class Build:
-    """One build. `input` and `output` are absolute paths; `plain_input` is how the user wrote it, for messages."""
+    """One build. `input` and `output` are absolute paths; `tasks` and `set_aside` (what no task reads) are the plan's."""
 
     settings: CurateConfig
     input: Path
@@ -66,11 +66,11 @@ class Build:
         sources = self.sources()
         Removals.read(settings.removals)
         files = list_files(self.input)
-        asked = {"input": str(self.input), "output": str(self.output), "settings": asdict(settings), "settings_files": settings_files(settings),
+        asked = {"input": str(self.input), "output": str(self.output), "settings": plain_settings(settings), "settings_files": settings_files(settings),
                  "code": code_sha256(), "fingerprint": fingerprint(self.input, files)}
         if (self.work / "plan.json").exists():
             self._same(asked)
-            return cls.open(self.work)
+            return replace(cls.open(self.work), settings=settings)
         try:
             shutil.rmtree(self.work, ignore_errors=True)
             (self.work / "tasks").mkdir(parents=True)
@@ -78,7 +78,7 @@ class Build:
             self._plan(files, sources)
         except OSError as error:
             raise UserError("curate.output", self.output, f"its working folder {self.work.name} cannot be written: {error.strerror}") from None
-        return cls.open(self.work)
+        return replace(cls.open(self.work), settings=settings)
 
     @classmethod
     def open(cls, work: Path) -> "Build":
@@ -95,7 +95,7 @@ class Build:
         found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
         words = {"input": "another input", "settings": "other settings", "settings_files": "another catalogue, list or model", "code": "another version of this program",
                  "fingerprint": "an input that has changed since"}
-        changed = [words[key] for key in words if found.get(key) != json.loads(json.dumps(asked[key]))]
+        changed = [words[key] for key in words if found.get(key) != asked[key]]
         if changed:
             raise UserError("curate.output", self.output, f"its working folder {self.work.name} holds a build of {' and '.join(changed)}, begun and not ended; "
                                                           "remove that folder, or name another curate.output")
@@ -112,7 +112,7 @@ class Build:
 
         count = 0
         for count, task in enumerate(tasks_of(units(), self.settings.task_bytes), 1):
-            write_json(self.work / "tasks" / f"{count - 1:05d}.json", [asdict(unit) for unit in task])
+            write_json(self.work / "tasks" / f"{count - 1:06d}.json", [asdict(unit) for unit in task])
         if not count:
             first = f"; the first: {aside[0].path}: {aside[0].reason}" if aside else ""
             raise UserError("input", self.input, f"holds nothing that can be read ({len(files)} files{first})")
@@ -191,7 +191,12 @@ class Build:
             found.append(BlockStep(step, self.step_settings(step), shards))
         if before is not None and before >= len(steps):
             found.append(Fingerprint(removals))
-        return [*found, ShardWriter(self.folder(number), found)]
+        return [*found, ShardWriter(self.folder(number), found, self.out / "dropped", number)]
+
+
+def plain_settings(settings: CurateConfig) -> dict:
+    """The settings that documents depend on, as JSON has them."""
+    return json.loads(json.dumps({key: value for key, value in asdict(settings).items() if key not in ("workers", "output")}))
 
 
 @functools.cache

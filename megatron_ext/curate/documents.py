@@ -18,7 +18,7 @@ LEVEL = 3  # of zstd: 3 takes a tenth of the time that tokenising takes
 
 
 def shard_name(number: int) -> str:
-    return f"{number:05d}.jsonl.zst"
+    return f"{number:06d}.jsonl.zst"
 
 
 def document_id(source: str, path: str, position: str) -> str:

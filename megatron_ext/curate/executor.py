@@ -72,13 +72,15 @@ class PhaseExecutor(PipelineExecutor):
         try:
             for done in concurrent.futures.as_completed([pool.submit(run_task, str(self.build.work), self.phase.name, rank) for rank in ranks]):
                 yield done.result()
-        except BrokenProcessPool:
-            raise UserError("curate.workers", self.workers, "a worker was killed, perhaps for want of memory; the same command goes on from what is done "
-                                                            "(fewer workers, or a smaller curate.task_bytes, take less memory)") from None
+        except BaseException as error:  # the other tasks are not worth waiting for: what they have not ended begins again
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError("curate.workers", self.workers, "a worker was killed, perhaps for want of memory; the same command goes on from what is "
+                                                                "done (fewer workers, or a smaller curate.task_bytes, take less memory)") from None
+            raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.kill()  # where a task has failed, the others are not worth waiting for: they begin again
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ from datatrove.pipeline.base import PipelineStep
 
 from megatron_ext.curate.blocks import CHANGE, DROP, KEPT, Shards, Verdict, dropped, opened
 from megatron_ext.curate.documents import LineWriter, canonical, document_id, read_records, shard_name, text_sha256, to_line, write_json
+from megatron_ext.curate.index import IndexWriter, index_name
 from megatron_ext.curate.ingest import parts
 from megatron_ext.curate.ingest.catalogue import Source
 from megatron_ext.curate.ingest.files import Readers, raw_sha256
@@ -46,7 +47,7 @@ class RawReader(PipelineStep):
         self.tally, self.problems, self.digests, self.dropped = Tally(READ), [], [], []
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        units = [Unit(**fields) for fields in json.loads((self._tasks / f"{rank:05d}.json").read_text(encoding="utf-8"))]
+        units = [Unit(**fields) for fields in json.loads((self._tasks / f"{rank:06d}.json").read_text(encoding="utf-8"))]
         readers = Readers()
         try:
             for unit in units:
@@ -186,31 +187,42 @@ class ShardWriter(PipelineStep):
     """Writes what comes as shard `rank`, and beside it what was dropped (no text), set aside and counted. Everything appears whole, the counts last.
 
     Args:
-        folder: shards/, dropped/, counts/ are made in it. before: the steps whose tallies are told.
+        folder: shards/, index/ and counts/ are made in it. before: the steps whose tallies are told.
+        gone: folder for what was dropped. group: number in the name of that file.
     """
 
     type, name = "curate", "write"
 
-    def __init__(self, folder: Path, before: Sequence[PipelineStep]):
+    def __init__(self, folder: Path, before: Sequence[PipelineStep], gone: Path, group: int):
         super().__init__()
-        self._folder, self._before = folder, list(before)
+        self._folder, self._before, self._dropped, self._group = folder, list(before), gone, group
+        self.tally, self.dropped = Tally(self.name), []
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        entries = IndexWriter(self._folder / "index" / index_name(rank))
         characters = 0
         with LineWriter(self._folder / "shards" / shard_name(rank)) as shard:
             for document in data:
+                if not document.text:  # a step has taken all of it
+                    self.tally.add(document.metadata["source"], dropped("empty"), 0, 0)
+                    self.dropped.append(_gone(document, self.name, "empty"))
+                    continue
+                self.tally.add(document.metadata["source"], KEPT, len(document.text), len(document.text))
                 shard.write(to_line(document))
+                entries.add(document)
                 characters += len(document.text)
-        with LineWriter(self._folder / "dropped" / shard_name(rank)) as gone:
-            for step in self._before:
+        index = entries.close()
+        steps = [*self._before, self]
+        with LineWriter(self._dropped / f"{self._group}-{shard_name(rank)}") as gone:
+            for step in steps:
                 for entry in getattr(step, "dropped", ()):
                     gone.write(canonical(entry) + b"\n")
         reader = self._before[0]
-        write_json(self._folder / "counts" / f"{rank:05d}.json", {
-            "tallies": [step.tally.to_json() for step in self._before if hasattr(step, "tally")],
+        write_json(self._folder / "counts" / f"{rank:06d}.json", {
+            "tallies": [step.tally.to_json() for step in steps if hasattr(step, "tally")],
             "set_aside": [vars(problem) for problem in getattr(reader, "problems", ())], "digests": getattr(reader, "digests", []),
             "shard": {"documents": shard.count, "bytes": shard.size, "sha256": shard.sha256, "characters": characters},
-            "dropped": {"documents": gone.count, "bytes": gone.size, "sha256": gone.sha256},
+            "dropped": {"documents": gone.count, "bytes": gone.size, "sha256": gone.sha256}, "index": index,
         })
         yield from ()
 
