@@ -168,6 +168,10 @@ class Build:
         """Where the shards of a group go."""
         return self.out if group == len(self.groups()) - 1 else self.work / "groups" / str(group)
 
+    def counts(self, group: int) -> Path:
+        """Where what the tasks of a group counted is kept until the manifest is written."""
+        return self.work / "counts" / str(group)
+
     def _shards(self, group: int, step: str) -> Shards:
         from megatron_ext.curate.steps import ShardReader
 
@@ -191,7 +195,7 @@ class Build:
             found.append(BlockStep(step, self.step_settings(step), shards))
         if before is not None and before >= len(steps):
             found.append(Fingerprint(removals))
-        return [*found, ShardWriter(self.folder(number), found, self.out / "dropped", number)]
+        return [*found, ShardWriter(self.folder(number), found, gone=self.out / "dropped", counts=self.counts(number), group=None if last else number)]
 
 
 def plain_settings(settings: CurateConfig) -> dict:

@@ -75,17 +75,13 @@ class Curated:
 
 def finish(build: Build) -> Curated:
     """Writes the manifest of a build whose phases are all done, and gives the result its name. Raises UserError."""
-    out, groups = build.out, len(build.groups())
+    out = build.out
     try:
-        aside = _set_aside(build)
-        fields = _fields(build, aside)
+        write_json(out / FILE, _fields(build, _set_aside(build)))
         for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
             for draft in folder.glob(".*"):  # of tasks that were killed
                 draft.unlink()
         write_json(out / ORIGIN, {"input": str(build.input), "fingerprint": fingerprint(build.input, list_files(build.input))})
-        shutil.rmtree(out / "counts", ignore_errors=True)
-        write_json(out / FILE, fields)
-        assert groups
         if not publish(out, build.output):
             raise UserError("curate.output", build.output, "exists already and was not made by this build; give another one or remove it")
     except OSError as error:
@@ -96,7 +92,7 @@ def finish(build: Build) -> Curated:
 
 def _counts(build: Build, group: int) -> Iterator[dict]:
     for rank in range(build.tasks):
-        yield json.loads((build.folder(group) / "counts" / f"{rank:06d}.json").read_text(encoding="utf-8"))
+        yield json.loads((build.counts(group) / f"{rank:06d}.json").read_text(encoding="utf-8"))
 
 
 def _set_aside(build: Build) -> dict:

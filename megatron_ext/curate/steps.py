@@ -187,15 +187,16 @@ class ShardWriter(PipelineStep):
     """Writes what comes as shard `rank`, and beside it what was dropped (no text), set aside and counted. Everything appears whole, the counts last.
 
     Args:
-        folder: shards/, index/ and counts/ are made in it. before: the steps whose tallies are told.
-        gone: folder for what was dropped. group: number in the name of that file.
+        folder: shards/ and index/ are made in it. before: the steps whose tallies are told.
+        gone, counts: folders for what was dropped, and for what is counted. group: its number, None for the last one.
     """
 
-    type, name = "curate", "write"
+    type = "curate"
 
-    def __init__(self, folder: Path, before: Sequence[PipelineStep], gone: Path, group: int):
+    def __init__(self, folder: Path, before: Sequence[PipelineStep], *, gone: Path, counts: Path, group: int | None):
+        self.name = "write" if group is None else f"write_{group}"
         super().__init__()
-        self._folder, self._before, self._dropped, self._group = folder, list(before), gone, group
+        self._folder, self._before, self._dropped, self._counts, self._group = folder, list(before), gone, counts, group
         self.tally, self.dropped = Tally(self.name), []
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
@@ -213,12 +214,12 @@ class ShardWriter(PipelineStep):
                 characters += len(document.text)
         index = entries.close()
         steps = [*self._before, self]
-        with LineWriter(self._dropped / f"{self._group}-{shard_name(rank)}") as gone:
+        with LineWriter(self._dropped / f"{'last' if self._group is None else self._group}-{shard_name(rank)}") as gone:
             for step in steps:
                 for entry in getattr(step, "dropped", ()):
                     gone.write(canonical(entry) + b"\n")
         reader = self._before[0]
-        write_json(self._folder / "counts" / f"{rank:06d}.json", {
+        write_json(self._counts / f"{rank:06d}.json", {
             "tallies": [step.tally.to_json() for step in steps if hasattr(step, "tally")],
             "set_aside": [vars(problem) for problem in getattr(reader, "problems", ())], "digests": getattr(reader, "digests", []),
             "shard": {"documents": shard.count, "bytes": shard.size, "sha256": shard.sha256, "characters": characters},
