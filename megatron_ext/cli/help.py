@@ -23,13 +23,14 @@ READS = {
     "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", "hardware", *RLHF),
     "plan": ("hardware", "plan", "scaling", "model", "parallel", "precision", "train", "data", "launch", "checkpoint", *RLHF),
     "prepare": ("data", "curate"),
+    "ledger": ("curate",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
     "convert": ("checkpoint", "parallel", "launch"),
     "report": ("run",),
     "doctor": (),
 }
-TOP = {"prepare": ("input", "output"), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
+TOP = {"prepare": ("input", "output"), "ledger": ("output",), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
@@ -37,6 +38,7 @@ EXAMPLES = {
     "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
     "plan": "plan model=mt_nlg_530b parallel.tp=8 parallel.pp=35 launch.ranks=2240 hardware=a100_80g train.tokens=270000000000",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
+    "ledger": "ledger seen --document statutes:2024/act.hwpx run.dir=outputs",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
     "convert": "convert hf=downloads/Llama-3.1-8B output=outputs/llama parallel.tp=2",

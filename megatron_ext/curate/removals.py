@@ -2,7 +2,7 @@
 
     {"id": "5b0c...", "sha256": "...", "text_sha256": "...", "reason": "..."}      any of the first three; `reason` is for people
 
-`id` stands for a place (a file's path and the position in it), `sha256` for raw bytes wherever they lie, `text_sha256` for a normalised text, so that copies in
+Hashes may be cut to their first 32 digits. `id` stands for a place (a file's path and the position in it), `sha256` for raw bytes wherever they lie, `text_sha256` for a normalised text, so that copies in
 other files go too. What was made of a removed document (`derived_from` in its metadata: SFT examples, say) goes with it, at any depth: an entry covers what names
 it, and whoever makes records out of records names all ancestors.
 """
@@ -37,7 +37,7 @@ class Removals:
         for entry in entries(path):
             for name in NAMES:
                 if name in entry:
-                    found[name].add(entry[name])
+                    found[name].add(entry[name][:32])
         return cls(*(frozenset(found[name]) for name in NAMES))
 
     def __bool__(self) -> bool:
@@ -45,11 +45,11 @@ class Removals:
 
     def before(self, document_id: str, sha256: str, derived_from: Sequence[str] = ()) -> bool:
         """Whether a document as it was read is removed, by its place, its bytes, or what it was made of."""
-        return document_id in self.ids or sha256 in self.raw or not self.ids.isdisjoint(derived_from)
+        return document_id in self.ids or sha256[:32] in self.raw or not self.ids.isdisjoint(derived_from)
 
     def covers(self, text_sha256: str) -> bool:
         """Whether a normalised text is removed."""
-        return text_sha256 in self.texts
+        return text_sha256[:32] in self.texts
 
 
 def entries(path: str | Path) -> list[dict]:
@@ -67,8 +67,8 @@ def entries(path: str | Path) -> list[dict]:
         except ValueError:
             entry = None
         known = isinstance(entry, Mapping) and any(isinstance(entry.get(name), str) for name in NAMES)
-        if not known or any(not isinstance(entry[name], str) or not _hexadecimal(entry[name], 32 if name == "id" else 64) for name in NAMES if name in entry):
-            raise UserError(KEY, path, f"line {number} is no entry: a JSON object with id (32 hexadecimal digits), sha256 or text_sha256 (64)")
+        if not known or any(not isinstance(entry[name], str) or not _hexadecimal(entry[name], *((32,) if name == "id" else (32, 64))) for name in NAMES if name in entry):
+            raise UserError(KEY, path, f"line {number} is no entry: a JSON object with id (32 hexadecimal digits), sha256 or text_sha256 (64, or the first 32)")
         found.append(dict(entry))
     return found
 
@@ -93,5 +93,5 @@ def add(path: str | Path, new: Iterable[Mapping]) -> int:
     return len(fresh)
 
 
-def _hexadecimal(text: str, digits: int) -> bool:
-    return len(text) == digits and all(letter in "0123456789abcdef" for letter in text)
+def _hexadecimal(text: str, *digits: int) -> bool:
+    return len(text) in digits and all(letter in "0123456789abcdef" for letter in text)
