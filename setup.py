@@ -20,7 +20,9 @@ REQUIRES = [
     "wandb>=0.18,<1",
 ]
 HARNESS = "lm-eval>=0.4.13,<0.5"  # 300 MB with scipy, pandas, scikit-learn and datasets; no torch
+CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4"]
 EXTRAS = {
+    "curate": CURATE,  # prepare with curate=... (docs/curate.md): pipelines, pages, PDF, crawls, encodings
     "eval": [HARNESS],  # evaluate evaluate.harness=[...] (docs/evaluate.md)
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
     "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.8,<1", "transformers>=4.55,<6",
@@ -35,7 +37,7 @@ setup(
     # conf/ lies at the top of a checkout and inside the package of a wheel; config/overrides.py looks in both places.
     packages=[*find_packages(include=["kernels", "kernels.*", "megatron_ext", "megatron_ext.*", "rlhf", "rlhf.*"]), "megatron_ext.conf"],
     package_dir={"megatron_ext.conf": "conf"},
-    package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh"], "megatron_ext.contact": ["hook.sh"],
+    package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh", "array.sh"], "megatron_ext.contact": ["hook.sh"],
                   "megatron_ext.plan": ["calibration.json"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

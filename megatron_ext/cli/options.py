@@ -9,7 +9,7 @@ from megatron_ext.errors import UserError
 VERBS = {
     "run": "the main job: corpus, tokenizer, pretraining, evaluation, completions and report.md, on the embedded data",
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
-    "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
+    "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., submit run ... (the chain), submit prepare ..., or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
     "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate | scaling",
     "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR; any files, cleaned first: curate=standard",

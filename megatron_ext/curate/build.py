@@ -162,13 +162,20 @@ class Build:
                 found += opened(steps[0], self.step_settings(steps[0])).phases(shards)
             last = number == len(groups) - 1
             found.append(Phase("_".join(steps[:3]) or "read", self.tasks, functools.partial(self._group, number, steps, last)))
+        if self.settings.images:
+            found.append(Phase("webdataset", self.tasks, self._webdataset))
         return [Phase(f"{number:02d}_{phase.name}", phase.tasks, phase.steps) for number, phase in enumerate(found)]
 
     def folder(self, group: int) -> Path:
         """Where the shards of a group go."""
         return self.out if group == len(self.groups()) - 1 else self.work / "groups" / str(group)
 
-    def counts(self, group: int) -> Path:
+    def _webdataset(self) -> list[Any]:
+        from megatron_ext.curate.webdataset import TarWriter
+
+        return [TarWriter(self.out / "shards", self.work / "pictures", self.out / "webdataset", self.counts("webdataset"))]
+
+    def counts(self, group: int | str) -> Path:
         """Where what the tasks of a group counted is kept until the manifest is written."""
         return self.work / "counts" / str(group)
 

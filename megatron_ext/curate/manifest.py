@@ -90,7 +90,7 @@ def finish(build: Build) -> Curated:
     return Curated.load(build.output)
 
 
-def _counts(build: Build, group: int) -> Iterator[dict]:
+def _counts(build: Build, group: int | str) -> Iterator[dict]:
     for rank in range(build.tasks):
         yield json.loads((build.counts(group) / f"{rank:06d}.json").read_text(encoding="utf-8"))
 
@@ -135,7 +135,8 @@ def _fields(build: Build, aside: dict) -> dict:
         "settings": plain_settings(build.settings), "settings_files": settings_files(build.settings),
         "input": {"files": plan["files"], "bytes": plan["bytes"], "sha256": read.hexdigest()},
         "sources": sources, "steps": steps, "set_aside": aside,
-        "output": {"documents": sum(shard["documents"] for shard in shards), "characters": sum(shard["characters"] for shard in shards), "shards": shards},
+        "output": {"documents": sum(shard["documents"] for shard in shards), "characters": sum(shard["characters"] for shard in shards), "shards": shards,
+                   **({"webdataset": list(_counts(build, "webdataset"))} if build.settings.images else {})},
     }
 
 
