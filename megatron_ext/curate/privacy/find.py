@@ -56,9 +56,10 @@ class Recogniser:
             spans = [span for span in spans if not any(_allowed(allow, span, text) for allow in allowed)]
         return self._again(text, spans)
 
-    def marks(self, text: str, source: str = "") -> list[tuple[Mark, int, int]]:
-        """Classification marks in a normalised text, with their places."""
-        return [(mark, *place) for each in self._rules if each.serve(source) for mark in each.marks for place in _marked(mark, text)]
+    @staticmethod
+    def marked(mark: Mark, text: str) -> bool:
+        """Whether a classification mark stands in a normalised text where it counts."""
+        return next(_marked(mark, text), None) is not None
 
     def _general(self, text: str) -> list[Span]:
         found: list[Span] = []
