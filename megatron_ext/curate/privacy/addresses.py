@@ -12,8 +12,8 @@ from megatron_ext.curate.privacy.context import REACH, S, _tight
 from megatron_ext.curate.privacy.places import NOT_QUARTERS, NOT_STREETS, PROVINCES, STREET_LABEL
 from megatron_ext.curate.privacy.spans import Span
 
-_ANCHOR = re.compile(rf"(?P<road>[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S},?{S}(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
-                     rf"|(?P<quarter>[동리가읍면])(?P<hill>{S}산)?{S}(?P<lot>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,4}}|{S}의{S}\d{{1,3}})?)(?P<word>{S}번{S}지)?(?![\d])")
+_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S},?{S}(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
+                     rf"|(?<=[동리가읍면])(?P<hill>{S}산)?{S}(?P<lot>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,4}}|{S}의{S}\d{{1,3}})?)(?P<word>{S}번{S}지)?(?![\d]))")
 _AFTER_NUMBER = re.compile(r"[ \n]{0,2}(?:년|월|일(?!동)|원|억|만|천|백|명|개|건|세|조|항|회|시(?!동)|분|초|쪽|%|퍼센트|k|m|kg|km|톤|평|㎡|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
 _DETAIL = re.compile(
     rf"(?:{S},?{S}(?:"
@@ -50,7 +50,7 @@ def find(text: str) -> Iterator[Span]:
 
 
 def _read(text: str, match: re.Match) -> Span | None:
-    road = match["road"] is not None
+    road = match["number"] is not None
     if match.start() == 0 or not (text[match.start() - 1].isalnum() or text[match.start() - 1] in " \n"):
         return None
     group = "number" if road else "lot"
@@ -95,13 +95,13 @@ def _score(words: list[str], last: str, road: bool, match: re.Match) -> float:
     if last in NOT_QUARTERS or len(last) < 2:
         return 0
     lot = "-" in match["lot"] or match["word"] is not None or match["hill"] is not None or "의" in match["lot"]
-    if match["quarter"] in "읍면" and not lot:
+    if last[-1] in "읍면" and not lot:
         return 0
     if parts >= 2 or province and parts:
         return 0.9 if lot else 0.75 if province or parts >= 2 else 0
     if parts:
-        return 0.85 if lot else 0.55 if match["quarter"] in "동리" else 0
-    return 0.7 if match["word"] or lot and match["quarter"] == "동" and len(match["lot"].partition("-")[0]) >= 2 and len(last) >= 3 else 0
+        return 0.85 if lot else 0.55 if last[-1] in "동리" else 0
+    return 0.7 if match["word"] or lot and last[-1] == "동" and len(match["lot"].partition("-")[0]) >= 2 and len(last) >= 3 else 0
 
 
 def _backwards(text: str, end: int) -> tuple[list[str], int]:

@@ -10,8 +10,8 @@ from megatron_ext.curate.privacy.spans import Span
 # Ends of domains that are believed with blanks around the dots; without blanks any is.
 _COMMON = (r"(?:com|net|org|edu|gov|mil|int|info|biz|name|pro|io|ai|me|tv|co|app|dev|xyz|site|online|shop|kr|uk|us|jp|cn|de|fr|ca|au|nz|ie|in|sg|hk|tw|eu|ch|nl|it|es|se|no|dk|fi|"
            r"be|at|ru|br|mx|za|한국)")
-_AT = re.compile(rf"@|[ \n]{{0,3}}[(\[{{<][ ]?(?:at|AT|At|골뱅이|앳)[ ]?[)\]}}>]|[ \n]{{1,3}}(?:골뱅이|at|AT)(?=[ \n]{{1,3}}[A-Za-z0-9])|골뱅이")
-_LOCAL = r"[A-Za-z0-9._%+'!#$&*/=?^`{|}~-]"
+_AT = re.compile(r"@|[(\[{<] ?(?:at|AT|At|골뱅이|앳) ?[)\]}>]|골뱅이|[ \n](?:at|AT)(?=[ \n]{1,3}[A-Za-z0-9])")
+_LOCAL = r"[A-Za-z0-9._%+'~-]"
 _BEFORE = re.compile(rf"(?:\"[^\"\n@]{{1,40}}\"|[A-Za-z0-9_%+-](?:{_LOCAL}){{0,63}}|[가-힣](?:[가-힣0-9._-]){{0,30}}){S}$")
 _DOT = rf"(?:{S}\.{S}|[ \n]{{0,2}}[(\[{{][ ]?(?:dot|DOT|점|닷)[ ]?[)\]}}][ \n]{{0,2}}|[ \n]{{1,3}}(?:dot|DOT|점|닷)[ \n]{{1,3}})"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]){0,62}"
@@ -43,10 +43,8 @@ def mails(text: str) -> Iterator[Span]:
             continue
         start = before.start()
         name = before[0].rstrip()
-        if not plain and name.isascii() is False:
+        if not plain and not name.isascii():
             continue
-        while text[start] in "'*/=?^`{|}~":
-            start += 1
         yield Span(start, after.end(), kinds.EMAIL, 0.97 if plain else 0.85)
 
 

@@ -17,10 +17,10 @@ _RUN = re.compile(rf"[A-Z](?<![A-Za-z0-9'].)[a-z]{{1,19}}(?:-[A-Z][a-z]{{1,19}})
 _TITLED = re.compile(rf"(?:{words.TITLES})(?:\.[ \n]{{0,3}}|{_B})(?P<name>{_NAME})")
 _SIGNED = re.compile(rf"[:=#|][ \n]{{0,6}}(?P<name>{_WORD},{_B}{_WORD}|{_NAME}|[A-Z]{{2,20}}(?:,? [A-Z]\.?)?(?:,? [A-Z]{{2,20}}){{1,2}})(?![a-z])")
 _LABEL = re.compile(rf"(?<![a-z])(?P<label>{words.LABELS})[ \n]{{0,2}}$", re.IGNORECASE)
-_CLOSING = re.compile(rf"(?:incerely|egards|est|hanks|heers|ruly|aithfully)[ ]?,[ \n]{{1,4}}(?P<name>{_NAME})(?=[ ]?(?:\n|$|[.,]))")
+_CLOSING = re.compile(rf"(?:incerely|egards|Best|hanks|heers|ruly|aithfully)[ ]?,[ \n]{{1,4}}(?P<name>{_NAME})(?=[ ]?(?:\n|$|[.,]))")
 _DEAR = re.compile(rf"D(?<![A-Za-z].)ear{_B}(?P<name>{_NAME})(?=[ \n]?[,:;\n])")
 _PHRASE = re.compile(rf"(?i:(?<![a-z])(?:{words.PHRASES})){_B}$")
-_LAST_FIRST = re.compile(rf"{_WORD},{_B}(?P<first>[A-Z][a-z]{{1,19}})(?:{_B}[A-Z]\.?)?(?![a-z])")
+_LAST_FIRST = re.compile(rf"[A-Z](?<![A-Za-z].)[A-Za-z'-]{{1,24}},{_B}(?P<first>[A-Z][a-z]{{1,19}})(?:{_B}[A-Z]\.?)?(?![a-z])")
 _VERB = re.compile(rf"(?:'s)?[ \n,]{{1,3}}(?:said|says|wrote|told|asked|called|was|is|has|had|lives|lived|works|worked|who|aged|born|of|and|at|will|can|may|\(|reported|signed|filed|submitted|visited|requested|applied|moved|agreed|paid|joined|died)\b|[.,;:)!?\n]|\Z")
 _LONELY = frozenset(("will may mark grant bill rose grace hope faith joy art dean chase drew gene jack frank sue pat rob jean ray guy earl duke").split())
 _BESIDE = re.compile(rf"(?P<name>{_WORD}(?:{_B}[A-Z]\.?)?{_B}{_WORD})[ \n]{{0,2}}(?:[(,:<|\-/\[][ \n]{{0,2}}|[ \n])(?:(?:at|on|phone|tel|email|e-mail|cell|mobile|SSN|DOB|ssn)\.?:?[ \n]{{1,2}})?$")
@@ -38,7 +38,7 @@ _BROADWAY = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[ \n]{{1,3}}(?:(?:[NSEW])\.?
 _BOX = re.compile(rf"P\.?[ ]?O\.?[ ]?Box[ \n]{{1,2}}\d{{1,6}}{_TAIL}")
 _UNIT_BEFORE = re.compile(rf"(?:{_UNIT}),?[ \n]{{1,3}}$")
 _NOT_HOUSE = re.compile(r"(?:chapter|section|article|page|pp?\.|no\.|vol(?:ume)?\.?|figure|table|item|route|rule|title|part|psalm|verse|in|of|since|by|from|until|before|after|the|and|than|over|about|version|exit)[ \n]{1,3}$", re.IGNORECASE)
-_POST_LABEL = re.compile(rf"(?:[Pp]ost ?code|ZIP(?: code)?|[Zz]ip ?code)[ \n:]{{1,4}}(?:is )?(?P<code>{_POSTCODE}|\d{{5}}(?:-\d{{4}})?(?!\d))")
+_POST_LABEL = re.compile(rf"[PpZz](?:ost ?code|IP(?: code)?|ip ?code)[ \n:]{{1,4}}(?:is )?(?P<code>{_POSTCODE}|\d{{5}}(?:-\d{{4}})?(?!\d))")
 
 
 def addresses(text: str) -> Iterator[Span]:

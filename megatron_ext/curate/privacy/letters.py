@@ -26,7 +26,7 @@ _UNIT = re.compile(r"[ \n]{0,2}(?:년|월|일|원|억|만|천|백|명|개|건|�
 _PLATE_BEFORE = re.compile(r"(?:제|법률|약|총|금|각|중|제목|호|조|항|권|말|위안|약간)$")
 _DATE = r"(?:\d{4}|\d{2})[ \n]{0,3}[-./년][ \n]{0,3}\d{1,2}[ \n]{0,3}[-./월][ \n]{0,3}\d{1,2}(?:[ \n]{0,2}일|\.)?(?!\d)"
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}"
-_BORN = re.compile(rf"(?:생년월일|출생연월일|출생일|생일|[Dd]ate of [Bb]irth|DATE OF BIRTH|D\.?O\.?B\.?|[Bb]irth ?[Dd]ate|[Bb]irthday|[Bb]orn(?: on)?)(?:은|는|이|\(양력\)|\(음력\))?[ \n:=|\-,(]{{0,5}}(?:is |on |was )?"
+_BORN = re.compile(rf"(?:생년월일|출생연월일|출생일|생일|Date of [Bb]irth|date of birth|DATE OF BIRTH|DOB|D\.O\.B\.|dob|Birth ?[Dd]ate|birth ?date|Birthday|birthday|Born(?: on)?|born(?: on)?)(?:은|는|이|\(양력\)|\(음력\))?[ \n:=|\-,(]{{0,5}}(?:is |on |was )?"
                    rf"(?P<date>{_DATE}|\d{{8}}(?!\d)|\d{{6}}(?![\d-])|\d{{1,2}}[-./ ]\d{{1,2}}[-./ ](?:\d{{4}}|\d\d)(?!\d)|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}}|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}\.?,? \d{{4}})")
 _LICENCE_KOREAN = re.compile(rf"[서부대인광울경강충전제](?<![가-힣].){S}[울산구천주기원북남전]{S}-?{S}{digits(2)}{S}-{S}{digits(6)}{S}-{S}{digits(2)}(?!\d|-\d)")
 

@@ -86,7 +86,7 @@ class Names:
     def _runs(self, text: str) -> Iterator[Span]:
         for match in _RUN.finditer(text):
             run, start = match[0], match.start()
-            if run in words.NOT_NAMES or run[:2] in words.NOT_NAMES and run[:3] not in words.NOT_NAMES and len(run) == 2:
+            if run in words.NOT_NAMES:
                 continue
             for length in shapes(run):
                 name, rest = run[:length], run[length:]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_ext.curate.privacy import checks, kinds
-from megatron_ext.curate.privacy.context import Around, S, digits
+from megatron_ext.curate.privacy.context import Around, S, digits, nearest
 from megatron_ext.curate.privacy.spans import Span
 
 RUN = re.compile(r"\d(?:[ \n()\-.·/_~:]{0,6}\d){6,}")
@@ -59,16 +59,12 @@ class Pattern:
 
 def rrn(written: Written, around: Around) -> float | tuple[float, str]:
     number = written.digits
-    label = -1
-    kind = kinds.FRN if checks.is_foreign(number) else kinds.RRN
-    for each in (kinds.RRN, kinds.FRN, kinds.CORPORATE):
-        if (at := around.labelled(each)) >= 0 and (label < 0 or at < label):
-            label, kind = at, each if each == kinds.CORPORATE or label < 0 else kind
-    if label >= 0 and kind == kinds.CORPORATE:
+    announced = nearest(around, (kinds.RRN, kinds.FRN, kinds.CORPORATE))
+    if announced == kinds.CORPORATE:
         return 0.98, kinds.CORPORATE
     kind = kinds.FRN if checks.is_foreign(number) else kinds.RRN
     born, good = checks.birth(number), checks.resident(number)
-    if label >= 0:
+    if announced:
         return (0.99 if born else 0.9), kind
     if around.is_another() and not (written.hard and good and born):
         return 0
@@ -81,7 +77,8 @@ def rrn(written: Written, around: Around) -> float | tuple[float, str]:
             return 0.8, kinds.CORPORATE
         return (0.8, kind) if len(written.groups) <= 3 and around.labelled(kinds.ACCOUNT) < 0 else 0
     if not written.alone or not good:
-        return 0.6 if written.alone and written.groups == (6, 7) and checks.may_lack_check(born) and "\n" not in around.text[around.start:around.end] else 0, kind
+        tidy = written.alone and written.groups == (6, 7) and "\n" not in around.text[around.start:around.end]
+        return (0.6 if tidy and checks.may_lack_check(born) else 0), kind
     return (0.85 if len(written.groups) <= 2 else 0.7), kind
 
 
@@ -145,13 +142,6 @@ def routing(written: Written, around: Around) -> float:
     return 0.9 if "routing" in around.before[-20:] or "aba" in around.before[-8:] and checks.routing(written.digits) else 0
 
 
-_ACCOUNT_WORD = re.compile(r"sortcode")
-
-
-def sort_code(written: Written, around: Around) -> float:
-    return 0.9 if _ACCOUNT_WORD.search(around.before) else 0
-
-
 def ssn(written: Written, around: Around) -> float:
     if not checks.social_security(written.digits):
         return 0.7 if 0 <= around.labelled(kinds.SSN) <= 6 else 0
@@ -188,7 +178,7 @@ PATTERNS = (
     Pattern(kinds.SSN, re.compile(rf"{_START}{_joined(3, 2, 4)}{_END}"), ssn, 9),
     Pattern(kinds.NHS, re.compile(rf"{_START}{_joined(3, 3, 4)}{_END}"), nhs, 10),
 )
-_SORT_CODE = Pattern(kinds.ACCOUNT, re.compile(rf"{_START}\d\d[- ]?\d\d[- ]?\d\d{_END}"), sort_code, 6)
+_SORT_CODE = re.compile(rf"[Ss]ort[ -]?[Cc]ode[^\d\n]{{0,12}}(?P<code>\d\d[- ]?\d\d[- ]?\d\d){_END}")
 
 
 def runs(text: str) -> list[tuple[int, int, int]]:
@@ -215,6 +205,4 @@ def find(text: str, found: list[tuple[int, int, int]]) -> Iterator[Span]:
     """Everything of this file in a normalised text."""
     yield from tried(text, PATTERNS, found)
     if "ort" in text:
-        for match in re.finditer(r"[Ss]ort[ -]?[Cc]ode[^\d\n]{0,12}", text):
-            if hit := _SORT_CODE.regex.match(text, match.end()):
-                yield Span(*hit.span(), kinds.ACCOUNT, 0.9)
+        yield from (Span(*match.span("code"), kinds.ACCOUNT, 0.9) for match in _SORT_CODE.finditer(text))
