@@ -24,7 +24,8 @@ def settings(kind: type[Settings], words: Sequence[str]) -> Settings:
             raise UserError("word", word, f"must be key=value; keys are {', '.join(fields)}")
         if key not in fields:
             close = difflib.get_close_matches(key, list(fields), n=1, cutoff=0.5)
-            raise UserError(key, value, (f"unknown key; did you mean {close[0]}? " if close else "unknown key; ") + f"known: {', '.join(fields)}")
+            nearest = f"did you mean {close[0]}? " if close else ""
+            raise UserError(key, value, f"unknown key; {nearest}known: {', '.join(fields)}")
         found[key] = _value(key, value, hints[key])
     for name, one in fields.items():
         if name not in found and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:

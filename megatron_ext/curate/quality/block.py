@@ -2,7 +2,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_ext.curate.blocks import CHANGED, KEPT, Document, Phase, Shards, Verdict, dropped
+from megatron_ext.curate.blocks import CHANGE, KEPT, Document, Phase, Shards, Verdict, dropped
 from megatron_ext.curate.quality import clusters, keep_first, lists
 from megatron_ext.curate.quality.boilerplate import clean
 from megatron_ext.curate.quality.config import QualityConfig
@@ -15,7 +15,8 @@ from megatron_ext.curate.quality.text import is_korean, solid
 
 
 class Quality:
-    """Boilerplate lines out, then heuristics, repetition, word lists, perplexity: the cheap ones first. Metadata that it writes: `flags` (list), `perplexity`.
+    """Boilerplate lines out, then heuristics, repetition, word lists, perplexity: the cheap ones first. Metadata that it writes: `flags`
+    (list), `perplexity`.
 
     Raises:
         UserError: a model or list that cannot be read.
@@ -40,19 +41,22 @@ class Quality:
         flags = []
         if reason is None:
             reason, flags = self._listed(text)
+        score = None
         if reason is None and self.model is not None and len(text) >= settings.language_model.min_characters:
-            score = self.model.score(text)
-            least = settings.language_model.min_order_gain
-            reason = "perplexity" if score.perplexity > self.limit else "word_order" if least is not None and score.order_gain < least else None
-            if reason is None:
-                document.metadata["perplexity"] = round(score.perplexity, 2)
+            score, least = self.model.score(text), settings.language_model.min_order_gain
+            if score.perplexity > self.limit:
+                reason = "perplexity"
+            elif least is not None and score.order_gain < least:
+                reason = "word_order"
         if reason is not None:
             return dropped(reason, **counts)
         if flags:
             document.metadata["flags"] = sorted({*document.metadata.get("flags", ()), *flags})
             counts |= {f"flag_{flag}": 1 for flag in flags}
+        if score is not None:
+            document.metadata["perplexity"] = round(score.perplexity, 2)
         document.text = text
-        return Verdict(CHANGED.action if lines or flags or self.model is not None else KEPT.action, counts=counts)
+        return Verdict(CHANGE, counts=counts) if lines or flags or score is not None else KEPT
 
     def _listed(self, text: str) -> tuple[str | None, list[str]]:
         settings, flags = self.settings.lists, []
@@ -89,7 +93,7 @@ class Decontaminate:
         if not pieces or len(pieces) > self.settings.max_pieces:
             return dropped("contaminated", ngrams=len(hits))
         document.text = "\n\n".join(pieces)
-        return Verdict(CHANGED.action, counts={"ngrams": len(hits)})
+        return Verdict(CHANGE, counts={"ngrams": len(hits)})
 
 
 class _Numbered:
@@ -116,7 +120,7 @@ class _Paragraphs(_Numbered):
         document.text = without(document.text, gone)
         if len(solid(document.text)) < max(self.least, 1):
             return dropped(self.reason, repeated_paragraphs=len(gone))
-        return Verdict(CHANGED.action, counts={"repeated_paragraphs": len(gone)})
+        return Verdict(CHANGE, counts={"repeated_paragraphs": len(gone)})
 
 
 class ExactDuplicates:
@@ -147,7 +151,8 @@ class ExactDuplicates:
 
 
 class ParagraphDuplicates(ExactDuplicates):
-    """Of paragraphs with the same letters and digits, in one document or in several, the first one stays; the text goes on without the others."""
+    """Of paragraphs with the same letters and digits, in one document or in several, the first one stays; the text goes on without the
+    others."""
 
     kind = "paragraphs"
 
@@ -178,7 +183,9 @@ class NearDuplicates:
             return [Clusters(shards.work)]
 
         return [
-            Phase("near_signatures", shards.count, signatures), Phase("near_buckets", self.settings.buckets, buckets), Phase("near_clusters", 1, merged),
+            Phase("near_signatures", shards.count, signatures),
+            Phase("near_buckets", self.settings.buckets, buckets),
+            Phase("near_clusters", 1, merged),
         ]
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:

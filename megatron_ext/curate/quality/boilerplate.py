@@ -1,5 +1,6 @@
-"""Lines that belong to a page and not to its text: scripts, consent banners, copyright formulas, navigation. C4 took out lines that name Javascript and policies (Raffel et al. 2020,
-section 2.2); the Korean formulas are of the project's own collection (lists/boilerplate.yaml).
+"""Lines that belong to a page and not to its text: scripts, consent banners, copyright formulas, navigation. C4 took out lines that name
+Javascript and policies (Raffel et al. 2020, section 2.2); the Korean formulas are of the project's own collection
+(lists/boilerplate.yaml).
 
     clean(text) -> (text, lines taken out)
 """

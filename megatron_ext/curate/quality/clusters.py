@@ -1,6 +1,7 @@
 """Pairs of near duplicates into clusters, of which the first document stays (lowest shard, then lowest place in it). No datatrove.
 
-Duplicates of duplicates are one cluster: datatrove's MinhashDedupCluster does the same, but which document it keeps follows from the sizes of the parts it merged.
+Duplicates of duplicates are one cluster: datatrove's MinhashDedupCluster does the same, but which document it keeps follows from the sizes
+of the parts it merged.
 """
 import os
 from pathlib import Path
@@ -11,9 +12,11 @@ PAIRS, GONE = "pairs", "gone"
 
 
 def resolve(work: Path) -> int:
-    """Reads all pairs (pairs/*.dups: little-endian uint32 shard, document, shard, document) and writes gone/SHARD.npy, uint32 documents; returns how many go."""
+    """Reads all pairs (pairs/*.dups: little-endian uint32 shard, document, shard, document) and writes gone/SHARD.npy, uint32 documents;
+    returns how many go."""
     files = sorted((work / PAIRS).glob("*.dups"))
-    pairs = np.concatenate([np.zeros((0, 4), dtype=np.int64), *(np.fromfile(file, dtype="<u4").reshape(-1, 4).astype(np.int64) for file in files)])
+    found = [np.fromfile(file, dtype="<u4").reshape(-1, 4).astype(np.int64) for file in files]
+    pairs = np.concatenate([np.zeros((0, 4), dtype=np.int64), *found])
     # (shard, document) as one number, then numbered from 0 in order, so that a smaller number is an earlier document
     nodes, ends = np.unique(np.concatenate([pairs[:, 0] << 32 | pairs[:, 1], pairs[:, 2] << 32 | pairs[:, 3]]), return_inverse=True)
     first, second = ends[: len(pairs)], ends[len(pairs) :]

@@ -1,5 +1,5 @@
-"""Settings of this room: `Config.curate.quality`. Every limit of a rule that was published stands in heuristics.py and repetition.py, beside its source; here is
-what a project decides for itself. No imports: `config/schema.py` reads this file."""
+"""Settings of this room: `Config.curate.quality`. Every limit of a rule that was published stands in heuristics.py and repetition.py,
+beside its source; here is what a project decides for itself. No imports: `config/schema.py` reads this file."""
 from dataclasses import dataclass, field
 
 
@@ -9,11 +9,12 @@ class LanguageModelConfig:
 
     Attributes:
         path: the model's .npz; None leaves this filter out.
-        max_perplexity: per unit of the model; above it a document is dropped ("perplexity"). None: `slack` times the model's own 95th percentile on text
-            that it was not trained on.
-        slack: see there; at least 1. Trusted text of another kind (talk, under a model of statutes) must pass, characters drawn at random must not.
-        min_order_gain: bits per unit that the context has to save compared with single units alone; below it a document is dropped ("word_order").
-            Real sentences whose words were shuffled, lists of keywords, tables torn apart have little. None leaves that out.
+        max_perplexity: per unit of the model; above it a document is dropped ("perplexity"). None: `slack` times the model's own 95th
+            percentile on text that it was not trained on.
+        slack: see there; at least 1. Trusted text of another kind (talk, under a model of statutes) must pass, characters drawn at random
+            must not.
+        min_order_gain: bits per unit that the context has to save compared with single units alone; below it a document is dropped
+            ("word_order"). Shuffled words, lists of keywords and tables torn apart have little. None leaves that out.
         min_characters: shorter documents are not judged: their perplexity says more about chance than about them.
     """
 
@@ -54,8 +55,9 @@ class DuplicatesConfig:
         shingle: "characters" or "words" of the folded text.
         shingle_size: characters or words in a shingle.
         buckets, hashes: MinHash: documents of Jaccard similarity s are taken for duplicates with probability 1 - (1 - s^hashes)^buckets.
-        min_paragraph: letters and digits of a paragraph that may be removed as a duplicate; headings and formulas of law are shorter and stay.
-        min_characters: letters and digits that must be left of a document once its repeated paragraphs are gone; below, it is dropped ("paragraphs_only").
+        min_paragraph: letters and digits of a paragraph that may be removed as a duplicate; headings and formulas of law are shorter.
+        min_characters: letters and digits that must be left of a document once its repeated paragraphs are gone; below, it is dropped
+            ("paragraphs_only").
         parts: the second phase of exact and paragraph duplicates is split into this many tasks, each holding 16 bytes a paragraph / parts.
         seed: of the hash functions. Another one is another draw of which pairs just below and above the threshold are found.
     """

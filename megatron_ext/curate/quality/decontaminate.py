@@ -3,12 +3,14 @@
     Index.build(files)             every string of every record of evaluation files -> hashes of n-grams
     index.hits(text)               which characters of a text stand in such an n-gram
 
-An n-gram is so many characters in a row of the text's letters and digits (text.solid): spacing, line breaks, punctuation and case do not count. GPT-3 took 13 words, fewer for shorter texts
-down to 8 (Brown et al. 2020, appendix C). 50 characters are about 11 English words. Of a text that is shorter the next of SIZES that fits is taken, and a text below the
-last one is left out: "yes", "서울" and answers of that kind are in every corpus and prove nothing. Korean carries about twice as much in a character: the numbers are halved where a third of a text's
-letters are Hangul.
+An n-gram is so many characters in a row of the text's letters and digits (text.solid): spacing, line breaks, punctuation and case do not
+count. GPT-3 took 13 words, fewer for shorter texts down to 8 (Brown et al. 2020, appendix C). 50 characters are about 11 English words. Of
+a text that is shorter the next of SIZES that fits is taken, and a text below the
+last one is left out: "yes", "서울" and answers of that kind are in every corpus and prove nothing. Korean carries about twice as much in a
+character: the numbers are halved where a third of a text's letters are Hangul.
 
-The hash of an n-gram has 64 bits; the index is a sorted array. A wrong hit among 10^7 n-grams of evaluation has probability 5 * 10^-13 a character.
+The hash of an n-gram has 64 bits; the index is a sorted array. A wrong hit among 10^7 n-grams of evaluation has probability 5 * 10^-13 a
+character.
 """
 import csv
 import gzip
@@ -66,7 +68,8 @@ class Index:
         return cls(hashes, {**(about or {}), "texts": count, "too_short": short, "ngrams": sum(map(len, hashes.values()))})
 
     def hits(self, text: str) -> np.ndarray:
-        """Places among the letters and digits of the text where an n-gram of evaluation begins, with its length: int64 [hits, 2], in order."""
+        """Places among the letters and digits of the text where an n-gram of evaluation begins, with its length: int64 [hits, 2], in
+        order."""
         letters = code_points(solid(text))
         found = [np.zeros((0, 2), dtype=np.int64)]
         for size, hashes in windows_of(letters, self.hashes).items():
@@ -82,11 +85,13 @@ class Index:
     def save(self, path: str | Path) -> None:
         about = json.dumps({**self.about, "format": FORMAT, "sizes": list(self.hashes)}, sort_keys=True)
         with open(path, "wb") as file:
-            np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **{f"hashes_{size}": one for size, one in self.hashes.items()})
+            arrays = {f"hashes_{size}": one for size, one in self.hashes.items()}
+            np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **arrays)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.quality.decontaminate.index") -> "Index":
         """Raises UserError: not there, or not an index of this format."""
+        write = "write one with python -m megatron_ext.curate.quality index"
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(file["about"].tobytes())
@@ -94,13 +99,14 @@ class Index:
                     raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: write it anew")
                 return cls({size: file[f"hashes_{size}"] for size in about["sizes"]}, about)
         except OSError as error:
-            raise UserError(key, path, f"cannot be read ({error.strerror}); write one with python -m megatron_ext.curate.quality index") from error
+            raise UserError(key, path, f"cannot be read ({error.strerror}); {write}") from error
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(key, path, f"is no index ({type(error).__name__}); write one with python -m megatron_ext.curate.quality index") from error
+            raise UserError(key, path, f"is no index ({type(error).__name__}); {write}") from error
 
 
 def cut(text: str, hits: np.ndarray, *, margin: int) -> list[str]:
-    """What is left of a text when the passages of `hits` go with `margin` characters on either side: pieces in order, empty ones left out."""
+    """What is left of a text when the passages of `hits` go with `margin` characters on either side: pieces in order, empty ones left
+    out."""
     letters = _letter_places(text)
     gone = np.zeros(len(text) + 1, dtype=np.int64)
     for place, size in hits.tolist():
@@ -115,7 +121,8 @@ def cut(text: str, hits: np.ndarray, *, margin: int) -> list[str]:
 def _letter_places(text: str) -> np.ndarray:
     """For each character of `solid(text)` the character of `text` that it comes from. One character may fold to several, or none.
 
-    Folding a character alone and in its text differ where marks combine across characters; text is NFC, so this is rare, and then the nearest place is taken.
+    Folding a character alone and in its text differ where marks combine across characters; text is NFC, so this is rare, and then the
+    nearest place is taken.
     """
     places = [at for at, character in enumerate(text) for _ in solid(character)]
     wanted = len(solid(text))

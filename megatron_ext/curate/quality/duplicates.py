@@ -1,15 +1,16 @@
 """What makes two texts duplicates. Exact: the same letters and digits. Near: MinHash over shingles of the folded text.
 
-With S(d) the set of a document's shingles and J = |S(a) & S(b)| / |S(a) | S(b)|, a random order of all shingles has the same smallest one in both with probability J (Broder,
-"On the resemblance and containment of documents", 1997). `buckets` times `hashes` such orders are kept as `buckets` tuples; the documents are taken for duplicates where any tuple agrees, which
-happens with probability
+With S(d) the set of a document's shingles and J = |S(a) & S(b)| / |S(a) | S(b)|, a random order of all shingles has the same smallest one
+in both with probability J (Broder, "On the resemblance and containment of documents", 1997). `buckets` times `hashes` such orders are kept
+as `buckets` tuples; the documents are taken for duplicates where any tuple agrees, which happens with probability
 
     P(J) = 1 - (1 - J^hashes)^buckets
 
 With 14 tuples of 8, as datatrove has them by default, P(.5) = .05, P(.7) = .56, P(.8) = .92, P(.9) = 1.00.
 
-datatrove's shingles are five words after an English word splitter. Ours are eight characters of the text without its spaces: Korean attaches particles to words and varies in spacing, so that
-one change of an ending spoils five word shingles, and a line break inside a word two of them. docs/curate_quality.md compares both on edited pairs.
+datatrove's shingles are five words after an English word splitter. Ours are eight characters of the text without its spaces: Korean
+attaches particles to words and varies in spacing, so that one change of an ending spoils five word shingles, and a line break inside a
+word two of them. docs/curate_quality.md compares both on edited pairs.
 """
 import hashlib
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from megatron_ext.curate.quality.text import code_points, fold, paragraphs, soli
 
 
 def exact_key(text: str) -> int:
-    """64 bits of the text's letters and digits: spacing, punctuation, case and compatibility forms do not count. A text without any has the key of its own characters."""
+    """64 bits of the text's letters and digits: spacing, punctuation, case and compatibility forms do not count. A text without any has
+    the key of its own characters."""
     return _key(solid(text) or text)
 
 
@@ -60,7 +62,8 @@ class MinHash:
     config: DuplicatesConfig = DuplicatesConfig()
 
     def shingles(self, text: str) -> np.ndarray:
-        """uint64 [shingles], sorted, each once. A text shorter than one shingle has a single one, itself; one without letters and digits has none."""
+        """uint64 [shingles], sorted, each once. A text shorter than one shingle has a single one, itself; one without letters and digits
+        has none."""
         size = self.config.shingle_size
         if self.config.shingle == "characters":
             symbols = code_points(solid(text))

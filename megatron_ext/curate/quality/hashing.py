@@ -1,8 +1,8 @@
 """Hashes of many n-grams at once: 64-bit numbers from arrays of symbols, the same on every machine and in every process.
 
-An n-gram x1 .. xn of symbols is hashed as the polynomial m(x1) B^(n-1) + ... + m(xn) modulo 2^64 with B odd, where m spreads a symbol over 64 bits, and the sum is spread once
-more. It needs one array addition a symbol of the n-gram instead of one call a window. Two different n-grams collide with probability about 2^-64 unless someone chose the text to collide: a document
-can only get itself removed that way.
+An n-gram x1 .. xn of symbols is hashed as the polynomial m(x1) B^(n-1) + ... + m(xn) modulo 2^64 with B odd, where m spreads a symbol over
+64 bits, and the sum is spread once more. It needs one array addition a symbol of the n-gram instead of one call a window. Two different
+n-grams collide with probability about 2^-64 unless someone chose the text to collide: a document can only get itself removed that way.
 """
 from collections.abc import Iterable
 
@@ -14,7 +14,8 @@ _FACTORS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def mix(numbers: np.ndarray) -> np.ndarray:
-    """uint64 to uint64, one to one, each bit of the result depending on all bits: the last step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """uint64 to uint64, one to one, each bit of the result depending on all bits: the last step of SplitMix64 (Steele, Lea and Flood,
+    OOPSLA 2014)."""
     found = numbers.astype(np.uint64, copy=True)
     found ^= found >> _SHIFTS[0]
     found *= _FACTORS[0]

@@ -3,13 +3,14 @@
     judge(text, korean=True) -> None, or the reason to drop it
 
 Sources
-    Gopher   Rae et al., "Scaling language models: methods, analysis and insights from training Gopher" (2021), appendix A.1.1, table A1
-    C4       Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer" (JMLR 21, 2020), section 2.2
-    FineWeb  Penedo et al., "The FineWeb datasets" (2024), section 3.6: shares of lines, measured against trained models
-    FineWeb2 Penedo et al., "FineWeb2" (2025): the same rules with limits for each language; here those of kor_Hang, read from the project's configs/kor_Hang.yml
+    Gopher    Rae et al., "Scaling language models: methods, analysis and insights from training Gopher" (2021), A.1.1 and table A1
+    C4        Raffel et al., "Exploring the limits of transfer learning with a unified text-to-text transformer" (JMLR 2020), 2.2
+    FineWeb   Penedo et al., "The FineWeb datasets" (2024), 3.6: shares of lines, measured against trained models
+    FineWeb2  Penedo et al., "FineWeb2" (2025): the same rules with limits for each language; here configs/kor_Hang.yml of the project
 
-FineWeb2 counts Korean words as the morphemes that Kiwi finds. We count eojeol, what spaces separate, because that needs no analyser and is 30 times as fast; a limit on
-words is divided by MORPHEMES, the morphemes in an eojeol, a limit on the length of words multiplied by it. docs/curate_quality.md has the measurement.
+FineWeb2 counts Korean words as the morphemes that Kiwi finds. We count eojeol, what spaces separate, because that needs no analyser and is
+30 times as fast; a limit on words is divided by MORPHEMES, the morphemes in an eojeol, a limit on the length of words multiplied by it.
+docs/curate_quality.md has the measurement.
 """
 import re
 from dataclasses import dataclass

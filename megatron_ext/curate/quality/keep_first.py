@@ -4,7 +4,8 @@
     resolve   task p of P takes the keys that begin with p's range from all shards, and writes for each shard which places go
     removals  what goes from one shard
 
-The first place is that of the lowest shard, then of the lowest document, then of the lowest paragraph: it follows from the order of the input, not from which worker was faster.
+The first place is that of the lowest shard, then of the lowest document, then of the lowest paragraph: it follows from the order of the
+input, not from which worker was faster.
 """
 import os
 from collections import defaultdict
@@ -36,7 +37,7 @@ def resolve(folder: Path, part: int, parts: int, shards: int) -> int:
         taken.append(np.array(entries[start:end]))
         owners.append(np.full(end - start, shard, dtype=np.uint32))
     entries, owner = np.concatenate(taken), np.concatenate(owners)
-    order = np.argsort(entries["key"], kind="stable")  # shards were appended in order and are sorted inside, so that equal keys stay in order of place
+    order = np.argsort(entries["key"], kind="stable")  # shards came in order and are sorted inside: equal keys stay in order of place
     keys = entries["key"][order]
     again = np.zeros(len(keys), dtype=bool)
     again[1:] = keys[1:] == keys[:-1]

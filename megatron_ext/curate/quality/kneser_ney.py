@@ -1,22 +1,23 @@
 """Modified Kneser-Ney: the probabilities of an n-gram model from counts.
 
-With h = u v a history (u its oldest unit), and a(h w) the count of an n-gram of the highest order, or of a lower order the number of different units seen before it
-(n-grams that begin a document have nothing before them and keep their count),
+With h = u v a history (u its oldest unit), and a(h w) the count of an n-gram of the highest order, or of a lower order the number of
+different units seen before it (n-grams that begin a document have nothing before them and keep their count),
 
     p(w | h) = max(a(h w) - D(a(h w)), 0) / sum_w' a(h w')  +  g(h) p(w | v),      p(w) = max(a(w) - D, 0) / sum a  +  g / (V - 1)
 
-g(h) is what discounting took away, so that each distribution sums to 1; V - 1 are all units with UNKNOWN and END, without START. The discounts of each order
-are, with n_r the number of n-grams of that order with a = r and Y = n1 / (n1 + 2 n2),
+g(h) is what discounting took away, so that each distribution sums to 1; V - 1 are all units with UNKNOWN and END, without START. The
+discounts of each order are, with n_r the number of n-grams of that order with a = r and Y = n1 / (n1 + 2 n2),
 
     D(1) = 1 - 2 Y n2 / n1,   D(2) = 2 - 3 Y n3 / n2,   D(3 and more) = 3 - 4 Y n4 / n3
 
 Where these n_r are 0 or give a discount outside [0, r] (few or artificial texts), they are 0.5, 1, 1.5: KenLM's --discount_fallback.
 
-Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3; Heafield et al., "Scalable modified Kneser-Ney
-language model estimation" (ACL 2013), which is KenLM. This is written anew with numpy, since KenLM's package on PyPI can only query models: its trainer, lmplz, has to be
-compiled with Boost. docs/curate_quality.md has the comparison of the two.
+Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3; Heafield et al., "Scalable
+modified Kneser-Ney language model estimation" (ACL 2013), which is KenLM. This is written anew with numpy, since KenLM's package on PyPI
+can only query models: its trainer, lmplz, has to be compiled with Boost. docs/curate_quality.md has the comparison of the two.
 
-N-grams are kept as numbers: that of order n is (place of its history among those of order n - 1) * V + its last unit, so that 63 bits hold any order.
+N-grams are kept as numbers: that of order n is (place of its history among those of order n - 1) * V + its last unit, so that 63 bits hold
+any order.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Order:
 
 @dataclass(frozen=True)
 class _Counted:
-    """Raw counts of one order. `at`: the n-gram that ends at each place of the corpus, -1 where none does; `first`: a place where each ends."""
+    """Raw counts of one order. `at`: the n-gram that ends at each place of the corpus, -1 where none does; `first`: a place where each
+    ends."""
 
     keys: np.ndarray
     counts: np.ndarray
@@ -53,15 +55,17 @@ class _Counted:
     first: np.ndarray
 
 
-def estimate(documents: Sequence[np.ndarray], *, vocab_size: int, order: int, least: Sequence[int] = ()) -> tuple[list[Order], list[tuple[float, ...]]]:
+def estimate(
+    documents: Sequence[np.ndarray], *, vocab_size: int, order: int, least: Sequence[int] = ()
+) -> tuple[list[Order], list[tuple[float, ...]]]:
     """Fits the model.
 
     Args:
         documents: int64 [units] each, without START and END.
         vocab_size: V, with UNKNOWN, START and END; V times the n-grams of an order must stay below 2^63.
         order: the longest n-gram, at least 1.
-        least: raw counts below which n-grams of order 1, 2, ... are left out of the model (the last one holds for longer orders too); must not fall. What they
-            had is given back to the shorter history. Order 1 is never pruned.
+        least: raw counts below which n-grams of order 1, 2, ... are left out of the model (the last one holds for longer orders too); must
+            not fall. What they had is given back to the shorter history. Order 1 is never pruned.
 
     Returns:
         The orders from 1 up, and each one's three discounts. Memory while it works: about 40 bytes a unit of text and order.

@@ -3,11 +3,12 @@
     model = NgramModel.load("statutes.npz")
     model.score(text).perplexity
 
-The logarithm of the probability of a unit after its history is that of the longest n-gram that was seen, with the back-off weights of the longer histories that
-were seen without it added: the ARPA form of an interpolated model.
+The logarithm of the probability of a unit after its history is that of the longest n-gram that was seen, with the back-off weights of the
+longer histories
+that were seen without it added: the ARPA form of an interpolated model.
 
-The file is numpy's .npz without pickle: keys, probabilities and back-off weights of each order, the vocabulary, and `about` (JSON: kind of units, order, discounts, sizes, the hash
-of the text, quantiles of perplexity on held-out text).
+The file is numpy's .npz without pickle: keys, probabilities and back-off weights of each order, the vocabulary, and `about` (JSON: kind of
+units, order, discounts, sizes, the hash of the text, quantiles of perplexity on held-out text).
 """
 import json
 import zipfile
@@ -45,8 +46,9 @@ class Score:
 
     @property
     def order_gain(self) -> float:
-        """Bits a unit that the order of units saves: the difference of the two logarithms a unit. Rare words count on both sides, so what is left is how well the units
-        follow one another (the log-odds of Pauls and Klein, "Large-scale syntactic language modeling with treelets", ACL 2012)."""
+        """Bits a unit that the order of units saves: the difference of the two logarithms a unit. Rare words count on both sides, so what
+        is left is how well the units follow one another (the log-odds of Pauls and Klein, "Large-scale syntactic language modeling with
+        treelets", ACL 2012)."""
         return (self.log_p - self.log_p_alone) / self.units / float(np.log(2))
 
 
@@ -63,7 +65,8 @@ class NgramModel:
         return len(self.orders)
 
     def log_probabilities(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Natural logarithms float64 [units + 1] of each unit of the text and of END after all that stands before; the same without context; the units int64."""
+        """Natural logarithms float64 [units + 1] of each unit of the text and of END after all that stands before; the same without
+        context; the units int64."""
         words = np.concatenate(([START], self.vocabulary.encode(text), [END]))
         size = self.vocabulary.size
         alone = self.orders[0].log_p[words].astype(np.float64)
@@ -87,7 +90,8 @@ class NgramModel:
         return Score(len(words), float(log_p.sum()), float(alone.sum()), float((words == UNKNOWN).mean()))
 
     def save(self, path: str | Path) -> None:
-        arrays = {f"{name}_{n}": getattr(order, name) for n, order in enumerate(self.orders, 1) for name in ("keys", "log_p", "log_backoff")}
+        names = ("keys", "log_p", "log_backoff")
+        arrays = {f"{name}_{n}": getattr(order, name) for n, order in enumerate(self.orders, 1) for name in names}
         about = json.dumps({**self.about, "format": FORMAT, "order": self.order, "kind": self.vocabulary.kind}, sort_keys=True)
         with open(path, "wb") as file:
             np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **self.vocabulary.arrays(), **arrays)
@@ -95,6 +99,7 @@ class NgramModel:
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.quality.language_model.path") -> "NgramModel":
         """Raises UserError: not there, or not a model of this format."""
+        write = "write one with python -m megatron_ext.curate.quality train"
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(file["about"].tobytes())
@@ -105,6 +110,6 @@ class NgramModel:
                 )
                 return cls(Vocabulary.of_arrays(about["kind"], file["units"]), orders, about)
         except OSError as error:
-            raise UserError(key, path, f"cannot be read ({error.strerror}); write one with python -m megatron_ext.curate.quality train") from error
+            raise UserError(key, path, f"cannot be read ({error.strerror}); {write}") from error
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(key, path, f"is no n-gram model ({type(error).__name__}); write one with python -m megatron_ext.curate.quality train") from error
+            raise UserError(key, path, f"is no n-gram model ({type(error).__name__}); {write}") from error

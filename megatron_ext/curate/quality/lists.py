@@ -6,8 +6,8 @@
       - {term: 시발, weight: 3, except: [시발점, 시발역], spread: true}     # spread: signs or digits may stand between its syllables
       - {pattern: '(여자|남자)(들)?은 원래', weight: 2}                      # a regular expression instead of a term
 
-Texts are compared in NFKC and small letters. A list knows nothing of context: quotations, court rulings and works on language hold such words too, so that a document is judged
-by how many there are among its words (config.ListsConfig), and by default bias is only marked.
+Texts are compared in NFKC and small letters. A list knows nothing of context: quotations, court rulings and works on language hold such
+words too, so that a document is judged by how many there are among its words (config.ListsConfig), and by default bias is only marked.
 """
 import functools
 import re
@@ -31,7 +31,7 @@ def read_yaml(name: str, *, key: str = "curate.quality.lists") -> dict:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         known = ", ".join(sorted(one.stem for one in FOLDER.glob("*.yaml")))
-        raise UserError(key, name, f"cannot be read ({error.strerror}); built in are {known}, others are paths that end in .yaml") from error
+        raise UserError(key, name, f"cannot be read ({error.strerror}); built in are {known}, others end in .yaml") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(key, name, f"is no YAML that can be read ({type(error).__name__})") from error
     if not isinstance(fields, dict):
@@ -75,11 +75,14 @@ class WordList:
                         self._patterns.append((re.compile(entry["pattern"]), weight))
                         continue
                     match, text = entry.get("match", fields.get("match", "word")), _plain(entry["term"])
-                    bodies[match != "inside"].append(_compiled(text, match, [_plain(one) for one in entry.get("except", ())], bool(entry.get("spread"))))
+                    others = [_plain(one) for one in entry.get("except", ())]
+                    bodies[match != "inside"].append(_compiled(text, match, others, bool(entry.get("spread"))))
                     self._weights[_bare(text)] = weight
                 except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-                    raise UserError(key, name, f"entry {number} cannot be read ({type(error).__name__}); it needs a term or a pattern, and a weight") from error
-        # Alternatives that begin with a letter are passed over quickly; so \b stands before all of them, and no group around any. Longer terms come first.
+                    reason = f"entry {number} cannot be read ({type(error).__name__}); it needs a term or a pattern, and a weight"
+                    raise UserError(key, name, reason) from error
+        # Alternatives that begin with a letter are passed over quickly; so \b stands before all of them, and no group around any.
+        # Longer terms come first.
         ordered = {at: sorted(found, key=lambda one: (-len(one), one)) for at, found in bodies.items()}
         parts = [(r"\b" if at else "") + f"(?:{'|'.join(found)})" for at, found in ordered.items() if found]
         self._terms = re.compile("|".join(parts)) if parts else None

@@ -1,9 +1,11 @@
-"""Repetition inside a document, after Gopher (table A1 of Rae et al. 2021), with Korean limits of FineWeb2 (configs/kor_Hang.yml, see heuristics.py).
+"""Repetition inside a document, after Gopher (table A1 of Rae et al. 2021), with Korean limits of FineWeb2 (configs/kor_Hang.yml, see
+heuristics.py).
 
     repeated(text, korean=True) -> None, or the reason to drop it
 
-Lines and paragraphs that stood before in the document; the most frequent 2-, 3- and 4-gram of words; the characters of words inside 5- to 10-grams that occurred
-before, each character once. Gopher's shares are of all characters; ours of the characters of words, so that tables padded with spaces are not thought more varied than they are.
+Lines and paragraphs that stood before in the document; the most frequent 2-, 3- and 4-gram of words; the characters of words inside 5- to
+10-grams that occurred before, each character once. Gopher's shares are of all characters; ours of the characters of words, so that tables
+padded with spaces are not thought more varied than they are.
 
 Words are numbered, and n-grams are found by sorting numbers: a document of W words costs O(W log W), whatever is in it.
 """
@@ -49,7 +51,8 @@ def repeated(text: str, *, korean: bool, limits: Limits | None = None) -> str | 
     """The first limit that the document is above, as a reason; None if it is below all."""
     limits = limits or (KOREAN if korean else GOPHER)
     for name, parts, share, characters in (
-        ("paragraphs", paragraphs(text), limits.paragraphs, limits.paragraph_characters), ("lines", lines(text), limits.lines, limits.line_characters),
+        ("paragraphs", paragraphs(text), limits.paragraphs, limits.paragraph_characters),
+        ("lines", lines(text), limits.lines, limits.line_characters),
     ):
         count, size = _before(parts)
         if parts and count > share * len(parts):
@@ -80,7 +83,8 @@ def _before(parts: Sequence[str]) -> tuple[int, int]:
 
 
 def _top(grams: np.ndarray, sizes: np.ndarray, n: int) -> int:
-    """Characters in all occurrences of the n-gram that occurs most; 0 if none occurs twice. Gopher and datatrove count them so, overlapping ones each."""
+    """Characters in all occurrences of the n-gram that occurs most; 0 if none occurs twice. Gopher and datatrove count them so,
+    overlapping ones each."""
     counts = np.bincount(grams)
     if counts.max() < 2:
         return 0

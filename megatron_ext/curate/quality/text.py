@@ -44,7 +44,8 @@ def code_points(text: str) -> np.ndarray:
 
 
 def is_korean(text: str, language: str | None = None) -> bool:
-    """Whether the Korean rules are the ones for this text: its language says so or, where that is unknown, a third of its letters are Hangul.
+    """Whether the Korean rules are the ones for this text: its language says so or, where that is unknown, a third of its letters are
+    Hangul.
 
     A third, not half: official Korean text quotes names, units and statutes in Latin letters and Chinese characters.
     """

@@ -49,7 +49,9 @@ class ScoreSettings:
     max_bad_lines: int = 100
 
 
-def fit(texts: Iterable[str], *, kind: str = "characters", order: int = 6, least: tuple[int, ...] = (), held_out: float = 0.05) -> NgramModel:
+def fit(
+    texts: Iterable[str], *, kind: str = "characters", order: int = 6, least: tuple[int, ...] = (), held_out: float = 0.05
+) -> NgramModel:
     """A model of these documents; the same documents in any order give the same model.
 
     Raises:
@@ -70,7 +72,7 @@ def fit(texts: Iterable[str], *, kind: str = "characters", order: int = 6, least
     documents = [vocabulary.encode(text) for text in kept]
     orders, discounts = kneser_ney.estimate(documents, vocab_size=vocabulary.size, order=order, least=least)
     about = {
-        "documents": len(kept), "units": int(sum(len(document) for document in documents)), "bytes": sum(len(text.encode("utf-8", "surrogatepass")) for text in kept),
+        "documents": len(kept), "units": sum(map(len, documents)), "characters": sum(map(len, kept)),
         "sha256": hashlib.sha256(b"".join(digest for digest, _ in hashed)).hexdigest(), "least": list(least),
         "ngrams": [len(one.keys) for one in orders], "discounts": [list(one) for one in discounts],
     }
@@ -80,7 +82,8 @@ def fit(texts: Iterable[str], *, kind: str = "characters", order: int = 6, least
 
 
 def cut(text: str, size: int = PASSAGE) -> list[str]:
-    """A text in passages of `size` characters, cut between words; what is left at the end counts from a quarter of that, or where it is all there is."""
+    """A text in passages of `size` characters, cut between words; what is left at the end counts from a quarter of that, or where it is
+    all there is."""
     found, start = [], 0
     while start < len(text):
         end = len(text) if len(text) - start <= size else (text.rfind(" ", start + size // 2, start + size) + 1 or start + size)
@@ -107,7 +110,8 @@ def train(settings: TrainSettings) -> None:
     about, held = model.about, model.about["held_out"]
     print(f"wrote {settings.output} ({Path(settings.output).stat().st_size / 1e6:.1f} MB): order {model.order} over {settings.units}, "
           f"{about['documents']} documents, {about['units']:,} units, {sum(about['ngrams']):,} n-grams; held-out perplexity "
-          f"{held['perplexity']['50']:.1f} (median of {held['passages']} passages of {held['documents']} documents), 95th percentile {held['perplexity']['95']:.1f}")
+          f"{held['perplexity']['50']:.1f} (median of {held['passages']} passages of {held['documents']} documents), 95th percentile "
+          f"{held['perplexity']['95']:.1f}")
 
 
 def score(settings: ScoreSettings) -> None:

@@ -1,10 +1,11 @@
 """What an n-gram model counts: characters, jamo, words, or pieces of a byte-pair encoding, as numbers.
 
-The text is normalised as CCNet does before its models (Wenzek et al., "CCNet", LREC 2020, section 3.3 and cc_net/text_normalizer.py): lower case, every
-digit is 0; white space is one space, since a line break in the text of a PDF means nothing. A run of one sign (not a letter or digit) is cut to three of it: rules drawn with
-hyphens would otherwise be the most predictable text of all.
+The text is normalised as CCNet does before its models (Wenzek et al., "CCNet", LREC 2020, section 3.3 and cc_net/text_normalizer.py):
+lower case, every digit is 0; white space is one space, since a line break in the text of a PDF means nothing. A run of one sign (not a
+letter or digit) is cut to three of it: rules drawn with hyphens would otherwise be the most predictable text of all.
 
-Jamo are the letters that Hangul syllables are made of: NFD of Unicode. A syllable of three letters is three units, so the same context needs a higher order.
+Jamo are the letters that Hangul syllables are made of: NFD of Unicode. A syllable of three letters is three units, so the same context
+needs a higher order.
 """
 import re
 import unicodedata

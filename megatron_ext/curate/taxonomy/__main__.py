@@ -4,7 +4,8 @@
     python -m megatron_ext.curate.taxonomy evaluate model=MODEL.npz input=EXAMPLES.jsonl
     python -m megatron_ext.curate.taxonomy classify model=MODEL.npz text="..."
 
-Examples have text, label and optionally group (JSONL, CSV), or are YAML with a list of texts for each label; the label none is for texts of none of the domains.
+Examples have text, label and optionally group (JSONL, CSV), or are YAML with a list of texts for each label; the label none is for texts
+of none of the domains.
 """
 import json
 import sys
@@ -27,5 +28,6 @@ def classify(settings: ClassifySettings) -> None:
 
 if __name__ == "__main__":
     sys.exit(words.run({
-        "train": (train.TrainSettings, train.train), "evaluate": (train.EvaluateSettings, train.evaluate), "classify": (ClassifySettings, classify),
+        "train": (train.TrainSettings, train.train), "evaluate": (train.EvaluateSettings, train.evaluate),
+        "classify": (ClassifySettings, classify),
     }, sys.argv[1:], __doc__))

@@ -3,10 +3,12 @@
     model = Classifier.load("domains.npz")
     model.classify("임신한 근로자의 출산전후휴가 급여를 신청합니다").domain        # "welfare", or "none"
 
-One logistic regression a domain against everything else, so that probabilities need not sum to 1: a bill about schools is of law and of education, and a recipe is of none. The domain is the
-one of the highest probability where that reaches the threshold, which was chosen on held-out examples at training.
+One logistic regression a domain against everything else, so that probabilities need not sum to 1: a bill about schools is of law and of
+education, and a recipe is of none. The domain is the one of the highest probability where that reaches the threshold, which was chosen on
+held-out examples at training.
 
-The file is numpy's .npz without pickle: `weights` float32 [domains, 2^bits], `bias` float32 [domains], `about` (JSON: domains, bits, threshold, what was measured).
+The file is numpy's .npz without pickle: `weights` float32 [domains, 2^bits], `bias` float32 [domains], `about` (JSON: domains, bits,
+threshold, what was measured).
 """
 import json
 import zipfile
@@ -73,9 +75,10 @@ class Classifier:
         return Answer(above[0] if above else NONE, float(found.max()), above, dict(zip(self.domains, found.tolist())))
 
     def save(self, path: str | Path) -> None:
-        about = json.dumps({**self.about, "format": FORMAT, "domains": list(self.domains), "threshold": self.threshold}, sort_keys=True, ensure_ascii=False)
+        about = {**self.about, "format": FORMAT, "domains": list(self.domains), "threshold": self.threshold}
+        header = np.frombuffer(json.dumps(about, sort_keys=True, ensure_ascii=False).encode(), dtype=np.uint8)
         with open(path, "wb") as file:
-            np.savez_compressed(file, about=np.frombuffer(about.encode(), dtype=np.uint8), weights=self.weights, bias=self.bias)
+            np.savez_compressed(file, about=header, weights=self.weights, bias=self.bias)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.taxonomy.path") -> "Classifier":

@@ -1,6 +1,7 @@
 """Labelled examples: JSONL or CSV with `text`, `label` and optionally `group`, or YAML with a list of texts for each label.
 
-Pieces of one document share a group, so that no part of what a model is measured on was seen at training. Without one, each text is its own group.
+Pieces of one document share a group, so that no part of what a model is measured on was seen at training. Without one, each text is its
+own group.
 """
 import csv
 import hashlib

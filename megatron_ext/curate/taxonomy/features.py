@@ -1,10 +1,12 @@
 """A text as a sparse vector: character n-grams, hashed.
 
-Every 1 to 4 characters in a row of the text in small letters with single spaces, a space before and after it, are one of 2^bits features; a feature that occurs c times has the value 1 + ln c, and the
-vector has length 1. Character n-grams need no Korean morphology: a stem and its particles share all n-grams of the stem, and spacing errors cost two or three. Nothing is fitted, so that
-training is one pass and the model file is its weights alone.
+Every 1 to 4 characters in a row of the text in small letters with single spaces, a space before and after it, are one of 2^bits features;
+a feature that occurs c times has the value 1 + ln c, and the vector has length 1. Character n-grams need no Korean morphology: a stem and
+its particles share all n-grams of the stem, and spacing errors cost two or three. Nothing is fitted, so that training is one pass and the
+model file is its weights alone.
 
-Source: Weinberger et al., "Feature hashing for large scale multitask learning" (ICML 2009); n-grams with logarithmic counts and a linear model: Wang and Manning, "Baselines and bigrams" (ACL 2012).
+Source: Weinberger et al., "Feature hashing for large scale multitask learning" (ICML 2009); n-grams with logarithmic counts and a linear
+model: Wang and Manning, "Baselines and bigrams" (ACL 2012).
 """
 import numpy as np
 

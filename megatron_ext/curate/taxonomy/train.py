@@ -1,9 +1,12 @@
-"""Fits the domain classifier to labelled examples (`python -m megatron_ext.curate.taxonomy train`) and measures it on others (`... evaluate`).
+"""Fits the domain classifier to labelled examples (`python -m megatron_ext.curate.taxonomy train`) and measures it on others (`...
+evaluate`).
 
-For each domain a logistic regression with an L2 penalty, convex, so that the result does not depend on a start: scikit-learn's L-BFGS (extra `eval` has it). Examples of both sides weigh alike.
+For each domain a logistic regression with an L2 penalty, convex, so that the result does not depend on a start: scikit-learn's L-BFGS
+(extra `eval` has it). Examples of both sides weigh alike.
 
-The threshold comes from cross-validation in FOLDS folds of groups: every example is judged by a model that did not see its group. Where examples of "none" are among them, it is the one with the highest
-mean of (the share of ours that get their domain) and (the share of "none" that get none); else the one that 95 % of ours reach.
+The threshold comes from cross-validation in FOLDS folds of groups: every example is judged by a model that did not see its group. Where
+examples of "none" are among them, it is the one with the highest mean of (the share of ours that get their domain) and (the share of
+"none" that get none); else the one that 95 % of ours reach.
 """
 import json
 from collections.abc import Sequence
@@ -26,7 +29,8 @@ class TrainSettings:
     """`train output=FILE [input=PATH,PATH]`.
 
     Attributes:
-        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the few hundred sentences that this package brings.
+        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the few hundred sentences that this
+            package brings.
         output: the model to write, .npz.
         bits: 2^bits hashed features. 18 are 1 MB a domain.
         c: the inverse of the penalty; larger follows the examples more closely.
@@ -59,7 +63,7 @@ def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Clas
     labels = np.asarray([example.label for example in examples])
     domains = tuple(sorted(set(labels.tolist()) - {NONE}))
     if len(domains) < 2:
-        raise UserError("input", ",".join(domains) or "no domain", f"at least two domains are needed, or one domain and another that it is told from; {NONE} does not count")
+        raise UserError("input", ",".join(domains) or "no domain", f"at least two domains are needed; {NONE} does not count")
     for domain in domains:
         if (labels == domain).sum() < LEAST:
             raise UserError("input", domain, f"has {(labels == domain).sum()} examples; at least {LEAST} are needed")
@@ -77,8 +81,8 @@ def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Clas
 
 
 def measure(model: Classifier, examples: Sequence[Example]) -> dict:
-    """What `model` makes of labelled examples: `accuracy` (ours: the right domain; none: none), `accuracy_without_none` (the likeliest domain, no threshold, ours alone),
-    `domains` (precision, recall, examples), `confusion`."""
+    """What `model` makes of labelled examples: `accuracy` (ours: the right domain; none: none), `accuracy_without_none` (the likeliest
+    domain, no threshold, ours alone), `domains` (precision, recall, examples), `confusion`."""
     out = np.stack([model.probabilities(example.text) for example in examples])
     return _measured(out, np.asarray([example.label for example in examples]), model.domains, model.threshold)
 
@@ -88,7 +92,8 @@ def _matrix(examples: Sequence[Example], bits: int):
 
     found = [features(example.text, bits=bits) for example in examples]
     starts = np.cumsum([0, *(len(indices) for indices, _ in found)])
-    return csr_matrix((np.concatenate([values for _, values in found]), np.concatenate([indices for indices, _ in found]), starts), shape=(len(found), 2**bits), dtype=np.float64)
+    indices, values = (np.concatenate([one[part] for one in found]) for part in (0, 1))
+    return csr_matrix((values, indices, starts), shape=(len(found), 2**bits), dtype=np.float64)
 
 
 def _weights(matrix, labels: np.ndarray, domains: Sequence[str], c: float) -> tuple[np.ndarray, np.ndarray]:
@@ -133,8 +138,10 @@ def _measured(out: np.ndarray, labels: np.ndarray, domains: Sequence[str], thres
         "examples": len(labels), "threshold": threshold, "accuracy": float((said == labels).mean()),
         "accuracy_without_none": float((names[likeliest] == labels)[ours].mean()) if ours.any() else None,
         "domains": {
-            name: {"examples": int((labels == name).sum()), "recall": _share(said[labels == name] == name), "precision": _share(labels[said == name] == name)}
-            for name in names.tolist()
+            name: {
+                "examples": int((labels == name).sum()), "recall": _share(said[labels == name] == name),
+                "precision": _share(labels[said == name] == name),
+            } for name in names.tolist()
         },
         "confusion": confusion,
     }
@@ -149,8 +156,9 @@ def train(settings: TrainSettings) -> None:
     Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
     model.save(settings.output)
     held = model.about["cross_validation"]
-    print(f"wrote {settings.output} ({Path(settings.output).stat().st_size / 1e6:.1f} MB): {len(model.domains)} domains, {model.about['examples']} examples, "
-          f"threshold {model.threshold:.2f}; in {FOLDS}-fold cross-validation {held['accuracy']:.1%} right with none, {held['accuracy_without_none']:.1%} among ours")
+    print(f"wrote {settings.output} ({Path(settings.output).stat().st_size / 1e6:.1f} MB): {len(model.domains)} domains, "
+          f"{model.about['examples']} examples, threshold {model.threshold:.2f}; in {FOLDS}-fold cross-validation {held['accuracy']:.1%} "
+          f"right with none, {held['accuracy_without_none']:.1%} among ours")
 
 
 def evaluate(settings: EvaluateSettings) -> None:
