@@ -67,7 +67,11 @@ class Document(Protocol):
 
 
 class Block(Protocol):
-    """A step that decides about one document. `__init__(settings)` may load what it needs; `close` may be absent."""
+    """A step that decides about one document. `__init__(settings)` may load what it needs.
+
+    A block may also have `take_report() -> dict`: what it has to tell since the last call, which empties it. It is called before and after each task; the
+    function that `Entry.report` names makes one report of all.
+    """
 
     def process(self, document: Document) -> Verdict:
         """Keeps, changes in place, or drops the document.
@@ -124,18 +128,24 @@ class GlobalBlock(Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a step is: `block` is "module:Class"; `settings` the path of its settings below `Config.curate`; `whole` for a GlobalBlock."""
+    """Where a step is.
+
+    Attributes:
+        block: "module:Class". settings: the path of its settings below `Config.curate`. whole: it is a GlobalBlock.
+        report: "module:function" of (an iterable of reports, settings.samples) -> an object with `to_json()` and `markdown()`; None where the block reports nothing.
+    """
 
     block: str
     settings: str
     whole: bool = False
+    report: str | None = None
 
 
 _ROOM = "megatron_ext.curate"
 BLOCKS: dict[str, Entry] = {
     "normalise": Entry(f"{_ROOM}.ingest.block:Normalise", "ingest"),
     "language": Entry(f"{_ROOM}.ingest.block:Language", "ingest"),
-    "privacy": Entry(f"{_ROOM}.privacy.block:Privacy", "privacy"),
+    "privacy": Entry(f"{_ROOM}.privacy.block:Privacy", "privacy", report=f"{_ROOM}.privacy.report:merged"),
     "quality": Entry(f"{_ROOM}.quality.block:Quality", "quality"),
     "decontaminate": Entry(f"{_ROOM}.quality.block:Decontaminate", "quality"),
     "exact": Entry(f"{_ROOM}.quality.block:ExactDuplicates", "quality", whole=True),
@@ -160,5 +170,10 @@ def opened(name: str, settings: object) -> Any:
     Raises:
         UserError: an unknown step; an optional package that is missing (with its pip line); files of its own that cannot be read.
     """
-    module, _, kind = entry(name).block.partition(":")
-    return getattr(importlib.import_module(module), kind)(settings)
+    return resolve(entry(name).block)(settings)
+
+
+def resolve(name: str) -> Any:
+    """What "module:name" names."""
+    module, _, inner = name.partition(":")
+    return getattr(importlib.import_module(module), inner)

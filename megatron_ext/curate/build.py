@@ -215,7 +215,7 @@ def code_sha256() -> str:
     """Of the source of this room: another one may make other documents of the same input."""
     digest = hashlib.sha256(__version__.encode())
     root = Path(__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".yaml")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 
 from megatron_ext.curate.ingest import config as ingest
 from megatron_ext.curate.ingest.config import IngestConfig, SelectConfig
+from megatron_ext.curate.privacy import config as privacy
+from megatron_ext.curate.privacy.config import PrivacyConfig
+from megatron_ext.curate.quality import config as quality
+from megatron_ext.curate.quality.config import QualityConfig
+from megatron_ext.curate.taxonomy import config as taxonomy
+from megatron_ext.curate.taxonomy.config import TaxonomyConfig
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,11 @@ class CurateConfig:
     images: bool = False  # also write the documents with their images as WebDataset shards (tar), which megatron-energon reads
     ingest: IngestConfig = field(default_factory=IngestConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    taxonomy: TaxonomyConfig = field(default_factory=TaxonomyConfig)
 
 
-ROOMS = (ingest,)
+ROOMS = (ingest, privacy, quality, taxonomy)
 CHOICES: dict[str, tuple[str, ...]] = {"forbidden": ("warn", "refuse", "leave_out")} | {key: value for room in ROOMS for key, value in room.CHOICES.items()}
 RANGES: dict[str, str] = {"workers": "[0,inf)", "task_bytes": "[1,inf)"} | {key: value for room in ROOMS for key, value in room.RANGES.items()}

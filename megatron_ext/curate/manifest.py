@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_ext import __version__
+from megatron_ext.curate.blocks import entry, resolve
 from megatron_ext.curate.build import Build, code_sha256, plain_settings, settings_files
 from megatron_ext.curate.documents import LineWriter, canonical, shard_name, write_json
 from megatron_ext.curate.index import index_name
@@ -77,6 +78,7 @@ def finish(build: Build) -> Curated:
     """Writes the manifest of a build whose phases are all done, and gives the result its name. Raises UserError."""
     out = build.out
     try:
+        _reports(build)
         write_json(out / FILE, _fields(build, _set_aside(build)))
         for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
             for draft in folder.glob(".*"):  # of tasks that were killed
@@ -93,6 +95,18 @@ def finish(build: Build) -> Curated:
 def _counts(build: Build, group: int | str) -> Iterator[dict]:
     for rank in range(build.tasks):
         yield json.loads((build.counts(group) / f"{rank:06d}.json").read_text(encoding="utf-8"))
+
+
+def _reports(build: Build) -> None:
+    """What steps have to tell beside counts: reports/STEP.json, and STEP.md for people."""
+    for group, steps in enumerate(build.groups()):
+        for step in steps:
+            if (function := entry(step).report) is None:
+                continue
+            found = [counts["reports"][step] for counts in _counts(build, group) if step in counts["reports"]]
+            report = resolve(function)(found, getattr(build.step_settings(step), "samples", 0))
+            write_json(build.out / "reports" / f"{step}.json", report.to_json())
+            (build.out / "reports" / f"{step}.md").write_text(report.markdown(), encoding="utf-8")
 
 
 def _set_aside(build: Build) -> dict:

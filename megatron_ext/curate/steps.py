@@ -135,12 +135,15 @@ class BlockStep(PipelineStep):
         self.name = step
         super().__init__()
         self._settings, self._shards = settings, shards
-        self.tally, self.dropped = Tally(step), []
+        self.tally, self.dropped, self.report = Tally(step), [], None
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         block: Any = opened(self.name, self._settings)
         if self._shards is not None:
             block = block.decide(self._shards, rank)
+        take = getattr(block, "take_report", None)
+        if take is not None:
+            take()  # of a task that failed in this process
         for document in data:
             with self.track_time():
                 verdict = self._decide(block, document)
@@ -148,6 +151,7 @@ class BlockStep(PipelineStep):
                 self.dropped.append(_gone(document, self.name, verdict.reason))
             else:
                 yield document
+        self.report = None if take is None else take()
 
     def _decide(self, block: Any, document: Document) -> Verdict:
         text, source = document.text, document.metadata["source"]
@@ -224,6 +228,7 @@ class ShardWriter(PipelineStep):
             "set_aside": [vars(problem) for problem in getattr(reader, "problems", ())], "digests": getattr(reader, "digests", []),
             "shard": {"documents": shard.count, "bytes": shard.size, "sha256": shard.sha256, "characters": characters},
             "dropped": {"documents": gone.count, "bytes": gone.size, "sha256": gone.sha256}, "index": index,
+            "reports": {step.name: step.report for step in steps if getattr(step, "report", None) is not None},
         })
         yield from ()
 
