@@ -221,7 +221,7 @@ def code_sha256() -> str:
 
 
 def settings_files(settings: CurateConfig) -> dict[str, str]:
-    """sha256 of every file that a setting names: a catalogue, a list of words, a model."""
+    """sha256 of every file that a setting names: a catalogue, a list of words, a model. Of the key of pseudonyms a pseudonym. Raises UserError: no key."""
     found: dict[str, str] = {}
 
     def walk(value: Any, key: str) -> None:
@@ -231,9 +231,14 @@ def settings_files(settings: CurateConfig) -> dict[str, str]:
         elif isinstance(value, tuple):
             for number, inner in enumerate(value):
                 walk(inner, f"{key}[{number}]")
-        elif isinstance(value, str) and value and key != "output" and Path(value).is_file():
+        elif isinstance(value, str) and value and key not in ("output", "privacy.key_file") and Path(value).is_file():
             with Path(value).open("rb") as stream:
                 found[key] = hashlib.file_digest(stream, "sha256").hexdigest()
 
     walk(asdict(settings), "")
+    actions = (settings.privacy.action, *(entry.partition(":")[2] for entry in settings.privacy.actions))
+    if "privacy" in settings.steps and "pseudonym" in actions:
+        from megatron_ext.curate.privacy.replace import Key
+
+        found["privacy.key"] = Key.read(settings.privacy).pseudonym("build", "megatron_ext")  # which key it was, and not what it is
     return found
