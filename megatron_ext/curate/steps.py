@@ -3,6 +3,7 @@
 Removed documents go where the reader meets them; copies of them by their normalised text, which the step `Fingerprint` looks at behind `normalise`.
 """
 import json
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from megatron_ext.curate.ingest.catalogue import Source
 from megatron_ext.curate.ingest.files import Readers, raw_sha256
 from megatron_ext.curate.ingest.items import Item, Problem, Unreadable
 from megatron_ext.curate.ingest.records import Reading
+from megatron_ext.curate.ingest.tabular import group_bytes
 from megatron_ext.curate.ingest.units import SetAside, Unit, place
 from megatron_ext.curate.removals import Removals
 from megatron_ext.curate.tally import Tally
@@ -58,8 +60,9 @@ class RawReader(PipelineStep):
     def _unit(self, readers: Readers, unit: Unit) -> Iterator[Document]:
         path, where = place(self._root, unit.path), unit.path
         try:
-            # Of a part of a Parquet file the part cannot be told from its bytes: the whole file stands in each.
-            begin, end = (unit.start, unit.stop) if unit.kind == "jsonl" and unit.stop is not None else (0, path.stat().st_size)
+            begin, end = 0, path.stat().st_size
+            if unit.stop is not None:
+                begin, end = (unit.start, unit.stop) if unit.kind == "jsonl" else group_bytes(path, range(unit.start, unit.stop))
             self.digests.append([unit.source, where, unit.start, raw_sha256(path, begin, end)])
             for found in readers.read(path, unit.kind, self._readings[unit.source], start=unit.start, stop=unit.stop):
                 if isinstance(found, Problem):
@@ -242,5 +245,6 @@ def _gone(document: Document, step: str, reason: str) -> dict[str, str]:
 def _told(error: Exception) -> str:
     """The kind of an error and where in the code it happened."""
     frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if "megatron_ext" in frame.filename), frames[-1])
+    library = sysconfig.get_path("stdlib")  # site-packages lies in it, too
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith(library) and "site-packages" not in frame.filename), frames[-1])
     return f"{type(error).__name__} at {Path(last.filename).name}, line {last.lineno}"

@@ -5,6 +5,7 @@ row is its number, from 1.
 """
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,11 +78,14 @@ def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterat
     stream = io.TextIOWrapper(_Chunks(head, chunks), encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), errors="replace", newline="")
     first = stream.readline()
     delimiter = "\t" if tabs else max(",;\t|", key=first.count)
-    header = next(csv.reader([first], delimiter=delimiter), [])
+    rows = csv.reader(itertools.chain([first], stream), delimiter=delimiter)
+    try:
+        header = next(rows, [])
+    except csv.Error:
+        raise Unreadable("a table whose header cannot be read") from None
     names = [" ".join(name.split()) or f"column{number}" for number, name in enumerate(header, 1)]
     if not any(name.strip() for name in header):
         raise Unreadable("a table without a header")
-    rows = csv.reader(stream, delimiter=delimiter)
     number = 0
     while True:
         number += 1
@@ -131,6 +135,21 @@ def row_groups(path: Path) -> list[int]:
         with pyarrow.parquet.ParquetFile(path) as table:
             return [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
     except (pyarrow.ArrowException, OSError):
+        raise Unreadable("not a Parquet file that can be read") from None
+
+
+def group_bytes(path: Path, groups: range) -> tuple[int, int]:
+    """Where the columns of some row groups lie in a Parquet file: bytes [begin, end). Raises Unreadable."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            found = [table.metadata.row_group(number) for number in groups]
+            columns = [group.column(number) for group in found for number in range(group.num_columns)]
+            starts = [min(one for one in (column.dictionary_page_offset, column.data_page_offset) if one) for column in columns]
+            return min(starts), max(start + column.total_compressed_size for start, column in zip(starts, columns))
+    except (pyarrow.ArrowException, OSError, ValueError):
         raise Unreadable("not a Parquet file that can be read") from None
 
 
