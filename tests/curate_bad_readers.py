@@ -1,4 +1,4 @@
-"""Readers that misbehave, for test_curate_ingest.py."""
+"""Readers that misbehave, for test_curate_ingest.py and test_curate_build.py."""
 import os
 import signal
 
@@ -20,3 +20,8 @@ def fail(content, reading):
 
 def fine(content, reading):
     return Item(content.decode(), sha256(content))
+
+
+def leave(work, phase, rank):
+    """In the place of a task: the worker is gone, as when the kernel ends it for want of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
