@@ -17,7 +17,7 @@ from megatron_ext.curate.blocks import entry, resolve
 from megatron_ext.curate.build import Build, code_sha256, plain_settings, settings_files
 from megatron_ext.curate.documents import LineWriter, canonical, shard_name, write_json
 from megatron_ext.curate.index import index_name
-from megatron_ext.curate.ingest.licences import forbidden, licence, warnings
+from megatron_ext.curate.ingest.licences import forbidden, is_known, licence, warnings
 from megatron_ext.curate.ingest.units import fingerprint, list_files
 from megatron_ext.curate.tally import added
 from megatron_ext.data.directories import publish
@@ -140,7 +140,10 @@ def _fields(build: Build, aside: dict) -> dict:
     for source in build.sources():
         first, last = rows["read"]["sources"].get(source.name), rows["write"]["sources"].get(source.name)
         told = source.described() | {"documents_in": first["in"] if first else 0, "documents_out": last["out"] if last else 0,
-                                     "characters_out": last["characters_out"] if last else 0, "forbids": list(forbidden(source.described()))}
+                                     "characters_out": last["characters_out"] if last else 0, "forbids": list(forbidden(source.described())),
+                                     "licence_known": is_known(source.described()),
+                                     # of records that name their own
+                                     "licences": {name.removeprefix("licence "): count for name, count in sorted(last["counts"].items())} if last else {}}
         known = licence(source.licence)
         sources.append(told | ({"asks": known.asks} if known and known.asks else {}))
     return {

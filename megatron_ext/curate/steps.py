@@ -3,6 +3,7 @@
 Removed documents go where the reader meets them; copies of them by their normalised text, which the step `Fingerprint` looks at behind `normalise`.
 """
 import json
+import secrets
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from megatron_ext.curate.ingest import parts
 from megatron_ext.curate.ingest.catalogue import Source
 from megatron_ext.curate.ingest.files import Readers, raw_sha256
 from megatron_ext.curate.ingest.items import Item, Problem, Unreadable
+from megatron_ext.curate.ingest.licences import UNKNOWN, licence
 from megatron_ext.curate.ingest.records import Reading
 from megatron_ext.curate.ingest.tabular import group_bytes
 from megatron_ext.curate.ingest.units import SetAside, Unit, place
@@ -84,8 +86,9 @@ class RawReader(PipelineStep):
 
     def _document(self, unit: Unit, found: Item) -> Document | None:
         source = self._sources[unit.source]
+        own = {key: value for key, value in found.metadata.items() if key != "licence" or licence(value)}  # of a record: believed where it is known
         known = {"source": source.name, "licence": source.licence, "owner": source.owner, "date": source.date, "language": source.language,
-                 "domain": source.domain} | found.metadata
+                 "domain": source.domain} | own
         known |= {"origin": unit.path + (f"#{found.position}" if found.position else ""), "sha256": found.sha256, "images": list(found.images),
                   "tables": list(found.tables)}
         document = Document(found.text, document_id(source.name, unit.path, found.position), [], {key: value for key, value in known.items() if value})
@@ -104,11 +107,15 @@ class RawReader(PipelineStep):
         return document
 
     def _keep(self, name: str, content: bytes) -> None:
-        if self._pictures is not None and not (path := self._pictures / name[:2] / name).exists():
+        if self._pictures is None or (path := self._pictures / name[:2] / name).exists():
+            return
+        draft = path.with_name(f".{name}.{secrets.token_hex(4)}")
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{name}.{id(self)}")
             draft.write_bytes(content)
             draft.replace(path)
+        except OSError as error:
+            raise UserError("curate.output", self._pictures, f"cannot be written: {error.strerror}") from None
 
 
 class ShardReader(PipelineStep):
@@ -215,7 +222,9 @@ class ShardWriter(PipelineStep):
                     self.tally.add(document.metadata["source"], dropped("empty"), 0, 0)
                     self.dropped.append(_gone(document, self.name, "empty"))
                     continue
-                self.tally.add(document.metadata["source"], KEPT, len(document.text), len(document.text))
+                named = licence(document.metadata["licence"])
+                counts = {f"licence {named.name if named else UNKNOWN}": 1}
+                self.tally.add(document.metadata["source"], Verdict(counts=counts), len(document.text), len(document.text))
                 shard.write(to_line(document))
                 entries.add(document)
                 characters += len(document.text)

@@ -54,14 +54,22 @@ def forbidden(source: Mapping) -> tuple[str, ...]:
     return known.forbids if known else ()
 
 
+def is_known(source: Mapping) -> bool:
+    """Whether a catalogue says what may be done with a source, by a licence that is known here or by itself."""
+    return licence(str(source.get("licence") or UNKNOWN)) is not None or source.get("forbids") is not None
+
+
 def warnings(sources: Iterable[Mapping], uses: Iterable[str] = USES) -> list[str]:
     """Sentences about sources that stand in the way of the uses, or of which nothing is known."""
     found, uses = [], tuple(uses)
     for source in sources:
         name, word = source["name"], str(source.get("licence") or UNKNOWN)
         against = [use for use in forbidden(source) if use in uses]
+        own = {use: one.name for one in LICENCES if one.name in source.get("licences", ()) for use in one.forbids if use in uses and use not in against}
+        if own:
+            found.append(f"{name}: documents of it name licences of their own ({', '.join(sorted(set(own.values())))}), which forbid: {', '.join(own)}")
         if against:
             found.append(f"{name}: its licence ({word}) forbids: {', '.join(against)}")
-        elif licence(word) is None and source.get("forbids") is None:
+        elif not source.get("licence_known", is_known(source)):
             found.append(f"{name}: nothing is known of its licence ({word}); find out before the model is used or given away")
     return found
