@@ -20,13 +20,14 @@ REQUIRES = [
     "wandb>=0.18,<1",
 ]
 HARNESS = "lm-eval>=0.4.13,<0.5"  # 300 MB with scipy, pandas, scikit-learn and datasets; no torch
-CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4"]
+CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4",
+          "kiwipiepy>=0.20,<0.25", "scipy>=1.11,<2"]
 EXTRAS = {
     "curate": CURATE,  # prepare with curate=... (docs/curate.md): pipelines, pages, PDF, crawls, encodings
     "eval": [HARNESS],  # evaluate evaluate.harness=[...] (docs/evaluate.md)
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
     "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.8,<1", "transformers>=4.55,<6",
-            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, "accelerate>=1,<2"],  # accelerate: the harness's own backend asks for it, which ours is compared with
+            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, *CURATE, "accelerate>=1,<2"],  # accelerate: the harness's own backend asks for it, which ours is compared with
 }
 
 setup(
