@@ -272,7 +272,7 @@ def test_licences_decide_what_comes_in(raw, tmp_path):
     assert {record["metadata"]["source"] for record in documents(left)} == {"texts"}
     assert documents(left)[0]["metadata"]["licence"] == "KOGL-1" and documents(left)[0]["metadata"]["domain"] == "law"
     reasons = left.fields["set_aside"]["reasons"]
-    assert list(reasons) == ["in no source of the catalogue"], "what is in no source is named, not read"
+    assert list(reasons) == ["in no source of the catalogue", "its source is left out for its licence"], "what is not read is named"
     chosen = command.curate(replace(settings, steps=(*STEPS, "select"), select=SelectConfig(sources=("rows",))), raw, tmp_path / "d", progress=False)
     assert {record["metadata"]["source"] for record in documents(chosen)} == {"rows"}
 
@@ -286,10 +286,12 @@ def test_removals(raw, built, tmp_path):
     copies = [record for record in records.values() if record["text"] == by_text["text"]]
     assert len(copies) >= 3, "the same text in other encodings and files"
     found = command.curate(replace(SMALL, removals=str(listed)), raw, tmp_path / "out", progress=False)
-    gone = {by_id["id"], by_bytes["id"], *(record["id"] for record in copies)}
+    same = [record for record in records.values() if record["metadata"]["sha256"] == by_bytes["metadata"]["sha256"]]
+    assert len(same) == 2, "the page itself, and as the crawl has it"
+    gone = {by_id["id"], *(record["id"] for record in (*same, *copies))}
     assert {record["id"] for record in documents(found)} == {record["id"] for record in records.values()} - gone
     rows = {row["step"]: row for row in found.fields["steps"]}
-    assert rows["read"]["dropped"] == {"removed": 2} and rows["removals"]["dropped"] == {"removed": len(copies)}
+    assert rows["read"]["dropped"] == {"removed": 3} and rows["removals"]["dropped"] == {"removed": len(copies)}
     (tmp_path / "made").mkdir()
     (tmp_path / "made/sft.jsonl").write_text(json.dumps({"text": "요약", "derived_from": [by_id["id"]]}) + '\n{"text": "other"}\n')
     derived = command.curate(replace(SMALL, removals=str(listed)), tmp_path / "made", tmp_path / "derived", progress=False)

@@ -325,13 +325,13 @@ def test_parts():
     assert len(parts.problems(bad)) == 5 and not any("x" == word for problem in parts.problems(bad) for word in problem.split())
     parts.realign(good, "one\ntwo\nthree\nfour", "two\nfour")
     assert (good["images"][0]["line"], good["tables"][0]["line"]) == (0, 1)
-    jpeg = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(9) + b"\xff\xc0\x00\x11\x08\x00\x20\x00\x40" + bytes(8)
+    jpeg = b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(10) + b"\xff\xc0\x00\x11\x08\x00\x20\x00\x40" + bytes(8)
     assert parts.size(jpeg) == (64, 32) and parts.media_type(jpeg) == "image/jpeg"
 
 
 def test_tasks_depend_on_the_input_alone(files):
     sources = read_catalogue(None, "raw")
-    found = list(units.units_of(files, units.list_files(files), sources, 200))
+    found = list(units.units_of(files, units.list_files(files), sources, sources, 200))
     kept, aside = [one for one in found if isinstance(one, units.Unit)], [one for one in found if isinstance(one, units.SetAside)]
     assert {one.path for one in aside} == {"bad/old.hwp", "bad/empty.txt"}
     tasks = list(units.tasks_of(kept, 200))

@@ -102,9 +102,10 @@ class Build:
 
     def _plan(self, files: Sequence[tuple[str, int]], sources: Sequence[Source]) -> None:
         aside: list[SetAside] = []
+        catalogue = self.catalogue()
 
         def units() -> Iterator[Any]:
-            for one in units_of(self.input, files, sources, self.settings.task_bytes):
+            for one in units_of(self.input, files, catalogue, sources, self.settings.task_bytes):
                 if isinstance(one, SetAside):
                     aside.append(one)
                 else:
@@ -121,10 +122,13 @@ class Build:
 
     # ---- what is to be done ---------------------------------------------------------------------------------------------------------
 
+    def catalogue(self) -> tuple[Source, ...]:
+        """Raises UserError: a catalogue that cannot be read."""
+        return read_catalogue(self.settings.ingest.catalogue, self.input.stem or "input")
+
     def sources(self) -> tuple[Source, ...]:
         """Those of the catalogue that the build may use. Raises UserError: a licence that forbids a use, where that is to be refused."""
-        settings = self.settings
-        found = read_catalogue(settings.ingest.catalogue, self.input.stem or "input")
+        settings, found = self.settings, self.catalogue()
         against = [source for source in found if set(forbidden(source.described())) & set(settings.uses)]
         if against and settings.forbidden == "refuse":
             said = warnings([source.described() for source in against], settings.uses)

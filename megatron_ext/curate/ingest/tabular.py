@@ -75,7 +75,7 @@ def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterat
     sample = head if whole else head[: head.rfind(b"\n") + 1] or head
     _, encoding, _ = decode(sample, wanted=reading.encoding, max_broken=max(reading.settings.max_broken, 0.001))
     csv.field_size_limit(reading.settings.max_bytes)
-    stream = io.TextIOWrapper(_Chunks(head, chunks), encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), errors="replace", newline="")
+    stream = io.TextIOWrapper(io.BufferedReader(_Chunks(head, chunks)), encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), errors="replace", newline="")
     first = stream.readline()
     delimiter = "\t" if tabs else max(",;\t|", key=first.count)
     rows = csv.reader(itertools.chain([first], stream), delimiter=delimiter)

@@ -82,17 +82,17 @@ def fingerprint(root: Path, files: Iterable[tuple[str, int]]) -> str:
     return digest.hexdigest()
 
 
-def units_of(root: Path, files: Iterable[tuple[str, int]], sources: Sequence[Source], task_bytes: int) -> Iterator[Unit | SetAside]:
-    """What each file is, in order."""
+def units_of(root: Path, files: Iterable[tuple[str, int]], catalogue: Sequence[Source], used: Sequence[Source], task_bytes: int) -> Iterator[Unit | SetAside]:
+    """What each file is, in order. `used`: those of the catalogue's sources that the build reads."""
     for path, size in files:
         try:
             path.encode("utf-8")
         except UnicodeEncodeError:
             yield SetAside(path.encode("utf-8", "backslashreplace").decode(), "", "its name is not UTF-8: rename it")
             continue
-        source = next((one for one in sources if one.holds(path)), None)
-        if source is None:
-            yield SetAside(path, "", "in no source of the catalogue")
+        source = next((one for one in catalogue if one.holds(path)), None)
+        if source is None or source not in used:
+            yield SetAside(path, "", "in no source of the catalogue" if source is None else "its source is left out for its licence", source and source.name)
             continue
         kind = _BY_FORMAT.get(source.format) or kind_of(path)
         if kind is None:
