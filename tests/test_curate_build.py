@@ -293,7 +293,8 @@ def test_removals(raw, built, tmp_path):
     rows = {row["step"]: row for row in found.fields["steps"]}
     assert rows["read"]["dropped"] == {"removed": 3} and rows["removals"]["dropped"] == {"removed": len(copies)}
     (tmp_path / "made").mkdir()
-    (tmp_path / "made/sft.jsonl").write_text(json.dumps({"text": "요약", "derived_from": [by_id["id"]]}) + '\n{"text": "other"}\n')
+    lines = [{"text": "요약", "derived_from": [by_id["id"]]}, {"text": "질문", "source": {"id": by_id["id"], "line": 1}}, {"text": "other", "source": "x"}]
+    (tmp_path / "made/sft.jsonl").write_text("\n".join(map(json.dumps, lines)))
     derived = command.curate(replace(SMALL, removals=str(listed)), tmp_path / "made", tmp_path / "derived", progress=False)
     assert [record["text"] for record in documents(derived)] == ["other"], "what was made of a removed document goes with it"
     (tmp_path / "bad.jsonl").write_text('{"id": "xyz"}\n')

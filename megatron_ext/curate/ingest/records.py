@@ -85,7 +85,9 @@ def item(record: Mapping, position: str, digest: str, reading: Reading, *, rows:
             metadata[key] = found[0]
     if "title" not in metadata and (title := next((record[key] for key in TITLES if isinstance(record.get(key), str)), None)):
         metadata["title"] = title
-    derived = metadata.pop("derived_from", None)
+    derived, whence = metadata.pop("derived_from", None), record.get("source")
+    if derived is None and isinstance(whence, Mapping):  # as rlhf/collect says what a record was made of
+        derived = whence.get("id")
     if isinstance(derived, str | list):
         metadata["derived_from"] = [one for one in ([derived] if isinstance(derived, str) else derived) if isinstance(one, str)]
     images, tables = metadata.pop("images", []), metadata.pop("tables", [])
