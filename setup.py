@@ -20,7 +20,7 @@ REQUIRES = [
     "wandb>=0.18,<1",
 ]
 HARNESS = "lm-eval>=0.4.13,<0.5"  # 300 MB with scipy, pandas, scikit-learn and datasets; no torch
-CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4",
+CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "lxml_html_clean>=0.4,<1", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4",
           "kiwipiepy>=0.20,<0.25", "scikit-learn>=1.4,<2"]
 EXTRAS = {
     "curate": CURATE,  # prepare with curate=... (docs/curate.md): pipelines, pages, PDF, crawls, encodings

@@ -149,8 +149,9 @@ def test_pdf(files):
 def test_pdf_lines_and_running_heads():
     from megatron_ext.curate.ingest.pdf import unwrapped, without_edges
 
-    pages = [["연구 보고서", f"{number}쪽의 본문은 여기에 있다.", f"- {number} -"] for number in range(1, 6)]
-    assert without_edges(pages) == [[f"{number}쪽의 본문은 여기에 있다."] for number in range(1, 6)]
+    bodies = ["가나다 본문이다.", "다음 쪽이다.", "표가 있다.", "네 번째 쪽.", "맺음말이다."]
+    pages = [["연구 보고서", body, f"- {number} -"] for number, body in enumerate(bodies, 1)]
+    assert without_edges(pages) == [[body] for body in bodies]
     assert without_edges(pages[:3]) == pages[:3], "too few pages to know"
     wide = "이 문장은 쪽의 너비 때문에 두 줄로 나뉘어 있으며 이어"
     assert unwrapped([wide, "붙여야 한다.", "1. 항목", "2. 항목"]) == [f"{wide} 붙여야 한다.", "1. 항목", "2. 항목"]
@@ -258,7 +259,7 @@ def test_bad_records_are_named_and_their_neighbours_kept(files):
 
 def test_a_table_with_broken_rows(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes("글,값\n".encode("cp949") + f"{made.KOREAN.splitlines()[0]},1\n".encode("cp949") * 40 + b"\xff\xff,2\n" + "끝,3,4\n".encode("cp949"))
+    path.write_bytes("글,값\n".encode("cp949") + f"{made.KOREAN.splitlines()[1]},1\n".encode("cp949") * 40 + b"\xff\xff,2\n" + "끝,3,4\n".encode("cp949"))
     found = read(path, Reading(IngestConfig(max_broken=0.01)))
     assert [(one.position, one.reason) for one in found if isinstance(one, Problem)] == [("41", "not cp949"), ("42", "3 cells, the header has 2")]
     assert sum(isinstance(one, Item) for one in found) == 40

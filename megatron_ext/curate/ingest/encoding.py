@@ -16,6 +16,10 @@ MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codec
 ALIASES = {"euc-kr": "cp949", "euckr": "cp949", "ks_c_5601-1987": "cp949", "ksc5601": "cp949", "ms949": "cp949", "windows-949": "cp949", "utf8": "utf-8",
            "iso-8859-1": "cp1252", "latin-1": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "x-sjis": "cp932"}
 BROKEN = "\ufffd"
+WESTERN = frozenset("àáâäçèéêëìíîïñòóôöùúûüßœæåøÀÁÂÄÇÈÉÊËÎÏÑÓÔÖÙÚÛÜŒÆÅØ¿¡«»‘’“”–—…€£§°·©®\u00a0")
+SAMPLE = 1 << 16  # characters
+_WRITTEN = re.compile("[\t\n\r\x20-\x7e\u00a0-\u024f\u0370-\u052f\u2010-\u203b\u2190-\u21ff\u2460-\u27bf\u3000-\u303f\u3041-\u30ff\u3131-\u318e\u4e00-\u9fff"
+                      "\uac00-\ud7a3\uff01-\uffe6]")
 _HANGUL = re.compile("[\uac00-\ud7a3]")
 _WIDE = re.compile("[^\x00-\x7f]")
 
@@ -48,7 +52,7 @@ def decode(content: bytes, *, wanted: str = "auto", declared: str | None = None,
     found = _as(content, "cp949", max_broken)
     if found is not None and korean(found[0]):
         return found
-    return _as(content, "utf-8", max_broken) or _other(content)
+    return _as(content, "utf-8", max_broken) or _western(content) or _other(content)
 
 
 def korean(text: str) -> bool:
@@ -80,12 +84,21 @@ def _known(name: str) -> bool:
 
 
 def _wide(content: bytes, max_broken: float) -> tuple[str, str, int]:
-    """UTF-16 without a mark: ASCII and spaces leave a zero in every other byte."""
-    even, odd = content[0::2].count(0), content[1::2].count(0)
-    for name, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
-        if zeros > 0.02 * len(content) and others <= zeros * 0.05 and (found := _as(content, name, max_broken)):
+    """UTF-16 without a mark: the order of bytes in which nearly all is ASCII, Hangul, or another letter of the ranges that text is written in."""
+    for name in ("utf-16-le", "utf-16-be"):
+        found = _as(content, name, max_broken)
+        if found and len(_WRITTEN.findall(found[0][:SAMPLE])) >= 0.95 * min(len(found[0]), SAMPLE):
             return found
     return _refuse("binary, not text")
+
+
+def _western(content: bytes) -> tuple[str, str, int] | None:
+    """CP1252, where what lies beyond ASCII is letters and signs of western European languages, inside words that are mostly ASCII."""
+    found = _as(content, "cp1252", 0.0)
+    if found is None:
+        return None
+    wide = _WIDE.findall(found[0])
+    return found if len(wide) <= 0.2 * len(found[0]) and all(letter in WESTERN for letter in wide) else None
 
 
 def _other(content: bytes) -> tuple[str, str, int]:

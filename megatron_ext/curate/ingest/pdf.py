@@ -92,7 +92,7 @@ def unwrapped(lines: Sequence[str]) -> list[str]:
     lengths = sorted(len(line) for line in lines if line.strip())
     if not lengths:
         return []
-    full = 0.8 * lengths[int(0.9 * (len(lengths) - 1))]
+    full = 0.8 * lengths[round(0.9 * (len(lengths) - 1))]
     found: list[str] = []
     goes_on = False
     for line in lines:

@@ -28,9 +28,9 @@ def records(path: Path, reading: Reading, read: Callable[[bytes, str, Reading], 
                 record = next(archive, None)
                 if record is None:
                     return
-                place = str(archive.get_record_offset())
                 kind, declared = _kind(record)
                 content = record.content_stream().read(reading.settings.max_bytes + 1) if kind else b""
+                place = str(archive.get_record_offset())  # reads what is left of the record
             except (failed, EOFError, ValueError, OSError) as error:
                 raise Unreadable(f"damaged WARC file ({type(error).__name__})") from None
             if kind is None:
