@@ -12,9 +12,9 @@ from megatron_ext.curate.privacy.context import REACH, S, _tight
 from megatron_ext.curate.privacy.places import NOT_QUARTERS, NOT_STREETS, PROVINCES, STREET_LABEL
 from megatron_ext.curate.privacy.spans import Span
 
-_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S},?{S}(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
+_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S}(?:,{S})?(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
                      rf"|(?<=[동리가읍면])(?P<hill>{S}산)?{S}(?P<lot>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,4}}|{S}의{S}\d{{1,3}})?)(?P<word>{S}번{S}지)?(?![\d]))")
-_AFTER_NUMBER = re.compile(r"[ \n]{0,2}(?:년|월|일(?!동)|원|억|만|천|백|명|개|건|세|조|항|회|시(?!동)|분|초|쪽|%|퍼센트|k|m|kg|km|톤|평|㎡|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
+_AFTER_NUMBER = re.compile(r" ?(?:년|월|원|억|만|천|백|명|개|%|퍼센트|회|건|㎡|km|kg|~ ?\d)|(?:일(?!동)|세|조|항|시(?!동)|분|초|쪽|k|m|톤|평|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
 _DETAIL = re.compile(
     rf"(?:{S},?{S}(?:"
     rf"\([^()\n]{{1,40}}(?:\n[^()\n]{{1,30}})?\)"  # (역삼동, 한빛아파트)

@@ -22,7 +22,7 @@ def _kiwi():
     except ImportError as error:
         raise UserError("curate.privacy.morphology", "kiwi",
                         "needs the package kiwipiepy: pip install 'megatron-ext[curate]'; or set curate.privacy.morphology=none") from error
-    return Kiwi(num_workers=1, load_multi_dict=False)
+    return Kiwi(num_workers=1, load_multi_dict=False, load_typo_dict=False)
 
 
 def version() -> str:
@@ -56,9 +56,7 @@ class Morphology:
         first, last = inside[0], inside[-1]
         exact = first.start + left == start and last.start + last.len + left == end
         if len(inside) == 1:
-            if not exact:  # part of a longer word
-                return WORD if not (first.tag == "NNP" and first.start + left == start) else UNKNOWN
-            return NAME if first.tag == "NNP" else WORD
+            return NAME if exact and first.tag == "NNP" else WORD  # or part of a longer word
         if not exact or any(token.tag[0] in _PREDICATES for token in inside):
             return WORD
         return NAME if first.tag == "NNP" else UNKNOWN if all(token.len == 1 for token in inside) else WORD

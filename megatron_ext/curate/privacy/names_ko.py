@@ -97,7 +97,7 @@ class Names:
                         title = behind
                 if title is not None:
                     judged = self._judge(text, start, start + length)
-                    if judged == WORD and not (length == 3 and self._usual(name) and run[:2] not in words.NOT_NAMES) or judged is None and length != 3:
+                    if judged == WORD and not (length == 3 and self._usual(name) and run[:2] not in words.NOT_NAMES) or length == 2 and judged != NAME:
                         continue
                     yield Span(start, start + length, kinds.PERSON, 0.9 if judged == NAME else 0.75)
                     break
