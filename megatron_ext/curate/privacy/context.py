@@ -47,12 +47,11 @@ _BESIDE_HANGUL = re.compile(r"(?<=[가-힣]) | (?=[가-힣])")
 class Around:
     """The surroundings of one candidate in a normalised text, looked at when asked."""
 
-    __slots__ = ("_before", "_near", "end", "start", "text")
+    __slots__ = ("_before", "end", "start", "text")
 
     def __init__(self, text: str, start: int, end: int):
         self.text, self.start, self.end = text, start, end
         self._before: str | None = None
-        self._near: str | None = None
 
     @property
     def before(self) -> str:
