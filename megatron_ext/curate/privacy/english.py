@@ -12,8 +12,8 @@ from megatron_ext.curate.privacy.spans import Span
 
 _B = "[ \n]{1,3}"
 _WORD = r"(?:[A-Z][a-z]{0,2}')?(?:Ma?c)?[A-Z](?:[a-z]){1,19}(?:-[A-Z][a-z]{1,19})?"
-_NAME = rf"{_WORD}(?:{_B}[A-Z]\.?)?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{0,2}}"
-_RUN = re.compile(rf"[A-Z](?<![A-Za-z0-9'].)[a-z]{{1,19}}(?:-[A-Z][a-z]{{1,19}})?(?:{_B}[A-Z]\.?(?![A-Za-z]))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{1,2}}")
+_NAME = rf"{_WORD}(?:{_B}[A-Z]\.?(?![A-Za-z']))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{0,2}}"
+_RUN = re.compile(rf"[A-Z](?<![A-Za-z0-9'].)[a-z]{{1,19}}(?:-[A-Z][a-z]{{1,19}})?(?:{_B}[A-Z]\.?(?![A-Za-z']))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{1,2}}")
 _TITLED = re.compile(rf"(?:{words.TITLES})(?:\.[ \n]{{0,3}}|{_B})(?P<name>{_NAME})")
 _SIGNED = re.compile(rf"[:=#|][ \n]{{0,6}}(?P<name>{_WORD},{_B}{_WORD}|{_NAME}|[A-Z]{{2,20}}(?:,? [A-Z]\.?)?(?:,? [A-Z]{{2,20}}){{1,2}})(?![a-z])")
 _LABEL = re.compile(rf"(?<![a-z])(?P<label>{words.LABELS})[ \n]{{0,2}}$", re.IGNORECASE)

@@ -127,7 +127,7 @@ def account(written: Written, around: Around) -> float:
             return 0
     strict = not written.blanks
     if label < 0:
-        return 0.7 if strict else 0
+        return 0.7 if strict or written.hard and written.alone and around.labelled_after(kinds.ACCOUNT, 6) else 0
     if not strict:
         return 0.82 if written.hard or written.alone else 0
     return 0.96 if label <= 4 else 0.93
@@ -195,7 +195,7 @@ def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, 
             at, limit = max(0, start - BEFORE), min(end + BEYOND, len(text))
             while match := pattern.regex.search(text, at, limit):
                 first, last = match.span()
-                if text[first] == "(" and ")" not in match[0]:
+                while text[first] in " \n" or text[first] == "(" and ")" not in match[0]:
                     first += 1
                 verdict = pattern.judge(Written.of(text, first, last), Around(text, first, last))
                 score, kind = verdict if isinstance(verdict, tuple) else (verdict, pattern.kind)
