@@ -16,7 +16,7 @@ MAKERS = {
     "TEL": (make.phone_ko, "PHONE"), "TELW": (make.spelt_phone, "PHONE"), "ACC": (make.account_ko, "BANK_ACCOUNT"), "CARD": (make.card, "CARD"), "CAR": (make.plate, "PLATE"), "IP": (make.ip, "IP"), "MAIL": (make.mail, "EMAIL"),
     "NAME": (make.name_ko, "PERSON"), "ADDR": (make.address_ko, "ADDRESS"), "BANK": (lambda rng: rng.choice(make.BANKS), None),
     "ENAME": (make.name_en, "PERSON"), "EADDR": (make.address_en, "ADDRESS"), "USTEL": (make.phone_us, "PHONE"), "UKTEL": (make.phone_uk, "PHONE"), "SSN": (make.ssn, "US_SSN"), "NINO": (make.nino, "UK_NINO"), "NHS": (make.nhs, "UK_NHS"),
-    "IBAN": (make.iban, "BANK_ACCOUNT"), "USPASS": (lambda rng: make.digits(rng, 9), "PASSPORT"), "USLIC": (lambda rng: rng.choice("ABDFKMS") + make.digits(rng, 7), "DRIVER_LICENCE"), "USACC": (lambda rng: make.digits(rng, rng.choice([8, 10, 12])), "BANK_ACCOUNT"),
+    "SORT": (lambda rng: "-".join(make.digits(rng, 2) for _ in range(3)), "BANK_ACCOUNT"), "IBAN": (make.iban, "BANK_ACCOUNT"), "USPASS": (lambda rng: make.digits(rng, 9), "PASSPORT"), "USLIC": (lambda rng: rng.choice("ABDFKMS") + make.digits(rng, 7), "DRIVER_LICENCE"), "USACC": (lambda rng: make.digits(rng, rng.choice([8, 10, 12])), "BANK_ACCOUNT"),
     "N": (lambda rng: str(rng.randrange(2, 99)), None), "NN": (lambda rng: str(rng.randrange(100, 9999)), None), "Y": (lambda rng: str(rng.randrange(1950, 2027)), None),
     "M": (lambda rng: str(rng.randrange(1, 13)), None), "D": (lambda rng: str(rng.randrange(1, 29)), None), "D4": (lambda rng: make.digits(rng, 4), None), "D6": (lambda rng: make.digits(rng, 6), None),
     "P": (lambda rng: f"{rng.randrange(1, 999):,}".replace(",", "") + "," + make.digits(rng, 3) + rng.choice(["", "," + make.digits(rng, 3)]), None),
@@ -104,7 +104,7 @@ NHS number {NHS} was recorded for the referral.
 Passport No. {USPASS}
 Driver's license number {USLIC} expired last year.
 Please pay into IBAN {IBAN} within {N} days.
-Account number {USACC}, sort code 20-00-00
+Account number {USACC}, sort code {SORT}
 Visa card {CARD} was declined.
 The request came from {IP} at 10:42:07.
 Write to {MAIL} for details.

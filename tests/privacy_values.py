@@ -9,7 +9,8 @@ KO_FAMILY = ["김"] * 10 + ["이"] * 7 + ["박"] * 4 + ["최"] * 2 + ["정"] * 2
 KO_GIVEN = ("민준 서준 도윤 예준 시우 하준 지호 주원 지후 준우 준서 건우 도현 현우 우진 선우 지훈 유준 서진 연우 은우 민재 이준 시윤 정우 승우 지우 승현 준혁 지환 윤우 승민 유찬 지원 민성 수호 재윤 한결 시후 진우 "
             "서연 서윤 지우 서현 하은 하윤 민서 지유 윤서 채원 수아 지민 지아 지윤 다은 은서 예은 수빈 소율 예린 지안 소윤 예원 유나 시은 채은 유진 윤아 예나 가은 서영 나은 아린 다인 수민 연서 주아 서아 하린 예서 "
             "영수 영호 영식 성수 정훈 성호 상훈 동현 성민 재현 상현 태현 종현 철수 광수 병철 기철 만수 춘식 덕수 용식 경호 태식 창수 순자 영희 미경 은주 경숙 정희 현숙 미숙 영숙 옥순 말순 춘자 명자 정자 복순 은정 지영 미영 수진 혜진 은영 "
-            "보람 아름 슬기 한솔 가람 다솜 우람 빛나 나래 초롱 솔 건 준 현 훈 찬 윤 린").split()
+            "보람 아름 슬기 한솔 가람 다솜 우람 빛나 나래 초롱").split()
+KO_SHORT = "솔 건 준 현 훈 찬 윤 린".split()
 EN_GIVEN = ("Aaron Abigail Adrian Alison Amber Andrew Angela Barry Beatrice Benjamin Bethany Bradley Bridget Callum Carmen Caroline Cecilia Charles Chloe Claudia Damian Daniel Deborah Derek Diana Dominic Edward Eleanor Elliot Emily Erica "
             "Felicity Fergus Frances Gabriel Gemma George Gillian Gordon Graham Hannah Harriet Harvey Heather Helen Henry Hugo Imogen Isaac Isabel Jacob Jane Janet Jason Jeremy Jessica Joan Jonathan Joseph Julia Karen Katherine Keith Kevin "
             "Laura Leonard Lewis Linda Louise Lucas Lydia Marcus Margaret Martin Matilda Maurice Melissa Michael Miriam Mohammed Monica Nadia Natalie Nathan Nicole Nigel Noel Olga Oliver Pamela Patricia Paul Peter Philip Priya Rachel Raymond "
@@ -128,8 +129,7 @@ def mail(rng: Random) -> str:
 
 def name_ko(rng: Random) -> str:
     family = rng.choice(KO_FAMILY)
-    given = rng.choice([g for g in KO_GIVEN[:160]]) if rng.random() < 0.94 else rng.choice(KO_GIVEN[160:])
-    return family + given
+    return family + rng.choice(KO_GIVEN if rng.random() < 0.94 else KO_SHORT)
 
 
 def address_ko(rng: Random) -> str:

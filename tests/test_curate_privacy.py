@@ -166,7 +166,8 @@ def test_rules(tmp_path):
     file.write_text(RULES)
     cleaner = Cleaner(PrivacyConfig(rules=(str(file),), morphology="none"))
     clean = lambda text: cleaner.clean(text, "moe-letters").text  # noqa: E731
-    assert clean("학번 S12345678, 코드 S87654321") == "학번 [STUDENT_NUMBER], 코드 S87654321"
+    far = "다른 부서의 문서 목록에는 아무 관계 없는 물품의 코드가 적혀 있다: S87654321"
+    assert clean(f"학번 S12345678, {far}") == f"학번 [STUDENT_NUMBER], {far}"
     assert clean("백두 사업은 까치둥지가 맡는다") == "** **은 [AGENT]가 맡는다"
     assert clean("대표 02-6222-6060, 담당 02-6222-6061, info@moe.go.kr, x@y.kr") == "대표 02-6222-6060, 담당 [PHONE], info@moe.go.kr, [EMAIL]"
     assert clean("이 문서는 배포 제한 자료") == "이 문서는 [CLASSIFICATION] 자료"

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 from megatron_ext.curate.privacy import kinds
 from megatron_ext.curate.privacy.context import REACH, S, _tight
-from megatron_ext.curate.privacy.places import NOT_QUARTERS, NOT_STREETS, PROVINCES, STREET_LABEL
+from megatron_ext.curate.privacy.places import NOT_QUARTERS, NOT_STREETS, PARTICLES, PROVINCES, STREET_LABEL
 from megatron_ext.curate.privacy.spans import Span
 
-_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S},?{S}(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
+_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S}(?:,{S})?(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
                      rf"|(?<=[동리가읍면])(?P<hill>{S}산)?{S}(?P<lot>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,4}}|{S}의{S}\d{{1,3}})?)(?P<word>{S}번{S}지)?(?![\d]))")
-_AFTER_NUMBER = re.compile(r"[ \n]{0,2}(?:년|월|일(?!동)|원|억|만|천|백|명|개|건|세|조|항|회|시(?!동)|분|초|쪽|%|퍼센트|k|m|kg|km|톤|평|㎡|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
+_AFTER_NUMBER = re.compile(r" ?(?:년|월|원|억|만|천|백|명|개|%|퍼센트|회|건|㎡|km|kg|~ ?\d)|(?:일(?!동)|세|조|항|시(?!동)|분|초|쪽|k|m|톤|평|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
 _DETAIL = re.compile(
     rf"(?:{S},?{S}(?:"
     rf"\([^()\n]{{1,40}}(?:\n[^()\n]{{1,30}})?\)"  # (역삼동, 한빛아파트)
@@ -65,7 +65,7 @@ def _read(text: str, match: re.Match) -> Span | None:
     score = _score(words, last, road, match)
     if score <= 0:
         before = _tight(text[max(0, start - REACH):start])
-        if len(last) < 2 or last in NOT_STREETS or last in NOT_QUARTERS or not _LABEL.search(before[-14:]):
+        if len(last) < 2 or last in NOT_STREETS or last in NOT_QUARTERS or last.endswith(PARTICLES) or not _LABEL.search(before[-14:]):
             return None
         score = 0.7 if road or "-" in number or match["word"] or match["hill"] else 0
         if not score:
@@ -87,7 +87,7 @@ def _score(words: list[str], last: str, road: bool, match: re.Match) -> float:
     if (glued := _GLUED.match(last)) and len(last) > 5 and (inner := _GLUED_PARTS.match(glued["rest"])) and len(inner["last"]) < len(glued["rest"]):
         parts, province, last = parts + 2, True, inner["last"]
     if road:
-        if last in NOT_STREETS or len(last) < 2:
+        if last in NOT_STREETS or len(last) < 2 or last.endswith(PARTICLES):
             return 0
         if match["branch"]:
             return 0.95 if parts else 0.85
@@ -122,7 +122,7 @@ def _backwards(text: str, end: int) -> tuple[list[str], int]:
         if len(word) == 1 and word in _ENDINGS:  # 강남 구: its word stands before
             continue
         if not words:
-            if not _ROAD.match(word) or not word[-1] in _ENDINGS:
+            if not _ROAD.match(word) or word[-1] not in _ENDINGS:
                 return [], end
         elif word not in PROVINCES and not _PART.match(word) or len(word) > 14:
             break

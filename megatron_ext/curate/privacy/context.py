@@ -39,6 +39,7 @@ _OTHERS = re.compile(
     r"isbn|issn|doi:?|바코드|barcode|\bean\b|\bupc\b|\bgtin|운송장|송장|주문|발주|품번|품목|모델|제품|부품|일련|시리얼|문서|접수|사건|공고|고시|관리번호|승인번호|인증번호|계약번호|견적|특허|출원|"
     r"등록디자인|상표|의안|법률|조례|훈령|예규|청구번호|처리번호|자산|버전|예산|serial|\bs/n|order|invoice|tracking|model|\bpart|\bsku|\blot\b|patent|docket|\bcase|version|firmware|\bver\b|"
     r"build|ticket|reference|\bref\b|item|catalog|asset|batch|release|commit|\bpo\b|shipment|parcel|bill")
+_FILLER = re.compile(r"(?:[ :=#|(\[,.\-]|번호|number|num\b|no\b|은|는|이|is\b|at\b|on\b)*$")
 _SPACES = re.compile(r"[ \n]+")
 _BESIDE_HANGUL = re.compile(r"(?<=[가-힣]) | (?=[가-힣])")
 
@@ -46,12 +47,11 @@ _BESIDE_HANGUL = re.compile(r"(?<=[가-힣]) | (?=[가-힣])")
 class Around:
     """The surroundings of one candidate in a normalised text, looked at when asked."""
 
-    __slots__ = ("_before", "_near", "end", "start", "text")
+    __slots__ = ("_before", "end", "start", "text")
 
     def __init__(self, text: str, start: int, end: int):
         self.text, self.start, self.end = text, start, end
         self._before: str | None = None
-        self._near: str | None = None
 
     @property
     def before(self) -> str:
@@ -64,11 +64,11 @@ class Around:
         return _tight(self.text[self.end:self.end + reach])
 
     def labelled(self, kind: str) -> int:
-        """Where the last word that announces `kind` ends, counted from the candidate: 0 = right before it. -1: there is none."""
+        """Characters between the last word that announces `kind` and the candidate, without mere fillers (번호는, number is). -1: there is none."""
         last = -1
         for match in _LABEL[kind].finditer(self.before):
-            last = len(self.before) - match.end()
-        return last
+            last = match.end()
+        return last if last < 0 else max(0, _FILLER.search(self.before).start() - last)
 
     def labelled_after(self, kind: str, reach: int = 16) -> bool:
         return _LABEL[kind].search(self.after(reach)) is not None

@@ -8,8 +8,7 @@ from megatron_ext.curate.privacy.context import Around, S
 from megatron_ext.curate.privacy.spans import Span
 
 # Ends of domains that are believed with blanks around the dots; without blanks any is.
-_COMMON = (r"(?:com|net|org|edu|gov|mil|int|info|biz|name|pro|io|ai|me|tv|co|app|dev|xyz|site|online|shop|kr|uk|us|jp|cn|de|fr|ca|au|nz|ie|in|sg|hk|tw|eu|ch|nl|it|es|se|no|dk|fi|"
-           r"be|at|ru|br|mx|za|한국)")
+_COMMON = r"(?:com|net|org|edu|gov|mil|info|biz|io|kr|uk|jp|cn|한국)"
 _AT = re.compile(r"@|[(\[{<] ?(?:at|AT|At|골뱅이|앳) ?[)\]}>]|골뱅이|[ \n](?:at|AT)(?=[ \n]{1,3}[A-Za-z0-9])")
 _LOCAL = r"[A-Za-z0-9._%+'~-]"
 _BEFORE = re.compile(rf"(?:\"[^\"\n@]{{1,40}}\"|[A-Za-z0-9_%+-](?:{_LOCAL}){{0,63}}|[가-힣](?:[가-힣0-9._-]){{0,30}}){S}$")

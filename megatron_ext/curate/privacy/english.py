@@ -12,12 +12,12 @@ from megatron_ext.curate.privacy.spans import Span
 
 _B = "[ \n]{1,3}"
 _WORD = r"(?:[A-Z][a-z]{0,2}')?(?:Ma?c)?[A-Z](?:[a-z]){1,19}(?:-[A-Z][a-z]{1,19})?"
-_NAME = rf"{_WORD}(?:{_B}[A-Z]\.?)?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{0,2}}"
-_RUN = re.compile(rf"[A-Z](?<![A-Za-z0-9'].)[a-z]{{1,19}}(?:-[A-Z][a-z]{{1,19}})?(?:{_B}[A-Z]\.?(?![A-Za-z]))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{1,2}}")
+_NAME = rf"{_WORD}(?:{_B}[A-Z]\.?(?![A-Za-z']))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{0,2}}"
+_RUN = re.compile(rf"[A-Z](?<![A-Za-z0-9'].)[a-z]{{1,19}}(?:-[A-Z][a-z]{{1,19}})?(?:{_B}[A-Z]\.?(?![A-Za-z']))?(?:{_B}(?:(?:van|von|de|der|di|da|la|al|bin){_B}){{0,2}}{_WORD}){{1,2}}")
 _TITLED = re.compile(rf"(?:{words.TITLES})(?:\.[ \n]{{0,3}}|{_B})(?P<name>{_NAME})")
 _SIGNED = re.compile(rf"[:=#|][ \n]{{0,6}}(?P<name>{_WORD},{_B}{_WORD}|{_NAME}|[A-Z]{{2,20}}(?:,? [A-Z]\.?)?(?:,? [A-Z]{{2,20}}){{1,2}})(?![a-z])")
 _LABEL = re.compile(rf"(?<![a-z])(?P<label>{words.LABELS})[ \n]{{0,2}}$", re.IGNORECASE)
-_CLOSING = re.compile(rf"(?:incerely|egards|Best|hanks|heers|ruly|aithfully)[ ]?,[ \n]{{1,4}}(?P<name>{_NAME})(?=[ ]?(?:\n|$|[.,]))")
+_CLOSING = re.compile(rf"(?:incerely|egards|Best|hanks|heers|ruly|aithfully|igned|igned by)[ ]?[,:][ \n]{{1,4}}(?P<name>{_NAME})(?=[ ]?(?:\n|$|[.,]))")
 _DEAR = re.compile(rf"D(?<![A-Za-z].)ear{_B}(?P<name>{_NAME})(?=[ \n]?[,:;\n])")
 _PHRASE = re.compile(rf"(?i:(?<![a-z])(?:{words.PHRASES})){_B}$")
 _LAST_FIRST = re.compile(rf"[A-Z](?<![A-Za-z].)[A-Za-z'-]{{1,24}},{_B}(?P<first>[A-Z][a-z]{{1,19}})(?:{_B}[A-Z]\.?)?(?![a-z])")
@@ -25,13 +25,12 @@ _VERB = re.compile(rf"(?:'s)?[ \n,]{{1,3}}(?:said|says|wrote|told|asked|called|w
 _LONELY = frozenset(("will may mark grant bill rose grace hope faith joy art dean chase drew gene jack frank sue pat rob jean ray guy earl duke").split())
 _BESIDE = re.compile(rf"(?P<name>{_WORD}(?:{_B}[A-Z]\.?)?{_B}{_WORD})[ \n]{{0,2}}(?:[(,:<|\-/\[][ \n]{{0,2}}|[ \n])(?:(?:at|on|phone|tel|email|e-mail|cell|mobile|SSN|DOB|ssn)\.?:?[ \n]{{1,2}})?$")
 
-_UNIT = r"(?:Apartment|Apt|Suite|Ste|Unit|Flat|Floor|Room|Rm|Building|Bldg|No|#)\.?[ \n]{0,2}#?[ \n]?[A-Za-z]?\d{0,5}[A-Za-z]?(?![A-Za-z])"
+_UNIT = r"(?:Apartment|Apt|Suite|Ste|Unit|Flat|Floor|Room|Rm|Building|Bldg|No|#)\.?[ \n]{0,2}#?[ \n]?(?:[A-Za-z]?\d{1,5}[A-Za-z]?|[A-Z])(?![A-Za-z])"
 _POSTCODE = r"[A-Z]{1,2}\d[A-Z\d]?[ \n]{0,2}\d[A-Z]{2}(?![A-Za-z0-9])"
 _TOWN = r"[A-Z][A-Za-z'.-]{1,19}(?:[ \n][A-Za-z][A-Za-z'.-]{1,19}){0,3}?"
 _STATE = rf"(?:{words.STATES})(?![A-Za-z])"
 _TAIL = (rf"(?:[ \n]{{0,2}},?[ \n]{{0,3}}{_UNIT})?"
-         rf"(?:[ \n]{{0,2}},[ \n]{{0,3}}{_TOWN}){{0,2}}?"
-         rf"(?:[ \n]{{0,2}},?[ \n]{{0,3}}(?:{_TOWN},?[ \n]{{1,3}})?(?:{_STATE}(?:[ \n]{{0,2}},?[ \n]{{0,2}}\d{{5}}(?:-\d{{4}})?(?!\d))?|{_POSTCODE}))?")
+         rf"(?:(?:[ \n]{{0,2}},[ \n]{{0,3}}{_TOWN}){{0,2}}?[ \n]{{0,2}},?[ \n]{{0,3}}(?:{_TOWN},?[ \n]{{1,3}})?(?:{_STATE}(?:[ \n]{{0,2}},?[ \n]{{0,2}}\d{{5}}(?:-\d{{4}})?(?!\d))?|{_POSTCODE}))?")
 _STREET = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?[ \n]{{1,3}}(?:(?:[NSEW]|North|South|East|West|NE|NW|SE|SW)\.?[ \n]{{1,2}})?"
                      rf"(?:(?:[A-Z][A-Za-z'.-]{{1,19}}|\d{{1,3}}(?:st|nd|rd|th)|of|the)[ \n]{{1,2}}){{1,4}}?(?:{words.STREETS})(?![A-Za-z])\.?(?:[ \n](?:[NSEW]|NE|NW|SE|SW)(?![A-Za-z])\.?)?{_TAIL}")
 _BROADWAY = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[ \n]{{1,3}}(?:(?:[NSEW])\.?[ \n])?Broadway(?![A-Za-z]){_TAIL}")
@@ -98,11 +97,19 @@ def _run(text: str, match: re.Match) -> Iterator[Span]:
         yield Span(start, match.end(), kinds.PERSON, 0.75)
         return
     last = parts[-1][1]
+    if len(parts) == 2 and _PERSONS.match(text, match.end()) and _kept(match[0]) and not {parts[0][1], last} & _COMMON and parts[0][1] not in _OPENERS:
+        yield Span(match.start(), match.end(), kinds.PERSON, 0.55)
+        return
     if _PHRASE.search(text, max(0, match.start() - 24), match.start()) and len(parts) >= 2 and _kept(match[0]) and _STRONG.search(text, max(0, match.start() - 24), match.start()):
         yield Span(match.start(), match.end(), kinds.PERSON, 0.6 if last not in words.NOT_LAST else 0.1)
 
 
 _STRONG = re.compile(rf"(?i:my name is|name is|i'm|signed by|spoke (?:to|with)|c/o|on behalf of|represented by|interviewed|colleague|neighbou?r|patient|husband|wife|defendant|plaintiff|witness|tenant|applicant|named){_B}$")
+
+
+# What only persons do; and words that are capitalised because a sentence begins.
+_PERSONS = re.compile(rf"{_B}(?:said|says|wrote|told|lives|lived|signed|joined|died|married|resigned|testified|smiled|nodded|replied|was born|who)(?![a-z])")
+_OPENERS = frozenset("The This That These Those A An In On At By For From With When While If Although Because But And Or So Yet As After Before Since Until Once Then Later Today Yesterday Last Next Our Their His Her Its My Your Every Each No Some Many Most".split())
 
 
 def _kept(name: str) -> bool:

@@ -71,8 +71,7 @@ class Recogniser:
             found += electronic.addresses(text)
             found += addresses.find(text)
             found += english.addresses(text)
-        if not text.isascii():
-            found += phones.spelt(text)
+        found += phones.spelt(text)
         found += electronic.mails(text)
         others = [span for span in found if span.score >= self._threshold]
         if kinds.PERSON in self._wanted:

@@ -9,11 +9,12 @@ from megatron_ext.curate.privacy import checks, kinds
 from megatron_ext.curate.privacy.context import Around, S, digits
 from megatron_ext.curate.privacy.spans import Span
 
+_GAP = f"{S}(?:-{S})?"
 _PASSPORT = re.compile(rf"[MSRODGmsrodg](?<![A-Za-z0-9\-].){S}(?:\d(?:{S}\d){{7}}|\d{S}\d{S}\d{S}[A-Za-z]{S}{digits(4)})(?![A-Za-z0-9]|-\d)")
 _PASSPORT_ABROAD = re.compile(rf"[Pp](?:assport|ASSPORT)(?:{S}(?:[Nn]umber|NUMBER|[Nn]o\.?|NO\.?|#)){{0,2}}[ \n:=#]{{0,4}}(?:is{S})?(?P<number>[A-Za-z]?{S}\d(?:{S}\d){{7,8}})(?![A-Za-z0-9])")
-_LICENCE = re.compile(r"[Dd](?:river(?:'?s)?|riving|RIVER(?:'?S)?|L)[ \n]{0,3}(?:[Ll]icen[cs]e|LICEN[CS]E)?[ \n]{0,3}(?:[Nn]umber|NUMBER|[Nn]o\.?|NO\.?|#)?[ \n:=#]{0,4}(?:is )?"
+_LICENCE = re.compile(r"[Dd](?:(?:river(?:'?s)?|riving|RIVER(?:'?S)?)[ \n]{0,3}(?:[Ll]icen[cs]e|LICEN[CS]E)|L(?=[ ]?(?:[Nn]|#|:)))[ \n]{0,3}(?:[Nn]umber|NUMBER|[Nn]o\.?|NO\.?|#)?[ \n:=#]{0,4}(?:is )?"
                       r"(?P<number>[A-Z]{0,5}[- ]?\d(?:[- ]?[A-Z0-9]){4,18})(?![A-Za-z0-9])")
-_NINO = re.compile(rf"[A-CEGHJ-PR-TW-Z](?<![A-Za-z0-9].)[A-CEGHJ-NPR-TW-Z]{S}-?{S}{digits(2)}{S}-?{S}{digits(2)}{S}-?{S}{digits(2)}{S}-?{S}[A-D](?![A-Za-z0-9])")
+_NINO = re.compile(rf"[A-CEGHJ-PR-TW-Z](?<![A-Za-z0-9].)[A-CEGHJ-NPR-TW-Z]{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}[A-D](?![A-Za-z0-9])")
 _NOT_NINO = frozenset(("BG", "GB", "NK", "KN", "TN", "NT", "ZZ"))
 _IBAN = re.compile(rf"[A-Z](?<![A-Za-z0-9].)[A-Z]{S}\d{S}\d(?:{S}[A-Z0-9]){{11,30}}(?![A-Za-z0-9])")
 _PLATE = re.compile(rf"\d(?<!\d\d)(?<![.,]\d){S}\d(?:{S}\d)?{S}(?P<use>[가나다라마거너더러머버서어저고노도로모보소오조구누두루무부수우주하허호배바사아자육해공국합]){S}"
@@ -28,7 +29,7 @@ _DATE = r"(?:\d{4}|\d{2})[ \n]{0,3}[-./년][ \n]{0,3}\d{1,2}[ \n]{0,3}[-./월][ 
 _MONTH = r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]{0,6}"
 _BORN = re.compile(rf"(?:생년월일|출생연월일|출생일|생일|Date of [Bb]irth|date of birth|DATE OF BIRTH|DOB|D\.O\.B\.|dob|Birth ?[Dd]ate|birth ?date|Birthday|birthday|Born(?: on)?|born(?: on)?)(?:은|는|이|\(양력\)|\(음력\))?[ \n:=|\-,(]{{0,5}}(?:is |on |was )?"
                    rf"(?P<date>{_DATE}|\d{{8}}(?!\d)|\d{{6}}(?![\d-])|\d{{1,2}}[-./ ]\d{{1,2}}[-./ ](?:\d{{4}}|\d\d)(?!\d)|{_MONTH}\.? \d{{1,2}}(?:st|nd|rd|th)?,? \d{{4}}|\d{{1,2}}(?:st|nd|rd|th)? {_MONTH}\.?,? \d{{4}})")
-_LICENCE_KOREAN = re.compile(rf"[서부대인광울경강충전제](?<![가-힣].){S}[울산구천주기원북남전]{S}-?{S}{digits(2)}{S}-{S}{digits(6)}{S}-{S}{digits(2)}(?!\d|-\d)")
+_LICENCE_KOREAN = re.compile(rf"[서부대인광울경강충전제](?<![가-힣].){S}[울산구천주기원북남전]{_GAP}{digits(2)}{S}-{S}{digits(6)}{S}-{S}{digits(2)}(?!\d|-\d)")
 
 
 def find(text: str) -> Iterator[Span]:

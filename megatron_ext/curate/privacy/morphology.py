@@ -1,18 +1,14 @@
-"""Korean morphology by Kiwi (package kiwipiepy), asked about single candidates: is this a name, or a word that looks like one?
+"""Korean morphology by Kiwi (package kiwipiepy), asked about single words: is this a name, or a word that looks like one?
 
-Only the clause around a candidate is analysed, a few dozen syllables, so a text costs what its candidates cost. The model lies in the package kiwipiepy_model;
-nothing is downloaded. Kiwi runs in one thread: what it answers depends on its input alone.
+Only the candidate's own word (name and particle) is analysed, and answers are remembered, so a text costs what its candidates cost. The model lies in the
+package kiwipiepy_model; nothing is downloaded. Kiwi runs in one thread: what it answers depends on its input alone.
 """
 import functools
-import os
-import re
 
 from megatron_ext.errors import UserError
 
-_STOPS = re.compile(r"[.!?\n:;,·/()\[\]<>|\"“”]")
-_REACH = 16  # syllables to both sides
-NAME, WORD, UNKNOWN = "name", "word", "unknown"
-_PREDICATES = ("V", "E", "J", "X", "M", "I")  # first letters of tags that no name has: verbs, endings, particles, suffixes, adverbs, interjections
+NAME, COMMON, MIXED, UNKNOWN = "name", "common", "mixed", "unknown"
+_REMEMBERED = 1 << 16  # words, in this process's memory alone
 
 
 @functools.cache
@@ -22,7 +18,7 @@ def _kiwi():
     except ImportError as error:
         raise UserError("curate.privacy.morphology", "kiwi",
                         "needs the package kiwipiepy: pip install 'megatron-ext[curate]'; or set curate.privacy.morphology=none") from error
-    return Kiwi(num_workers=1, load_multi_dict=False)
+    return Kiwi(num_workers=1, load_multi_dict=False, load_typo_dict=False)
 
 
 def version() -> str:
@@ -37,28 +33,21 @@ class Morphology:
 
     def __init__(self):
         self._kiwi = _kiwi()
-        self._pid = os.getpid()
+        self.judge = functools.lru_cache(maxsize=_REMEMBERED)(self._judge)
 
     def __reduce__(self):
         return Morphology, ()
 
-    def judge(self, text: str, start: int, end: int) -> str:
-        """Whether start .. end of a normalised text is a NAME (a proper noun by itself), a WORD (anything else that is known), or UNKNOWN."""
-        left, right = max(0, start - _REACH), min(len(text), end + _REACH)
-        for match in _STOPS.finditer(text, left, start):
-            left = match.end()
-        if stop := _STOPS.search(text, end, right):
-            right = stop.start()
-        tokens = self._kiwi.tokenize(text[left:right])
-        inside = [token for token in tokens if token.start + left < end and token.start + token.len + left > start]
-        if not inside:
-            return UNKNOWN
+    def _judge(self, word: str, length: int) -> str:
+        """What the first `length` syllables of a word are: a proper NAME, a COMMON word that the dictionary has (or a part of one), UNKNOWN (the dictionary
+        has none of it, as with most names, or only single syllables), or MIXED (several words, or a word with endings)."""
+        inside = [token for token in self._kiwi.tokenize(word) if token.start < length]
         first, last = inside[0], inside[-1]
-        exact = first.start + left == start and last.start + last.len + left == end
+        exact = last.start + last.len == length
         if len(inside) == 1:
-            if not exact:  # part of a longer word
-                return WORD if not (first.tag == "NNP" and first.start + left == start) else UNKNOWN
-            return NAME if first.tag == "NNP" else WORD
-        if not exact or any(token.tag[0] in _PREDICATES for token in inside):
-            return WORD
-        return NAME if first.tag == "NNP" else UNKNOWN if all(token.len == 1 for token in inside) else WORD
+            if exact and first.tag == "NNP":
+                return NAME
+            return UNKNOWN if first.oov else COMMON
+        if not exact or any(token.tag[0] in "JEV" for token in inside):
+            return MIXED
+        return UNKNOWN if first.len == 1 and all(token.len == 1 or token.oov for token in inside) else MIXED

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_ext.curate.privacy import kinds
 from megatron_ext.curate.privacy import words_ko as words
-from megatron_ext.curate.privacy.morphology import NAME, UNKNOWN, WORD, Morphology
+from megatron_ext.curate.privacy.morphology import COMMON, MIXED, NAME, UNKNOWN, Morphology
 from megatron_ext.curate.privacy.spans import Span
 
 _SURNAME = "".join(sorted(words.SURNAMES))
@@ -27,6 +27,8 @@ _LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{2}}(?:[ \n]{{0,3}}·[ \n
 _ONE = re.compile(rf"{_CLASS}[가-힣]{{2}}")
 _BESIDE = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?=[ \n]{{0,2}}[(,:/|\-·\[][ \n(\[]{{0,2}}$|[ \n]{{1,2}}$)")
 _BEHIND = re.compile(rf"[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")
+_OFFICE = re.compile(rf"(?:{words.OFFICES})[ \n]{{1,3}}(?={_CLASS})")
+_AGE = re.compile(r"[ ]?\([ ]?\d{1,3}(?:세|살)?[ ]?[),·]")
 _BLANK = re.compile(r"[ \n]+")
 
 
@@ -35,7 +37,12 @@ def _is_rest(rest: str) -> bool:
     if not rest or rest in words.PARTICLES:
         return True
     title = _TITLE.match(rest)
-    return title is not None and (title.end() == len(rest) or rest[title.end():] in words.PARTICLES or rest[title.end():].startswith(("들", "께", "이", "과", "와", "님", "입")))
+    return title is not None and (title.end() == len(rest) or _is_ending(rest[title.end():]))
+
+
+def _is_ending(rest: str) -> bool:
+    """Of a word behind a title."""
+    return rest in words.PARTICLES or rest.startswith(("들", "께", "이", "과", "와", "님", "입"))
 
 
 def shapes(run: str) -> Iterator[int]:
@@ -75,13 +82,16 @@ class Names:
             if run is None:
                 continue
             for length in shapes(run[0]):
-                judged = self._judge(text, at, at + length)
-                if judged == WORD and not (sign and length == 3 and run[0][:3] not in words.NOT_NAMES and self._usual(run[0][:3])):
+                judged, usual = self._judge(run[0], length), self._usual(run[0][:length])
+                if judged == COMMON and not (sign and usual) or not sign and (judged == MIXED or judged is None) and not usual:
                     continue
-                if judged is None and not sign and (length == 2 or not self._usual(run[0][:length])):
-                    continue
-                yield Span(at, at + length, kinds.PERSON, 0.92 if sign else 0.8 if judged == NAME or length == 3 else 0.6)
+                yield Span(at, at + length, kinds.PERSON, 0.92 if sign else 0.8 if judged == NAME or length >= 3 else 0.6)
                 break
+        for office in _OFFICE.finditer(text):
+            run = _RUN.match(text, office.end())
+            length = next(shapes(run[0]), 0) if run else 0
+            if length >= 3 and self._usual(run[0][:length]) and self._judge(run[0], length) in (NAME, UNKNOWN, None):
+                yield Span(run.start(), run.start() + length, kinds.PERSON, 0.75)
 
     def _runs(self, text: str) -> Iterator[Span]:
         for match in _RUN.finditer(text):
@@ -89,28 +99,36 @@ class Names:
             if run in words.NOT_NAMES:
                 continue
             for length in shapes(run):
-                name, rest = run[:length], run[length:]
-                title = _TITLE.match(rest) if rest else None
-                if title is None and not rest and (behind := _TITLE_BEHIND.match(text, match.end())) is not None:
-                    after = behind["rest"]
-                    if not after or after in words.PARTICLES or after.startswith(("들", "께", "이", "과", "와", "님", "입")):
-                        title = behind
-                if title is not None:
-                    judged = self._judge(text, start, start + length)
-                    if judged == WORD and not (length == 3 and self._usual(name) and run[:2] not in words.NOT_NAMES) or judged is None and length != 3:
-                        continue
-                    yield Span(start, start + length, kinds.PERSON, 0.9 if judged == NAME else 0.75)
+                if score := self._in_sentence(text, match, length):
+                    yield Span(start, start + length, kinds.PERSON, score)
                     break
-                if self._morphology is None or length != 3 or not self._usual(name) or name[0] not in words.FREQUENT:
-                    continue
-                if self._judge(text, start, start + 3) == NAME:
-                    yield Span(start, start + 3, kinds.PERSON, 0.6)
-                    break
+
+    def _in_sentence(self, text: str, match: re.Match, length: int) -> float:
+        """How surely the first syllables of a word are a name, by what follows."""
+        run, name, rest = match[0], match[0][:length], match[0][length:]
+        title = _TITLE.match(rest) if rest else _TITLE_BEHIND.match(text, match.end())
+        if title is not None and not rest and title["rest"] and not _is_ending(title["rest"]):
+            title = None
+        usual = self._usual(name)
+        if title is not None:
+            judged = self._judge(run, length)
+            if judged == NAME:
+                return 0.9
+            if length == 2:
+                return 0.6 if judged in (UNKNOWN, MIXED) and (title[0].strip() == "씨") and name[0] in words.FREQUENT else 0
+            return 0.75 if judged in (UNKNOWN, None) or judged == MIXED and usual else 0.6 if usual and run[:2] not in words.NOT_NAMES and judged != COMMON else 0
+        if not rest and length >= 3 and _AGE.match(text, match.end()):
+            return 0.8 if usual or self._judge(run, length) in (NAME, UNKNOWN) else 0
+        if length < 3 or not usual or name[0] not in words.FREQUENT and length == 3:
+            return 0
+        if rest in words.ANIMATE:
+            return 0.65 if self._judge(run, length) in (NAME, UNKNOWN, None) else 0
+        return 0.6 if self._morphology is not None and self._judge(run, length) == NAME else 0
 
     def _lists(self, text: str) -> Iterator[Span]:
         for match in _LIST.finditer(text):
             names = list(_ONE.finditer(text, match.start(), match.end()))
-            if sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(text, *name.span()) != WORD for name in names) * 2 > len(names):
+            if sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(name[0], 3) not in (COMMON, MIXED) for name in names) * 2 > len(names):
                 yield from (Span(*name.span(), kinds.PERSON, 0.85) for name in names)
 
     def _beside(self, text: str, others: Iterable[Span]) -> Iterator[Span]:
@@ -118,9 +136,9 @@ class Names:
             if other.kind not in kinds.OF_PERSONS:
                 continue
             for match in _BESIDE.finditer(text, max(0, other.start - 12), other.start):
-                if len(match[0]) in (2, 3, 4) and next(shapes(match[0]), 0) == len(match[0]) and self._judge(text, *match.span()) != WORD:
+                if len(match[0]) in (2, 3, 4) and next(shapes(match[0]), 0) == len(match[0]) and self._fits(match[0]):
                     yield Span(*match.span(), kinds.PERSON, 0.7 if len(match[0]) == 3 else 0.55)
-            if (match := _BEHIND.match(text, other.end)) and next(shapes(match["name"]), 0) == len(match["name"]) and self._judge(text, *match.span("name")) != WORD:
+            if (match := _BEHIND.match(text, other.end)) and next(shapes(match["name"]), 0) == len(match["name"]) and self._fits(match["name"]):
                 yield Span(*match.span("name"), kinds.PERSON, 0.7)
 
     def _neighbours(self, text: str, found: list[Span]) -> Iterator[Span]:
@@ -132,15 +150,23 @@ class Names:
             joined = _AND.match(text, span.end)
             if joined is None or joined.end() == span.end or not joined[0].strip():
                 continue
-            if (run := _RUN.match(text, joined.end())) and run.start() not in seen and (length := next(shapes(run[0]), 0)) == 3 \
-                    and self._usual(run[0][:3]) and self._judge(text, run.start(), run.start() + 3) != WORD:
-                made = Span(run.start(), run.start() + 3, kinds.PERSON, 0.7)
+            if (run := _RUN.match(text, joined.end())) and run.start() not in seen and (length := next(shapes(run[0]), 0)) and self._joins(run[0], length):
+                made = Span(run.start(), run.start() + length, kinds.PERSON, 0.7)
                 seen.add(made.start)
                 waiting.append(made)
                 yield made
 
-    def _judge(self, text: str, start: int, end: int) -> str | None:
-        return None if self._morphology is None else self._morphology.judge(text, start, end)
+    def _fits(self, name: str) -> bool:
+        """A word by itself beside a number of a person."""
+        judged = self._judge(name, len(name))
+        return judged in (NAME, UNKNOWN) or judged != COMMON and self._usual(name)
+
+    def _joins(self, run: str, length: int) -> bool:
+        judged = self._judge(run, length)
+        return judged == NAME or length >= 3 and judged != COMMON and (judged == UNKNOWN or self._usual(run[:length]))
+
+    def _judge(self, word: str, length: int) -> str | None:
+        return None if self._morphology is None else self._morphology.judge(word, length)
 
     @staticmethod
     def _usual(name: str) -> bool:

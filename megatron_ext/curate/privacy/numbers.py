@@ -14,7 +14,7 @@ from megatron_ext.curate.privacy.context import Around, S, digits, nearest
 from megatron_ext.curate.privacy.spans import Span
 
 RUN = re.compile(r"\d(?:[ \n()\-.·/_~:]{0,6}\d){6,}")
-BEYOND = 8  # characters behind a run that patterns may look at
+BEFORE, BEYOND = 3, 8  # characters before and behind a run that patterns may look at: "(+"
 _NOT_DIGIT = re.compile(r"\D+")
 HARD = r"[-.·/_~]"
 _H = f"{S}{HARD}{{1,2}}{S}"
@@ -127,7 +127,7 @@ def account(written: Written, around: Around) -> float:
             return 0
     strict = not written.blanks
     if label < 0:
-        return 0.7 if strict else 0
+        return 0.7 if strict or written.hard and written.alone and around.labelled_after(kinds.ACCOUNT, 6) else 0
     if not strict:
         return 0.82 if written.hard or written.alone else 0
     return 0.96 if label <= 4 else 0.93
@@ -156,8 +156,8 @@ def nhs(written: Written, around: Around) -> float:
 
 
 _START, _END = r"(?<!\d)(?<!\d-)(?<![A-Za-z]-)", r"(?!\d)(?!-\d)"
-_LOOSE = f"{S}-{{0,2}}{S}"
-_J = f"{S}[-./·_~]{{0,2}}{S}"  # a separator that may be absent
+_LOOSE = f"{S}(?:-{{1,2}}{S})?"
+_J = f"{S}(?:[-./·_~]{{1,2}}{S})?"  # a separator that may be absent; one way to read any blanks, so that nothing multiplies
 
 
 def _joined(*lengths: int) -> str:
@@ -192,13 +192,16 @@ def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, 
         for pattern in patterns:
             if count < pattern.least:
                 continue
-            at, limit = start, min(end + BEYOND, len(text))
+            at, limit = max(0, start - BEFORE), min(end + BEYOND, len(text))
             while match := pattern.regex.search(text, at, limit):
-                verdict = pattern.judge(Written.of(text, *match.span()), Around(text, *match.span()))
+                first, last = match.span()
+                while text[first] in " \n" or text[first] == "(" and ")" not in match[0]:
+                    first += 1
+                verdict = pattern.judge(Written.of(text, first, last), Around(text, first, last))
                 score, kind = verdict if isinstance(verdict, tuple) else (verdict, pattern.kind)
                 if score:
-                    yield Span(match.start(), match.end(), kind, score)
-                at = match.end() if score else match.start() + 1
+                    yield Span(first, last, kind, score)
+                at = last if score else match.start() + 1
 
 
 def find(text: str, found: list[tuple[int, int, int]]) -> Iterator[Span]:

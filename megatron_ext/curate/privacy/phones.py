@@ -12,7 +12,7 @@ from megatron_ext.curate.privacy.spans import Span
 
 _AREAS = frozenset("031 032 033 041 042 043 044 051 052 053 054 055 061 062 063 064".split())
 _COMPANIES = frozenset("1522 1533 1544 1551 1566 1577 1588 1599 1600 1644 1661 1666 1668 1670 1688 1800 1811 1833 1855 1877 1899".split())
-_J = f"{S}[-.·/_)~]{{0,2}}{S}"
+_J = f"{S}(?:[-.·/_)~]{{1,2}}{S})?"
 _START, _END = r"(?<![\d.])(?<!\d-)(?<![A-Za-z]-)", r"(?!\d)(?![-.]\d)"
 _COUNTRY = rf"(?:\+{S}|00{S})?8{S}2{S}[-.·/_)]?{S}(?:\(?{S}0{S}\)?)?"
 _KOREAN = re.compile(rf"{_START}(?:\(?{S}\+{S}8{S}2{S}\)?{S}[-.·/_]?{S}(?:\({S}0{S}\){S}|0{S})?|{_COUNTRY}|\(?{S}0{S})"
@@ -135,7 +135,7 @@ PATTERNS = (
 # Digits written as words or as letters that look alike: 공일공-일이삼사-오육칠팔, O1O-1234-5678.
 _ZERO, _ONE = "0공영OoㅇΟ", "1일lI|"
 _WORD = f"{_ZERO}{_ONE}이삼사오육륙칠팔구\\d"
-_SPELT = re.compile(rf"[{_ZERO}](?<![가-힣A-Za-z0-9].){S}[{_ONE}]{S}[{_ZERO}륙육칠팔구16-9](?:[ \n\-.·]{{0,3}}[{_WORD}]){{7,8}}(?![{_WORD}])")
+_SPELT = re.compile(rf"[{_ZERO}](?<![가-힣A-Za-z0-9].){S}[{_ONE}]{S}[{_ZERO}륙육칠팔구16-9](?:[ \n\-.·]{{0,3}}[{_WORD}]){{7,8}}(?!\d)")
 _PLAIN = re.compile(r"[\d \n\-.·]+")
 
 
