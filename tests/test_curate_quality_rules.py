@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not th
 KOREAN = """국가는 평생교육을 진흥하여야 한다. 지방자치단체는 주민의 복리에 관한 사무를 처리하고 재산을 관리한다.
 모든 국민은 능력에 따라 균등하게 교육을 받을 권리를 가진다. 학교교육의 제도와 운영에 관한 기본적인 사항은 법률로 정한다.
 감사원은 세입과 세출의 결산을 매년 검사하여 대통령과 다음 해 국회에 그 결과를 보고하여야 한다. 정당의 설립은 자유이며 복수정당제는 보장된다."""
-ENGLISH = """The committee met in the old town hall to discuss the plans of the new library. Many of the residents that came have waited for years.
+ENGLISH = """The committee met in the old town hall to discuss the plans of the new library. Many of the residents have waited for years.
 It was agreed that the building should be open to all and that the garden behind it would be kept. The architect said that work with the
 stone would begin in spring. A second meeting is to be held in autumn, when the costs of the roof are known."""
 
@@ -40,7 +40,7 @@ WORDS = KOREAN.split()
 BROKEN = {
     "too_short": "짧은 글이다.",
     "too_long": "국민은 " * 46_000,
-    "word_length": KOREAN.replace(" ", """ """).replace("은 ", "은").replace("다. ", "다.").replace("를 ", "를").replace("에 ", "에").replace("을 ", "을").replace("의 ", "의") + "가" * 900,
+    "word_length": " ".join("".join(WORDS[at : at + 5]) for at in range(0, len(WORDS), 5)) + " 국민은 나라를" * 9 + "가" * 900,
     "symbols": re.sub(r" ", " # ", KOREAN, count=20),
     "letters": KOREAN + " 1234 5678 90" * 20,
     "stop_words": "서울 부산 대구 인천 광주 대전 울산 세종 경기 강원 충북 충남 전북 전남 경북 경남 제주 독도 울릉 강화 옹진 연천 포천 가평 양평 여주",
@@ -48,7 +48,7 @@ BROKEN = {
     "ellipses": "\n".join(f"{one}..." for one in KOREAN.split("\n")),
     "ended_lines": KOREAN.replace(".", "").replace("다", "다만").replace("\n", " "),
     "short_lines": "\n".join([*WORDS[:4], " ".join(WORDS[4:])]),
-    "line_breaks": "\n".join(" ".join(WORDS[at : at + 2]) + " 그리고 나서는 이렇게" for at in range(0, 30, 2))[:0] or "\n".join(word * 6 for word in WORDS),
+    "line_breaks": "\n".join(f"{word}다음과같이정한바에따른다" + (" 그리고 이는" if at < 4 else "") for at, word in enumerate(WORDS)),
     "sentences": " ".join(KOREAN.replace(".", "").split()) + ".",
     "runs": KOREAN + "\n" + "-" * 300 + " 끝이다.",
     "banned": KOREAN + " Lorem ipsum dolor sit amet.",
@@ -99,14 +99,17 @@ def test_boilerplate_lines_go_and_nothing_else():
 
 
 @pytest.mark.parametrize("text, count", [
-    ("이 시발 새끼야", 2), ("시1발", 1), ("시*발", 1), ("씨.발", 1), ("시발점은 서울이다", 0), ("새로운 시 발전 계획", 0), ("병신년에 태어났다", 0), ("허리띠를 졸라매고", 0),
-    ("ㅅㅂ 진짜", 1), ("what the f*uck", 1), ("shiitake and shitake", 0), ("class assessment", 0), ("닥쳐온 위기", 0), ("씨발아가 시작되었다", 0), (KOREAN, 0), (ENGLISH, 0),
+    ("이 시발 새끼야", 2), ("시1발", 1), ("시*발", 1), ("씨.발", 1), ("시발점은 서울이다", 0), ("새로운 시 발전 계획", 0), ("병신년에 태어났다", 0),
+    ("허리띠를 졸라매고", 0), ("ㅅㅂ 진짜", 1), ("what the f*uck", 1), ("shiitake and shitake", 0), ("class assessment", 0), ("닥쳐온 위기", 0),
+    ("씨발아가 시작되었다", 0), (KOREAN, 0), (ENGLISH, 0),
 ])
 def test_toxic_terms(text, count):
     assert lists.opened("toxic_ko", "toxic_en").find(text).count == count
 
 
-@pytest.mark.parametrize("text, count", [("여자들은 원래 운전을 못 한다", 1), ("맘충이라는 말", 1), ("여자들은 회의에 참석했다", 0), ("벙어리장갑을 낀다", 0), (KOREAN, 0)])
+@pytest.mark.parametrize("text, count", [
+    ("여자들은 원래 운전을 못 한다", 1), ("맘충이라는 말", 1), ("여자들은 회의에 참석했다", 0), ("벙어리장갑을 낀다", 0), (KOREAN, 0),
+])
 def test_biased_sentences(text, count):
     assert lists.opened("bias_ko").find(text).count == count
 
@@ -118,8 +121,9 @@ def test_statutes_hold_no_listed_term(name):
 
 
 @pytest.mark.parametrize("content, reason", [
-    ("- a", "must be a mapping"), ("terms: 3", "must have terms"), ("terms: [{term: ''}]", "entry 1"), ("terms: [{term: a}, {pattern: '('}]", "entry 2"),
-    ("match: sound\nterms: []", "match"), ("terms: [{term: ab, except: [ac]}]", "entry 1"), ("terms: [{term: a, weight: heavy}]", "entry 1"), ("a: [", "no YAML"),
+    ("- a", "must be a mapping"), ("terms: 3", "must have terms"), ("terms: [{term: ''}]", "entry 1"), ("a: [", "no YAML"),
+    ("terms: [{term: a}, {pattern: '('}]", "entry 2"), ("match: sound\nterms: []", "match"), ("terms: [{term: ab, except: [ac]}]", "entry 1"),
+    ("terms: [{term: a, weight: heavy}]", "entry 1"),
 ])
 def test_a_wrong_list_is_named(content, reason, tmp_path):
     path = tmp_path / "own.yaml"
