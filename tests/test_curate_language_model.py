@@ -26,7 +26,7 @@ def definition(texts: list[str], order: int):
             for at in range(len(text) - n + 1):
                 raw[n][text[at : at + n]] += 1
     adjusted = [None] * (order + 1)
-    adjusted[order] = dict(raw[order])
+    adjusted[order] = {gram: count for gram, count in raw[order].items() if gram != ("<s>",)}
     for n in range(1, order):
         kinds = defaultdict(set)
         for gram in raw[n + 1]:
