@@ -1,9 +1,9 @@
 """The measurements behind the defaults of quality and taxonomy (docs/curate_quality.md), on real text of ../shared/data.
 
-    python benchmarks/study_curate_quality.py model          units and orders: AUC against shuffled words, sizes, speed
-    python benchmarks/study_curate_quality.py near           MinHash: found pairs at given similarities; edited documents, ours and datatrove's
-    python benchmarks/study_curate_quality.py rules          lengths and shares of the statutes under the rules; morphemes in an eojeol, with kiwipiepy
-    python benchmarks/study_curate_quality.py domains        the domain classifier on labels that it has not seen
+    python benchmarks/study_curate_quality.py model      units and orders: AUC against shuffled words, sizes, speed
+    python benchmarks/study_curate_quality.py near       MinHash: found pairs at given similarities; edited documents, ours and datatrove's
+    python benchmarks/study_curate_quality.py rules      statutes under the rules; morphemes in an eojeol, where kiwipiepy is installed
+    python benchmarks/study_curate_quality.py domains    the domain classifier on labels that it has not seen
 """
 import random
 import re
@@ -27,7 +27,8 @@ def model() -> None:
     from megatron_ext.curate.quality.train import cut, fit
 
     texts = statutes()
-    print(f"{'units':11} {'order':>5} | AUC perplexity: {'whole':>6} {'1000':>6} {'300':>6} | order gain: {'1000':>6} {'300':>6} | n-grams     MB/s")
+    print(f"{'units':11} {'order':>5} | AUC perplexity: {'whole':>6} {'1000':>6} {'300':>6} | order gain: {'1000':>6} {'300':>6} |"
+          " n-grams     MB/s")
     for kind, orders in (("characters", (3, 4, 5, 6, 7, 8)), ("jamo", (6, 8, 10, 12)), ("pieces", (2, 3, 4, 5)), ("words", (2, 3))):
         for order in orders:
             found = {size: ([], [], [], []) for size in (None, 1000, 300)}
@@ -107,7 +108,8 @@ def near() -> None:
             hits[0] += duplicates(ours.signature(a), ours.signature(b))
             if theirs:
                 hits[1] += duplicates(theirs[1](a), theirs[1](b))
-        print(f"{similarity:5.2f} {collision(similarity, buckets=14, hashes=8):13.3f} {hits[0] / trials:8.3f} {hits[1] / trials if theirs else float('nan'):10.3f}")
+        other = f"{hits[1] / trials:10.3f}" if theirs else f"{'-':>10}"
+        print(f"{similarity:5.2f} {collision(similarity, buckets=14, hashes=8):13.3f} {hits[0] / trials:8.3f} {other}")
 
     base, draw = passages(), random.Random(0)
     methods: dict[str, Callable] = {}
@@ -117,9 +119,12 @@ def near() -> None:
     if theirs:
         methods["datatrove, 5 words, English"] = theirs
     versions = {share: [edited(text, share, draw) for text in base] for share in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3)}
-    versions["spaces at random"] = ["".join(one + (" " if draw.random() < 0.25 else "") for one in text if not one.isspace()) for text in base]
-    print(f"\n{len(base)} documents of about 1,500 characters; share of edited copies that are found (mean Jaccard similarity), and false pairs among different ones")
-    print(f"{'':28} " + " ".join(f"{share if isinstance(share, str) else f'{share:.0%} of words':>18}" for share in versions) + f" {'false pairs':>14}")
+    spaced = (("".join(one + " " * (draw.random() < 0.25) for one in text if not one.isspace())) for text in base)
+    versions["spaces at random"] = list(spaced)
+    print(f"\n{len(base)} documents of about 1,500 characters: share of edited copies that are found (mean Jaccard similarity), and pairs of "
+          "different documents that are taken for duplicates")
+    names = [share if isinstance(share, str) else f"{share:.0%} of words" for share in versions]
+    print(f"{'':28} " + " ".join(f"{name:>18}" for name in names) + f" {'different':>14}")
     for name, (shingles, signature) in methods.items():
         sets = [shingles(text) for text in base]
         signatures = [signature(one) for one in sets]
@@ -141,7 +146,10 @@ def _datatrove():
     import tempfile
 
     step = MinhashDedupSignature(output_folder=tempfile.mkdtemp())
-    return (lambda text: np.unique(step.get_shingles(text).ravel())), (lambda one: np.asarray(step.get_signature(one.reshape(-1, 1)), dtype=np.uint64))
+    return (
+        lambda text: np.unique(step.get_shingles(text).ravel()),
+        lambda one: np.asarray(step.get_signature(one.reshape(-1, 1)), dtype=np.uint64),
+    )
 
 
 def rules() -> None:
@@ -149,14 +157,17 @@ def rules() -> None:
     from megatron_ext.curate.quality.text import lines, paragraphs
 
     texts = {**statutes(), "talk": "\n".join(f"{question} {answer}" for question, answer, _ in chat())}
-    print(f"{'text':14} {'words':>7} {'length':>6} {'letters':>7} {'ended':>6} {'short':>6} {'breaks':>6} {'runs':>6} {'dup lines':>9} {'paras':>6}  verdicts")
+    print(f"{'text':14} {'words':>7} {'length':>6} {'letters':>7} {'ended':>6} {'short':>6} {'breaks':>6} {'runs':>6} {'lines':>6} {'paras':>6}"
+          "  verdicts")
     for name, text in texts.items():
         words, found = text.split(), lines(text)
         ended = sum(1 for line in found if heuristics._ends(line, True)) / len(found)
         short = sum(1 for line in found if len(line) <= heuristics.KOREAN.short_line) / len(found)
         letters = sum(1 for word in words if re.search(r"[^\W\d_]", word)) / len(words)
-        print(f"{name:14} {len(words):7} {sum(map(len, words)) / len(words):6.2f} {letters:7.3f} {ended:6.3f} {short:6.3f} {(len(found) - 1) / len(words):6.3f} "
-              f"{heuristics._in_runs(text) / len(text):6.3f} {repetition._before(found)[0] / len(found):9.3f} {repetition._before(paragraphs(text))[0] / len(paragraphs(text)):6.3f}  "
+        parts = paragraphs(text)
+        print(f"{name:14} {len(words):7} {sum(map(len, words)) / len(words):6.2f} {letters:7.3f} {ended:6.3f} {short:6.3f} "
+              f"{(len(found) - 1) / len(words):6.3f} {heuristics._in_runs(text) / len(text):6.3f} "
+              f"{repetition._before(found)[0] / len(found):6.3f} {repetition._before(parts)[0] / len(parts):6.3f}  "
               f"{heuristics.judge(text, korean=True)} {repetition.repeated(text, korean=True)}")
     try:
         import kiwipiepy
@@ -170,7 +181,8 @@ def rules() -> None:
         spent = time.perf_counter() - start
         start = time.perf_counter()
         eojeol = len(text.split())
-        print(f"{name}: {morphemes / eojeol:.2f} morphemes an eojeol; kiwi {len(text.encode()) / spent / 1e6:.2f} MB/s, split {len(text.encode()) / (time.perf_counter() - start) / 1e6:.0f} MB/s")
+        size, splitting = len(text.encode()) / 1e6, time.perf_counter() - start
+        print(f"{name}: {morphemes / eojeol:.2f} morphemes an eojeol; kiwi {size / spent:.2f} MB/s, split {size / splitting:.0f} MB/s")
 
 
 def domains() -> None:
@@ -181,7 +193,8 @@ def domains() -> None:
 
     made = fit(read(SEED))
     held = made.about["cross_validation"]
-    print(f"seed sentences, 5-fold: {held['examples']} examples, accuracy {held['accuracy']:.3f} with none, {held['accuracy_without_none']:.3f} among ours, threshold {made.threshold}")
+    print(f"seed sentences, 5-fold: {held['examples']} examples, accuracy {held['accuracy']:.3f} with none, "
+          f"{held['accuracy_without_none']:.3f} among ours, threshold {made.threshold}")
     for name, row in held["domains"].items():
         print(f"  {name:15} {row['examples']:4} examples, precision {row['precision'] or 0:.2f}, recall {row['recall'] or 0:.2f}")
     real = [Example(passage, "law", name) for name, text in statutes().items() for passage in cut(" ".join(text.split()), 600)]
@@ -192,13 +205,15 @@ def domains() -> None:
         for answer in answers:
             counts[answer.domain] = counts.get(answer.domain, 0) + 1
         with_law = sum("law" in answer.domains for answer in answers) / len(answers)
-        print(f"the seed's model on {len(found)} passages of {name}: {dict(sorted(counts.items(), key=lambda one: -one[1]))}; law among the domains of {with_law:.2f}")
+        print(f"the seed's model on {len(found)} passages of {name}: {dict(sorted(counts.items(), key=lambda one: -one[1]))}; "
+              f"law among the domains of {with_law:.2f}")
     names = {"0": "daily", "1": "parting", "2": "love"}
     examples = [Example(question, names[label], answer) for question, answer, label in chat()]
     train, held_out = [one for one in examples if one.fold(5)], [one for one in examples if not one.fold(5)]
     start = time.perf_counter()
     found = measure(fit(train), held_out)
-    print(f"chatbot_ko.csv, three labels, {len(train)} for training, {len(held_out)} held out by answer: accuracy {found['accuracy_without_none']:.3f} ({time.perf_counter() - start:.0f} s)")
+    print(f"chatbot_ko.csv, three labels, {len(train)} for training, {len(held_out)} held out by answer: accuracy "
+          f"{found['accuracy_without_none']:.3f} ({time.perf_counter() - start:.0f} s)")
     for name, row in found["domains"].items():
         if row["examples"]:
             print(f"  {name:15} {row['examples']:4} examples, precision {row['precision'] or 0:.2f}, recall {row['recall'] or 0:.2f}")
@@ -208,7 +223,8 @@ def domains() -> None:
         model = fit([*law, *(one for one in talk if one.fold(5)), *(one for one in read(SEED) if one.label not in ("law", NONE))])
         scores.append(measure(model, [*(one for one in real if one.group == name), *(one for one in talk if not one.fold(5))]))
         row = scores[-1]["domains"]
-        print(f"  law, {name} held out: recall {row['law']['recall']:.3f} of {row['law']['examples']}, none {row['none']['recall']:.3f} of {row['none']['examples']}", flush=True)
+        print(f"  law, {name} held out: recall {row['law']['recall']:.3f} of {row['law']['examples']}, none {row['none']['recall']:.3f} of "
+              f"{row['none']['examples']}", flush=True)
 
 
 if __name__ == "__main__":
