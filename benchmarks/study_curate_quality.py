@@ -27,7 +27,7 @@ def model() -> None:
     from megatron_ext.curate.quality.train import cut, fit
 
     texts = statutes()
-    print(f"{'units':11} {'order':>5} | AUC perplexity: {'whole':>6} {'1000':>6} {'300':>6} | order gain: {'1000':>6} {'300':>6} |"
+    print(f"{'units':11} {'order':>5} | AUC perplexity: {'whole':>6} {'1000':>6} {'300':>6} | word order: {'1000':>6} {'300':>6} |"
           " n-grams     MB/s")
     for kind, orders in (("characters", (3, 4, 5, 6, 7, 8)), ("jamo", (6, 8, 10, 12)), ("pieces", (2, 3, 4, 5)), ("words", (2, 3))):
         for order in orders:
@@ -43,7 +43,8 @@ def model() -> None:
                         true = made.score(passage)
                         spent, read = spent + time.perf_counter() - start, read + len(passage.encode())
                         false = made.score(shuffled(passage, number))
-                        for values, value in zip(lists, (true.perplexity, false.perplexity, true.order_gain, false.order_gain)):
+                        orders_worth = made.word_order(passage, true), made.word_order(shuffled(passage, number))
+                        for values, value in zip(lists, (true.perplexity, false.perplexity, *orders_worth)):
                             values.append(value)
             by_perplexity = [auc(found[size][0], found[size][1]) for size in (None, 1000, 300)]
             by_gain = [auc(found[size][3], found[size][2]) for size in (1000, 300)]

@@ -3,7 +3,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from curate_texts import SHARED, statutes
+from curate_texts import SHARED, shuffled, statutes
 
 from megatron_ext.curate.quality import heuristics, lists, repetition
 from megatron_ext.curate.quality.block import Quality
@@ -145,7 +145,7 @@ class Page:
 
 def test_the_step_gives_reasons_counts_and_flags(tmp_path):
     fit([KOREAN, f"{KOREAN} 끝.", f"{KOREAN} 더.", ENGLISH], order=4).save(tmp_path / "model.npz")
-    settings = QualityConfig(language_model=LanguageModelConfig(path=str(tmp_path / "model.npz"), max_perplexity=50, min_order_gain=1.0))
+    settings = QualityConfig(language_model=LanguageModelConfig(path=str(tmp_path / "model.npz"), max_perplexity=50, min_word_order=0.1))
     step = Quality(settings)
     page = Page(f"{KOREAN}\n이용약관", language="ko")
     verdict = step.process(page)
@@ -157,6 +157,7 @@ def test_the_step_gives_reasons_counts_and_flags(tmp_path):
     model_alone = Quality(replace(settings, heuristics=False, repetition=False))
     assert model_alone.process(Page("뷁쉙쮋 꿹뛣뺋 쒫쭯뀼 " * 20)).reason == "perplexity"
     assert model_alone.process(Page("뷁쉙쮋")).action == "keep"  # too short to say
+    assert model_alone.process(Page(shuffled(KOREAN))).reason == "word_order"
     flagged = Page(KOREAN + " 여자들은 원래 약하다. 남자들은 원래 강하다.")
     lenient = QualityConfig(lists=ListsConfig(bias_per_thousand=1.0))
     assert Quality(lenient).process(flagged).action == "change" and flagged.metadata["flags"] == ["bias"]
