@@ -2,9 +2,9 @@
 
     python benchmarks/bench_curate_quality.py [--documents 2000] [--workers 1] [--rounds 3] [--steps minhash ...] [--output FILE.csv]
 
-Documents are statutes, bills, talk, Shakespeare and dialogues, joined and cut to about 2,000 characters, half of them Korean. With several workers each has its share of the documents,
-and the time is that until the last one is done; processes are started before the clock. In turns, the median of the rounds. "datatrove" rows are its own blocks on the same
-documents, where it is installed.
+Documents are statutes, bills, talk, Shakespeare and dialogues, joined and cut to about 2,000 characters, half of them Korean. With several
+workers each has its share of the documents, and the time is that until the last one is done; processes are started before the clock. In
+turns, the median of the rounds. "datatrove" rows are its own blocks on the same documents, where it is installed.
 """
 import argparse
 import csv
@@ -172,8 +172,8 @@ def main() -> None:
             print(f"{name:32} {found[0]:>21}")
             continue
         spent = statistics.median(found)
-        rows.append({"step": name, "workers": options.workers, "documents": options.documents, "mb": round(size, 3), "seconds": round(spent, 4),
-                     "documents_per_s": round(options.documents / spent, 1), "mb_per_s": round(size / spent, 3)})
+        rows.append({"step": name, "workers": options.workers, "documents": options.documents, "mb": round(size, 3),
+                     "seconds": round(spent, 4), "documents_per_s": round(options.documents / spent, 1), "mb_per_s": round(size / spent, 3)})
         print(f"{name:32} {options.documents / spent:12,.0f} {size / spent:8.2f}")
     if options.output:
         with open(options.output, "w", newline="") as file:

@@ -17,7 +17,7 @@ def statutes() -> dict[str, str]:
 def chat() -> list[tuple[str, str, str]]:
     """Question, answer and label (0 daily life, 1 parting, 2 love) of chatbot_ko.csv."""
     with open(SHARED / "chatbot_ko.csv", encoding="utf-8-sig", newline="") as file:
-        return [(row["Q"], row["A"], row["label"]) for row in csv.DictReader(file)]
+        return [(row["Q"], row["A"], row["label"].strip()) for row in csv.DictReader(file)]
 
 
 def shuffled(text: str, seed: int = 0) -> str:

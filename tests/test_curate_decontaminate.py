@@ -43,12 +43,13 @@ def test_what_is_in_the_index(made):
     found, _ = made
     assert found.about["files"] == ["a.jsonl.gz", "b.json", "c.csv"]
     assert found.about["texts"] == 11 and found.about["too_short"] == 8  # three are long enough
-    assert {size: len(one) for size, one in found.hashes.items()} == {15: len(solid("열다섯 글자가 조금 넘는 물음입니다만")) - 14, 25: len(solid(KOREAN)) - 24, 50: len(solid(ENGLISH)) - 49}
+    letters = {15: len(solid("열다섯 글자가 조금 넘는 물음입니다만")), 25: len(solid(KOREAN)), 50: len(solid(ENGLISH))}
+    assert {size: len(one) for size, one in found.hashes.items()} == {size: count - size + 1 for size, count in letters.items()}
 
 
 @pytest.mark.parametrize("planted", [
-    KOREAN, KOREAN.replace(" ", ""), "\n\n".join(KOREAN.split()), KOREAN.replace("하여야", "하여\n야"), KOREAN[:40], ENGLISH.upper(), ENGLISH.replace(" ", "  \n"), ENGLISH[:66],
-    "열다섯글자가 조금 넘는 물음입니다만?",
+    KOREAN, KOREAN.replace(" ", ""), "\n\n".join(KOREAN.split()), KOREAN.replace("하여야", "하여\n야"), KOREAN[:40],
+    ENGLISH.upper(), ENGLISH.replace(" ", "  \n"), ENGLISH[:66], "열다섯글자가 조금 넘는 물음입니다만?",
 ])
 def test_planted_text_is_found(made, planted):
     draw = random.Random(0)
@@ -57,7 +58,8 @@ def test_planted_text_is_found(made, planted):
 
 def test_other_text_is_not(made):
     draw = random.Random(1)
-    for text in (page(draw), KOREAN[:24], ENGLISH[:50], "", "---", "서울", KOREAN.replace("지방", "중앙").replace("처리", "관리").replace("보기", "듣기")):
+    other = KOREAN.replace("지방", "중앙").replace("처리", "관리").replace("보기", "듣기")
+    for text in (page(draw), KOREAN[:24], ENGLISH[:50], "", "---", "서울", other):
         assert not len(made[0].hits(text))
 
 
@@ -75,7 +77,8 @@ def test_documents_are_dropped_or_cut(made):
     everywhere = Page(" ".join(f"{page(draw, 150)} {KOREAN}" for _ in range(12)))
     assert cutting.process(everywhere).reason == "contaminated"
     assert cutting.process(Page(before)).action == "keep"
-    assert Decontaminate(QualityConfig(decontaminate=DecontaminateConfig(index=str(made[1]), min_hits=1000))).process(Page(KOREAN)).action == "keep"
+    many = QualityConfig(decontaminate=DecontaminateConfig(index=str(made[1]), min_hits=1000))
+    assert Decontaminate(many).process(Page(KOREAN)).action == "keep"
     assert Decontaminate(QualityConfig()).process(Page(KOREAN)).action == "keep"
 
 

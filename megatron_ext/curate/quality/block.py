@@ -43,10 +43,10 @@ class Quality:
             reason, flags = self._listed(text)
         score = None
         if reason is None and self.model is not None and len(text) >= settings.language_model.min_characters:
-            score, least = self.model.score(text), settings.language_model.min_order_gain
+            score, least = self.model.score(text), settings.language_model.min_word_order
             if score.perplexity > self.limit:
                 reason = "perplexity"
-            elif least is not None and score.order_gain < least:
+            elif least is not None and self.model.word_order(text, score) < least:
                 reason = "word_order"
         if reason is not None:
             return dropped(reason, **counts)

@@ -13,15 +13,15 @@ class LanguageModelConfig:
             percentile on text that it was not trained on.
         slack: see there; at least 1. Trusted text of another kind (talk, under a model of statutes) must pass, characters drawn at random
             must not.
-        min_order_gain: bits per unit that the context has to save compared with single units alone; below it a document is dropped
-            ("word_order"). Shuffled words, lists of keywords and tables torn apart have little. None leaves that out.
+        min_word_order: bits per unit that the order of its words has to be worth (NgramModel.word_order); below it a document is dropped
+            ("word_order"). Words in no order are near 0, as lists of keywords and tables torn apart are. None leaves that out.
         min_characters: shorter documents are not judged: their perplexity says more about chance than about them.
     """
 
     path: str | None = None
     max_perplexity: float | None = None
     slack: float = 20.0
-    min_order_gain: float | None = None
+    min_word_order: float | None = None
     min_characters: int = 100
 
 
@@ -114,7 +114,7 @@ CHOICES = {
 RANGES = {
     "quality.language_model.max_perplexity": "(1,inf)",
     "quality.language_model.slack": "[1,inf)",
-    "quality.language_model.min_order_gain": "(-inf,inf)",
+    "quality.language_model.min_word_order": "(-inf,inf)",
     "quality.language_model.min_characters": "[1,inf)",
     **dict.fromkeys(("quality.lists.toxic_per_thousand", "quality.lists.bias_per_thousand"), "[0,inf)"),
     **dict.fromkeys(("quality.lists.toxic_least", "quality.lists.bias_least"), "[1,inf)"),

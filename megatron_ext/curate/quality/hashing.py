@@ -40,7 +40,7 @@ def windows(symbols: np.ndarray, size: int) -> np.ndarray:
 def windows_of(symbols: np.ndarray, sizes: Iterable[int]) -> dict[int, np.ndarray]:
     """`windows` for several sizes in the time of the largest."""
     wanted = sorted(set(sizes))
-    spread, found = mix(symbols.astype(np.uint64)), {}
+    spread, found = mix(symbols.astype(np.uint64) + np.uint64(1)), {}  # mix(0) is 0, which would make leading zeros vanish
     running = np.zeros(len(spread), dtype=np.uint64)
     for place in range(wanted[-1] if wanted else 0):
         count = len(spread) - place

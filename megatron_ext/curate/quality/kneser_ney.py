@@ -88,21 +88,16 @@ def estimate(
         totals = np.bincount(history, weights=adjusted, minlength=histories)
         safe = np.where(totals > 0, totals, 1)
         reduced = adjusted - np.asarray((0.0, *discount))[np.minimum(adjusted, 3)]
-        given = np.bincount(history, weights=reduced, minlength=histories) / safe
+        before, keep = keep, this.counts >= (least[min(n, len(least)) - 1] if least and n > 1 else 0)
+        # what pruned n-grams had goes back to the shorter history too, as in KenLM; their own p is not used, since no kept n-gram ends in one
+        given = 1 - np.bincount(history, weights=reduced * keep, minlength=histories) / safe
         if n == 1:
-            p = reduced / safe[0] + (1 - given[0]) / (vocab_size - 1)
+            keys, p = this.keys, reduced / safe[0] + given[0] / (vocab_size - 1)
             p[START] = 0
         else:
-            suffix = counted[n - 2].at[this.first]
-            p = reduced / safe[history] + (1 - given[history]) * below[suffix]
-        before, least_here = keep, (least[min(n, len(least)) - 1] if least and n > 1 else 0)
-        keep = this.counts >= least_here if n > 1 else keep
-        if n > 1:
-            kept = np.bincount(history, weights=reduced * keep, minlength=histories) / safe
-            _set_backoff(orders[-1], np.where(totals > 0, 1 - kept, 1.0)[before])
             keys = renumbered[history] * vocab_size + this.keys % vocab_size
-        else:
-            keys = this.keys
+            p = reduced / safe[history] + given[history] * below[counted[n - 2].at[this.first]]
+            _set_backoff(orders[-1], np.where(totals > 0, given, 1.0)[before])
         renumbered = np.cumsum(keep) - 1
         with np.errstate(divide="ignore"):
             orders.append(Order(keys[keep], np.log(p[keep]).astype(np.float32), np.zeros(int(keep.sum()), dtype=np.float32)))

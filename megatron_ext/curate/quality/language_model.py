@@ -10,7 +10,9 @@ that were seen without it added: the ARPA form of an interpolated model.
 The file is numpy's .npz without pickle: keys, probabilities and back-off weights of each order, the vocabulary, and `about` (JSON: kind of
 units, order, discounts, sizes, the hash of the text, quantiles of perplexity on held-out text).
 """
+import hashlib
 import json
+import random
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,25 +33,16 @@ class Score:
     Attributes:
         units: of the text, with END.
         log_p: natural logarithm of its probability.
-        log_p_alone: that under the model's single units, without any context.
         unknown: the share of units that the model never saw.
     """
 
     units: int
     log_p: float
-    log_p_alone: float
     unknown: float
 
     @property
     def perplexity(self) -> float:
         return float(np.exp(-self.log_p / self.units))
-
-    @property
-    def order_gain(self) -> float:
-        """Bits a unit that the order of units saves: the difference of the two logarithms a unit. Rare words count on both sides, so what
-        is left is how well the units follow one another (the log-odds of Pauls and Klein, "Large-scale syntactic language modeling with
-        treelets", ACL 2012)."""
-        return (self.log_p - self.log_p_alone) / self.units / float(np.log(2))
 
 
 @dataclass(frozen=True)
@@ -64,13 +57,11 @@ class NgramModel:
     def order(self) -> int:
         return len(self.orders)
 
-    def log_probabilities(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Natural logarithms float64 [units + 1] of each unit of the text and of END after all that stands before; the same without
-        context; the units int64."""
+    def log_probabilities(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Natural logarithms, float64 [units + 1], of each unit of the text and of END after all that stands before; the units, int64."""
         words = np.concatenate(([START], self.vocabulary.encode(text), [END]))
         size = self.vocabulary.size
-        alone = self.orders[0].log_p[words].astype(np.float64)
-        log_p, at = alone.copy(), words  # at: the n-gram of the current order that ends at each place, -1 where the model has none
+        log_p, at = self.orders[0].log_p[words].astype(np.float64), words  # at: the n-gram of the current order that ends at each place, -1 where the model has none
         backoff = self.orders[0].log_backoff
         for order in self.orders[1:]:
             if not len(order.keys):  # all pruned
@@ -82,12 +73,26 @@ class NgramModel:
             found = order.keys[places] == keys
             log_p = np.where(found, order.log_p[places], log_p + np.where(known, backoff[history], 0.0))
             at, backoff = np.where(found, places, -1), order.log_backoff
-        return log_p[1:], alone[1:], words[1:]
+        return log_p[1:], words[1:]
 
     def score(self, text: str) -> Score:
         """An empty text has one unit, END."""
-        log_p, alone, words = self.log_probabilities(text)
-        return Score(len(words), float(log_p.sum()), float(alone.sum()), float((words == UNKNOWN).mean()))
+        log_p, words = self.log_probabilities(text)
+        return Score(len(words), float(log_p.sum()), float((words == UNKNOWN).mean()))
+
+    def word_order(self, text: str, score: Score | None = None) -> float:
+        """Bits a unit that the order of the words is worth: how much less probable the same words are in a random order, which follows from the text.
+
+        Perplexity says first of all how far a text is from the corpus; this compares a text with itself. Texts whose words are in no order, whatever
+        their subject, are near 0; a text as far from the corpus as talk is from statutes is near 0 too, so that the corpus has to be of its kind.
+
+        Args:
+            score: of the text, where that is known.
+        """
+        words = text.split()
+        random.Random(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()).shuffle(words)
+        given, mixed = score or self.score(text), self.score(" ".join(words))
+        return (given.log_p - mixed.log_p) / given.units / float(np.log(2))
 
     def save(self, path: str | Path) -> None:
         names = ("keys", "log_p", "log_backoff")

@@ -93,13 +93,13 @@ def cut(text: str, size: int = PASSAGE) -> list[str]:
 
 
 def quantiles(model: NgramModel, texts: Iterable[str]) -> dict:
-    """`passages`, and of `perplexity`, `order_gain` (bits a unit) and `unknown` the quantiles {"50": ...}."""
-    scores = [model.score(text) for text in texts]
-    if not scores:
+    """`passages`, and of `perplexity`, `word_order` (bits a unit) and `unknown` the quantiles {"50": ...}."""
+    found = [(score.perplexity, model.word_order(text, score), score.unknown) for text in texts for score in (model.score(text),)]
+    if not found:
         raise UserError("input", "no documents with text", "there is nothing to measure")
-    return {"passages": len(scores), **{
-        name: {str(q): float(np.percentile([getattr(score, name) for score in scores], q)) for q in QUANTILES}
-        for name in ("perplexity", "order_gain", "unknown")
+    return {"passages": len(found), **{
+        name: {str(q): float(np.percentile(values, q)) for q in QUANTILES}
+        for name, values in zip(("perplexity", "word_order", "unknown"), zip(*found))
     }}
 
 

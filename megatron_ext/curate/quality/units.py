@@ -61,7 +61,7 @@ class Vocabulary:
         if self.kind in ("characters", "jamo"):
             return self._encode[_letters(self.kind, text)].astype(np.int64)
         if self.kind == "words":
-            return np.fromiter((self._encode.get(word, UNKNOWN) for word in text.split(" ")), dtype=np.int64)
+            return np.fromiter((self._encode.get(word, UNKNOWN) for word in text.split()), dtype=np.int64)
         return np.asarray(self._encode.encode(text, add_special_tokens=False).ids, dtype=np.int64) + RESERVED
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -87,7 +87,7 @@ def build(kind: str, texts: list[str]) -> Vocabulary:
     if kind not in KINDS:
         raise UserError("units", kind, f"must be one of {', '.join(KINDS)}")
     if kind == "words":
-        return Vocabulary(kind, tuple(sorted({word for text in texts for word in normalise(text).split(" ")} - {""})))
+        return Vocabulary(kind, tuple(sorted({word for text in texts for word in normalise(text).split()})))
     if kind == "pieces":
         return Vocabulary(kind, _pieces(texts))
     seen = np.zeros(0x110000, dtype=bool)
