@@ -27,7 +27,8 @@ EXTRAS = {
     "eval": [HARNESS],  # evaluate evaluate.harness=[...] (docs/evaluate.md)
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
     "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.8,<1", "transformers>=4.55,<6",
-            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, *CURATE, "accelerate>=1,<2"],  # accelerate: the harness's own backend asks for it, which ours is compared with
+            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, *CURATE,
+            "accelerate>=1,<2", "peft>=0.13,<1"],  # what is compared with: the harness's own backend (which asks for accelerate), PEFT
 }
 
 setup(

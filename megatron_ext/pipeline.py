@@ -14,12 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.chain import Chain
+from megatron_ext.chain import Chain, key_of
 from megatron_ext.checkpoint.manifest import CHAIN
+from megatron_ext.cli import recipe, vocabulary
+from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
+from megatron_ext.config.sizes import vocab_size
+from megatron_ext.errors import UserError
 from megatron_ext.observe.allocation import STARTED
 from megatron_ext.parallel.job import PARENT
+from megatron_ext.parallel.launch import with_ranks
 from megatron_ext.parallel.signals import STOPS, UNFINISHED
+from megatron_ext.plan.search import refuse
 from megatron_ext.private import make_directory
 from megatron_ext.redact import redact
 
@@ -59,6 +65,7 @@ class Job(Chain):
     def run(self) -> Path:
         """Runs every step; returns the path of the report. Raises StepFailed, UserError."""
         self.check()
+        self.fits()
         start = time.monotonic()
         prepared = self._prepare()
         print(prepared.describe())
@@ -78,6 +85,18 @@ class Job(Chain):
                                     seconds | {"all": time.monotonic() - start}))
         _say(f"{path} tells all; done after {(time.monotonic() - start) / 60:.1f} minutes")
         return path
+
+    def fits(self) -> None:
+        """Every stage fits the GPU that is named (`hardware`), before hours go into the first. Raises UserError."""
+        for stage in self.config.run.stages:
+            config = compose((f"stage={stage}", *recipe.with_defaults(self.words, stage)))
+            if config.hardware.memory is None:
+                continue
+            asked = any(key_of(word) == "launch.ranks" for word in self.words)
+            try:
+                refuse(with_ranks(config, asked=asked), vocabulary.words(config) or vocab_size(config))
+            except UserError as error:
+                raise UserError(error.key, error.value, f"{error.reason} (stage {stage})") from None
 
     def _stage(self, stage: str, prepared) -> None:
         words = self.stage_words(stage, prepared.directory, lambda: self._domain(prepared))

@@ -1,9 +1,9 @@
 """A tiny chain for tests of RLHF: records, a pretrained model, a reward model, and the command lines that go on from them."""
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import small
 
 VERBS = ("open", "close", "read", "write", "parse", "format", "copy", "move", "sort", "join", "split", "merge")
@@ -35,8 +35,7 @@ def write_records(folder: Path) -> dict[str, Path]:
 def run(stage: str, run_dir: Path, *words: str, code: int = 0, script: tuple[str, ...] = ("-m", "megatron_ext")) -> subprocess.CompletedProcess:
     """`train stage=...`; a later word replaces an earlier one of the same key."""
     last = {word.split("=")[0]: word for word in (f"stage={stage}", f"run.dir={run_dir}", *MICRO, *words)}
-    done = subprocess.run([sys.executable, *script, "train", *last.values()], env=small.environment(), capture_output=True, text=True, check=False,
-                          timeout=300)
+    done = forked.run(["train", *last.values()], env=small.environment(), timeout=300, program=script)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert code or "Traceback" not in done.stderr, done.stderr[-4000:]
     return done

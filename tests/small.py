@@ -6,6 +6,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "model=tiny", "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
@@ -41,7 +43,7 @@ def environment() -> dict[str, str]:
 
 def train(run: Path, data: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess:
     """Runs the command line; its exit code must be `code`."""
-    done = subprocess.run(command(run, data, *words), env=environment(), capture_output=True, text=True, check=False, timeout=300)
+    done = forked.run(command(run, data, *words)[3:], env=environment(), timeout=300)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
 

@@ -1,12 +1,12 @@
 """Starts the ranks of a test on this machine, and ends all of them when one fails: the others would wait for it."""
 import os
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import forked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,18 +31,13 @@ def spawn(arguments: Sequence[str], count: int, *, timeout: float, show: bool = 
     with tempfile.TemporaryDirectory() as folder:
         # Files, not pipes: a rank that writes much must not wait for somebody to read.
         outs, errors = ([Path(folder) / f"{name}{rank}" for rank in range(count)] for name in ("out", "error"))
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", *arguments], env={**shared, "RANK": str(rank)}, stdout=None if show else outs[rank].open("w"),
-                stderr=errors[rank].open("w"),
-            )
-            for rank in range(count)
-        ]
+        ranks = [forked.start(arguments, env={**shared, "RANK": str(rank)}, out=None if show else outs[rank], error=errors[rank], quiet=True)
+                 for rank in range(count)]
         first, deadline = None, time.monotonic() + timeout
         try:
             while any(rank.poll() is None for rank in ranks) and first is None and time.monotonic() < deadline:
                 first = next((rank for rank in ranks if rank.poll()), None)
-                time.sleep(0.1)
+                time.sleep(0.05)
         finally:
             for rank in ranks:
                 rank.kill()

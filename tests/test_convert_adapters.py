@@ -78,6 +78,28 @@ def test_an_adapter_is_what_it_stands_for_and_comes_back(connected, tmp_path, na
     assert record["config"]["lora"]["rank"] == said["r"] and record["origin"]["adapter"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_peft_itself_writes_what_we_read_and_reads_what_we_write(connected, tmp_path, name):
+    peft = pytest.importorskip("peft", reason="peft is not installed here")
+    model = hf.save(hf.CASES[name], tmp_path / "hf")
+    torch.manual_seed(5)
+    settings = peft.LoraConfig(r=RANK, lora_alpha=7, target_modules=list(TARGETS[name]), init_lora_weights=False, fan_in_fan_out=name == "gpt2", task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(tmp_path / "peft")
+    with torch.no_grad():
+        truth = adapted(hf.rows()[:, :-1]).logits
+        with adapted.disable_adapter():
+            without = adapted(hf.rows()[:, :-1]).logits
+    assert hf.off(without, truth) > 0.1, "the adapter matters"
+    assert main(["convert", f"hf={tmp_path / 'hf'}", f"adapter={tmp_path / 'peft'}", f"output={tmp_path / 'ours'}"]) == 0
+    assert hf.off(hf.decoded(hf.restored(tmp_path / "ours", connected)[0].models[0].eval()), truth) < 1e-5
+    assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}", "adapter=only"]) == 0
+    again = peft.PeftModel.from_pretrained(hf.read(type(model), tmp_path / "hf"), tmp_path / "back").eval()
+    with torch.no_grad():
+        assert hf.off(again(hf.rows()[:, :-1]).logits, truth) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("adapters")

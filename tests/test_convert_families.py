@@ -103,3 +103,18 @@ def test_what_is_not_computed_is_refused_by_name(imported, tmp_path, capsys):
     assert "feed_forward_proj" in refused(t5, "c", {"feed_forward_proj": "gated-silu"})
     assert "decoder.block.3" in refused(t5, "d", {"num_decoder_layers": 4})
     assert "encoder.layer.1" in refused(bert, "e", {"num_hidden_layers": 1})
+
+
+def test_norms_under_googles_names_are_those_of_today(imported, tmp_path):
+    """As the Hub's bert-base-uncased has them. An export has today's."""
+    from safetensors.torch import load_file, save_file
+
+    source = imported("bert")[0] / "hf"
+    shutil.copytree(source, tmp_path / "old")
+    tensors = load_file(source / "model.safetensors")
+    named = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor for name, tensor in tensors.items()}
+    assert len(set(named) - set(tensors)) == 12, "a norm of the embeddings, two of each layer, one of the head"
+    save_file(named, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    assert main(["convert", f"hf={tmp_path / 'old'}", f"output={tmp_path / 'ours'}"]) == 0
+    assert main(["convert", f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}"]) == 0
+    assert hf.same_tensors(source, tmp_path / "back")

@@ -169,9 +169,10 @@ def test_the_harness_finds_the_numbers_of_its_own_backend(engine, found, directo
     assert json.loads((tmp_path / "out/results.json").read_text())["results"].keys() == results["results"].keys()
 
 
-def test_two_tensor_parallel_ranks_find_them_from_the_command_line(imported, directory, truth, tmp_path):
+@pytest.mark.parametrize("layout", [("parallel.tp=2",), ("parallel.pp=2", "launch.ranks=4")], ids=["tp2", "pp2dp2"])
+def test_ranks_find_them_from_the_command_line(imported, directory, truth, tmp_path, layout):
     words = [f"checkpoint.load={imported}", f"evaluate.harness=[{','.join(harness_tasks.TASKS)}]", f"evaluate.task_dir={directory}",
-             f"evaluate.fewshot={FEWSHOT}", "evaluate.bootstrap=0", "evaluate.batch_size=4", f"evaluate.output={tmp_path}", "parallel.tp=2"]
+             f"evaluate.fewshot={FEWSHOT}", "evaluate.bootstrap=0", "evaluate.batch_size=4", f"evaluate.output={tmp_path}", *layout]
     done = subprocess.run([sys.executable, "-m", "megatron_ext", "evaluate", "--json", *words], env=small.environment(), capture_output=True,
                           text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -179,7 +180,7 @@ def test_two_tensor_parallel_ranks_find_them_from_the_command_line(imported, dir
     files = [Path(file) for file in told["files"]]
     written = json.loads(files[0].read_text(encoding="utf-8"))
     compare(written, samples_of(files), truth)
-    assert told["results"] == written["results"] and told["layout"]["tp"] == 2
+    assert told["results"] == written["results"] and (told["layout"]["tp"], told["layout"]["pp"]) == ((2, 1) if len(layout) == 1 else (1, 2))
     assert written["config"]["checkpoint"].endswith("step_00000000") and written["lm_eval_version"] and written["task_hashes"].keys() == set(harness_tasks.LEAVES)
 
 

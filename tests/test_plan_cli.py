@@ -77,6 +77,13 @@ def test_check_refuses_what_the_gpu_cannot_hold_and_names_the_nearest_layout(cap
     assert main(["check", *(word for word in LARGE if "hardware" not in word)]) == 0, "without a GPU nothing is judged"
 
 
+def test_run_refuses_a_later_stage_that_does_not_fit_before_the_first_is_started(capsys, tmp_path):
+    words = ["model=llama32_1b", "precision=bf16", "hardware=a100_40g", "launch.ranks=2", f"run.dir={tmp_path / 'run'}", "data.vocab_size=4096"]
+    assert main(["run", *words]) == 2
+    error = capsys.readouterr().err
+    assert "hardware.name=a100_40g: has 39.4 GiB" in error and "(stage ppo)" in error and not (tmp_path / "run").exists()
+
+
 def test_a_layout_that_is_named_takes_back_what_was_typed_and_it_has_not():
     typed = [*LARGE, "parallel.pp=2", "parallel.vpp=2", "parallel.tp=2", "parallel.sp=true", "parallel.cp=2", "parallel.recompute=full",
              "parallel.recompute_layers=4"]

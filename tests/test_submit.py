@@ -38,6 +38,13 @@ def refused(*words: str, sweep: tuple[str, ...] = ()) -> str:
 
 # ---- what is asked for ---------------------------------------------------------------------------------------------------------------
 
+def test_what_the_gpu_cannot_hold_is_not_submitted():
+    few = refused("train", *GPU, "cluster.nodes=1", "hardware=h100_sxm", "parallel.tp=1", "parallel.pp=1", "hardware.memory=16")
+    assert few.startswith("hardware.name=h100_sxm: has 16 GiB") and "fits" in few
+    chain = refused("run", *GPU[:3], "model=llama32_1b", "precision=bf16", "cluster.nodes=1", "hardware=a100_40g", "hardware.memory=4", "train.global_batch_size=64")
+    assert chain.startswith("hardware.name=a100_40g: has 4 GiB")
+
+
 @pytest.mark.parametrize(("text", "expected"), [
     ("30", 1800), ("1:30", 90), ("01:00:00", 3600), ("1-12", 129600), ("2-00:00:30", 172830), ("1-2:3", 93780), ("UNLIMITED", float("inf")),
 ])

@@ -1,7 +1,7 @@
 """What a family of models is: how its `config.json` reads as our configuration and the other way, and which of its tensors are which of ours."""
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.convert.forms import SAME, Heads, Same, Shape
@@ -63,6 +63,7 @@ class Family:
         buffers: patterns of tensors that old files hold and no model needs.
         head: the name of the head's weight; files of tied models may hold a copy of the words under it.
         licence: of the family's published weights where the directory says nothing.
+        formerly: ends of names today, and what they were in old files.
     """
 
     name: str
@@ -74,6 +75,15 @@ class Family:
     buffers: tuple[str, ...] = ()
     head: str = "lm_head.weight"
     licence: str | None = None
+    formerly: tuple[tuple[str, str], ...] = ()
+
+    def named(self, one: Placed, present: Container[str]) -> Placed:
+        """`one` under the names that a directory has: today's, or where one is not there the old one."""
+        def found(name: str) -> str:
+            old = (name.removesuffix(now) + was for now, was in self.formerly if name.endswith(now) and name not in present)
+            return next((former for former in old if former in present), name)
+
+        return replace(one, names=tuple(map(found, one.names)))
 
     def placed(self, model: ModelConfig, vocab: int, prefix: str) -> Iterator[Placed]:
         """Every tensor of a model in the order of the computation, with the names that it has under a prefix. Raises ValueError for a tensor of

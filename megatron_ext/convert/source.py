@@ -86,7 +86,7 @@ def open_directory(path: Path) -> Directory:
     notes = [f"config.json holds what nobody here knows, taken to change nothing: {', '.join(unknown)}"] if unknown else []
     reader = Reader(path)
     prefix = family.prefix_of(reader.names())
-    placed = tuple(family.placed(model, vocab, prefix))
+    placed = tuple(family.named(one, reader) for one in family.placed(model, vocab, prefix))
     _check_names(family, model, reader, placed)
     _check_shapes(settings, reader, placed)
     return Directory(path, settings, family, model, prefix, reader, placed, _dtype(reader, placed), notes)

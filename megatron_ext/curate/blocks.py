@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from megatron_ext.errors import UserError
 
+IDENTITY = ("source", "sha256", "text_sha256", "derived_from")  # of metadata: what a block leaves there of these is undone
 KEEP, CHANGE, DROP = "keep", "change", "drop"
 
 

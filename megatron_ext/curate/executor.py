@@ -21,8 +21,9 @@ from megatron_ext.curate.blocks import Phase
 from megatron_ext.curate.build import Build
 from megatron_ext.curate.documents import write_json
 from megatron_ext.curate.ingest.apart import die_with
+from megatron_ext.curate.steps import told
 from megatron_ext.data.progress import Progress
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RunFailed, UserError
 
 logger.disable("datatrove")  # its messages would go to standard error, some with names of files
 
@@ -58,10 +59,17 @@ class PhaseExecutor(PipelineExecutor):
             return
         steps = list(self.phase.steps())
         data = None
-        for step in steps:
-            data = step(data, rank, self.world_size)
-        if data is not None:
-            deque(data, maxlen=0)
+        try:
+            for step in steps:
+                data = step(data, rank, self.world_size)
+            if data is not None:
+                deque(data, maxlen=0)
+        except (UserError, RunFailed):
+            raise
+        except OSError as error:
+            raise UserError("curate.output", self.build.output, f"task {rank} of {self.phase.name}: {error.strerror or type(error).__name__}") from None
+        except Exception as error:  # its message and its variables may hold a document
+            raise RunFailed(f"task {rank} of {self.phase.name}: {told(error)}") from None
         write_json(Path(self.logging_dir.path) / "stats" / f"{rank:05d}.json", [stat.to_dict() for stat in PipelineStats(steps).stats])
         self.mark_rank_as_completed(rank)
 

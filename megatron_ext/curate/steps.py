@@ -13,7 +13,7 @@ from typing import Any
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from megatron_ext.curate.blocks import CHANGE, DROP, KEPT, Shards, Verdict, dropped, opened
+from megatron_ext.curate.blocks import CHANGE, DROP, IDENTITY, KEPT, Shards, Verdict, dropped, opened
 from megatron_ext.curate.documents import LineWriter, canonical, document_id, read_records, shard_name, text_sha256, to_line, write_json
 from megatron_ext.curate.index import IndexWriter, index_name
 from megatron_ext.curate.ingest import parts
@@ -78,7 +78,7 @@ class RawReader(PipelineStep):
         except UserError:
             raise
         except Exception as error:
-            raise StepFailed(f"reading {where}: {_told(error)}") from None
+            raise StepFailed(f"reading {where}: {told(error)}") from None
 
     def _aside(self, unit: Unit, position: str, reason: str) -> None:
         self.problems.append(SetAside(unit.path, position, reason, unit.source))
@@ -165,14 +165,16 @@ class BlockStep(PipelineStep):
 
     def _decide(self, block: Any, document: Document) -> Verdict:
         text, source = document.text, document.metadata["source"]
+        kept = {key: document.metadata[key] for key in IDENTITY if key in document.metadata}
         try:
             verdict = block.process(document)
+            document.metadata |= kept
             if verdict.action == CHANGE:
                 parts.realign(document.metadata, text, document.text)
         except UserError:
             raise
         except Exception as error:
-            raise StepFailed(f"step {self.name}, document {document.id} of {source}: {_told(error)}") from None
+            raise StepFailed(f"step {self.name}, document {document.id} of {source}: {told(error)}") from None
         self.tally.add(source, verdict, len(text), len(document.text))
         return verdict
 
@@ -251,7 +253,7 @@ def _gone(document: Document, step: str, reason: str) -> dict[str, str]:
     return {"id": document.id, "step": step, "reason": reason, **kept}
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """The kind of an error and where in the code it happened."""
     frames = traceback.extract_tb(error.__traceback__)
     library = sysconfig.get_path("stdlib")  # site-packages lies in it, too

@@ -18,6 +18,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import ConfigErrors, problems
 from megatron_ext.errors import UserError
+from megatron_ext.plan.search import refuse
 from megatron_ext.redact import redact_text
 from megatron_ext.submit.job import Job, Run
 from megatron_ext.train.start import adopt
@@ -67,6 +68,8 @@ def _run(words: Sequence[str], to_come: Sequence[str] = ()) -> Run:
             if not Path(path).exists() and not Path(f"{path}.bin").exists():
                 raise UserError("data.paths", path, "is not there; name directories that `prepare` wrote, or prefixes of Megatron's .bin and .idx")
         cast.members(config, vocab or sizes.vocab_size(config))
+    if config.hardware.memory is not None:
+        refuse(config, vocab or sizes.vocab_size(config))
     return Run(_for_ranks(words, config), config, fits)
 
 

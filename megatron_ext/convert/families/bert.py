@@ -30,6 +30,8 @@ LINES = (
 # A count of positions; the head's bias under its second name; what belongs to next sentences.
 LEFT_OUT = (r"embeddings\.position_ids", r"cls\.predictions\.decoder\.bias", r"pooler\.dense\.(weight|bias)", r"cls\.seq_relationship\.(weight|bias)")
 
+FORMERLY = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))  # Google's names, still those of the Hub's bert-base-uncased
+
 
 def _read(settings: Settings) -> ModelConfig:
     settings.must("position_embedding_type", "absolute")
@@ -55,4 +57,4 @@ def _written(model: ModelConfig, vocab: int) -> dict:
     }
 
 
-BERT = Family("bert", "BertForMaskedLM", "bert.", LINES, _read, _written, LEFT_OUT, head=PREDICTIONS + "decoder.weight")
+BERT = Family("bert", "BertForMaskedLM", "bert.", LINES, _read, _written, LEFT_OUT, head=PREDICTIONS + "decoder.weight", formerly=FORMERLY)

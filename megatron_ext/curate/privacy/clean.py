@@ -17,7 +17,7 @@ from megatron_ext.curate.privacy.spans import Span
 from megatron_ext.curate.privacy.values import Values
 
 CLASSIFIED = "classified"  # the reason of a document that a mark drops
-_FACTS = frozenset(("source", "licence", "owner", "date", "sha256", "language", "domain", "derived_from"))  # of metadata: not looked at
+_FACTS = frozenset(("source", "licence", "owner", "date", "sha256", "text_sha256", "language", "domain", "derived_from"))  # of metadata: not looked at
 _CELLS = " | "
 
 
