@@ -24,9 +24,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-KOREAN = "국민 법률 행정 기관 예산 사업 지원 교육 복지 보건 과학 기술 연구 개발 시설 운영 계획 수립 시행 평가 결과 보고 자료 정보 공개 신청 처리 기준 절차 대상 기간 금액 방법 내용 사항 규정".split()
+KOREAN = [
+    "국민", "법률", "행정", "기관", "예산", "사업", "지원", "교육", "복지", "보건", "과학", "기술", "연구", "개발", "시설", "운영", "계획", "수립",
+    "시행", "평가", "결과", "보고", "자료", "정보", "공개", "신청", "처리", "기준", "절차", "대상", "기간", "금액", "방법", "내용", "사항", "규정"
+]
 PARTICLES = ["은", "는", "이", "가", "을", "를", "에", "의", "로", "와", "과", "도"]
-ENGLISH = "people law office budget project support school welfare health science research plan report result public record request rule method case year amount".split()
+ENGLISH = [
+    "people", "law", "office", "budget", "project", "support", "school", "welfare", "health", "science",
+    "research", "plan", "report", "result", "public", "record", "request", "rule", "method", "case", "year",
+    "amount"
+]
 
 
 def text(draw: random.Random, korean: bool, length: int) -> str:

@@ -110,8 +110,8 @@ def main() -> None:
               for row in json.loads((folder / "one/curation.json").read_text())["tokens"]]
     options.page.write_text("\n".join([
         "# Curation of the real data", "", f"`python benchmarks/campaign_curate.py --kills {options.kills} --seed {options.seed}` writes this page.", "",
-        f"{manifest['input']['files']} files, {manifest['input']['bytes']:,} bytes, in {seconds:.0f} s with one worker. One worker, two workers, and "
-        f"{hits} SIGKILLs at random moments: {'the same bytes' if same else 'NOT the same bytes'}.", "",
+        f"{manifest['input']['files']} files, {manifest['input']['bytes']:,} bytes, in {seconds:.0f} s with one worker.",
+        f"One worker, two workers, and {hits} SIGKILLs at random moments: {'the same bytes' if same else 'NOT the same bytes'}.", "",
         "| step | in | out | changed | dropped |", "|---|---|---|---|---|", *rows, "", "| split | source | domain | documents | tokens |", "|---|---|---|---|---|", *tokens, "",
         f"Then pretrain, adapt and sft ran on it ({len(train)} stages).", "", "```", *asked.replace(str(folder), "").strip().splitlines(), "```", ""]), encoding="utf-8")
     print(said, asked, f"same bytes: {same}, kills that hit: {hits}", sep="\n")

@@ -55,8 +55,7 @@ def pdf(pages: list[list[str]], *, text: bool = True) -> bytes:
     """Lines of text on pages, in a Korean font that is named and not embedded (as older public documents have it)."""
     objects = ["<< /Type /Catalog /Pages 2 0 R >>", "",
                "<< /Type /Font /Subtype /Type0 /BaseFont /HYSMyeongJo-Medium /Encoding /UniKS-UCS2-H /DescendantFonts [4 0 R] >>",
-               "<< /Type /Font /Subtype /CIDFontType0 /BaseFont /HYSMyeongJo-Medium /CIDSystemInfo << /Registry (Adobe) /Ordering (Korea1) /Supplement 1 >> "
-               "/DW 1000 /FontDescriptor 5 0 R >>",
+               "<< /Type /Font /Subtype /CIDFontType0 /BaseFont /HYSMyeongJo-Medium /CIDSystemInfo << /Registry (Adobe) /Ordering (Korea1) /Supplement 1 >> /DW 1000 /FontDescriptor 5 0 R >>",
                "<< /Type /FontDescriptor /FontName /HYSMyeongJo-Medium /Flags 6 /FontBBox [0 -200 1000 900] /ItalicAngle 0 /Ascent 800 /Descent -200 /CapHeight 700 /StemV 80 >>"]
     kids = []
     for page in pages:

@@ -25,12 +25,12 @@ from megatron_ext.errors import RunFailed, UserError
 
 pytest.importorskip("datatrove")
 
-from megatron_ext.curate import blocks, command, removals  # noqa: E402
-from megatron_ext.curate.build import Build  # noqa: E402
-from megatron_ext.curate.executor import PhaseExecutor, run_phases  # noqa: E402
-from megatron_ext.curate.manifest import Curated, finish  # noqa: E402
-from megatron_ext.curate.tally import Tally, added  # noqa: E402
-from megatron_ext.data.progress import Progress  # noqa: E402
+from megatron_ext.curate import blocks, command, removals
+from megatron_ext.curate.build import Build
+from megatron_ext.curate.executor import PhaseExecutor, run_phases
+from megatron_ext.curate.manifest import Curated, finish
+from megatron_ext.curate.tally import Tally, added
+from megatron_ext.data.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("normalise", "language")
@@ -190,7 +190,7 @@ class KeepFirst:
             return blocks.KEPT if self._first[document.text] == document.id else blocks.dropped("copy")
 
 
-def Seen(shards):  # noqa: N802 it makes a step
+def Seen(shards):
     from datatrove.pipeline.base import PipelineStep
 
     class Step(PipelineStep):
@@ -306,7 +306,7 @@ def test_removals(raw, built, tmp_path):
 
 def test_tokens_by_source_and_domain(raw, tmp_path):
     from megatron_ext.curate.index import read_index, split_codes
-    from megatron_ext.data.index import TokenFile
+    from megatron_ext.data.index import TokenFile, document_lengths
     from megatron_ext.data.prepared import SPLITS
     from megatron_ext.data.split import document_digest, split_of
     from megatron_ext.data.tokenizer import Tokenizer
@@ -328,6 +328,7 @@ def test_tokens_by_source_and_domain(raw, tmp_path):
     rows, records = read_index(tmp_path / "tokens/documents.idx"), documents(curated)
     codes, tokenizer = split_codes(rows, (0.6, 0.2, 0.2)), Tokenizer.from_file(prepared.tokenizer_path)
     files = {split: TokenFile(prepared.splits[split].prefix) for split in SPLITS if prepared.splits[split].documents}
+    assert all(document_lengths(file.prefix).tolist() == file.lengths.tolist() for file in files.values())
     counts = dict.fromkeys(SPLITS, 0)
     for row, code, record in zip(rows, codes, records, strict=True):
         split = SPLITS[code]

@@ -29,7 +29,7 @@ def document_id(source: str, path: str, position: str) -> str:
         path: of the file below the input, with `/`.
         position: inside the file, "" where the file is the document.
     """
-    return hashlib.blake2b("\0".join((source, path, position)).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return hashlib.blake2b(f"{source}\0{path}\0{position}".encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def text_sha256(text: str) -> str:

@@ -68,7 +68,7 @@ class PhaseExecutor(PipelineExecutor):
             raise
         except OSError as error:
             raise UserError("curate.output", self.build.output, f"task {rank} of {self.phase.name}: {error.strerror or type(error).__name__}") from None
-        except Exception as error:  # its message and its variables may hold a document
+        except Exception as error:  # noqa: BLE001 its message and its variables may hold a document
             raise RunFailed(f"task {rank} of {self.phase.name}: {told(error)}") from None
         write_json(Path(self.logging_dir.path) / "stats" / f"{rank:05d}.json", [stat.to_dict() for stat in PipelineStats(steps).stats])
         self.mark_rank_as_completed(rank)

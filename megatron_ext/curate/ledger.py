@@ -23,7 +23,7 @@ from megatron_ext.curate.ingest.records import Reading
 from megatron_ext.curate.tokens import DOCUMENTS
 from megatron_ext.data.blend import Blend
 from megatron_ext.data.decompress import file_chunks
-from megatron_ext.data.index import TokenFile
+from megatron_ext.data.index import document_lengths
 from megatron_ext.data.order import SampleOrder
 from megatron_ext.data.prepared import FILE, SPLITS, Prepared
 from megatron_ext.errors import UserError
@@ -234,7 +234,7 @@ def _samples(config: Config, record: Mapping, number: int, paths: list[str], pre
     """The samples that the run used which hold one of the documents of data set `number`."""
     data, model = config.data, config.model
     length = data.sequence_length if model.family != "encoder_decoder" else spans_of(data.sequence_length, data.masked_share, data.span_length).text
-    order = SampleOrder(TokenFile(prepared.splits["train"].prefix).lengths, sequence_length=length, seed=data.seed if number == 0 else f"{data.seed}.{number}")
+    order = SampleOrder(document_lengths(prepared.splits["train"].prefix), sequence_length=length, seed=data.seed if number == 0 else f"{data.seed}.{number}")
     blend = None
     if len(paths) > 1:
         weights = data.weights or [Prepared.load(path).splits["train"].tokens for path in paths]

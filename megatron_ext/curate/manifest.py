@@ -62,9 +62,11 @@ class Curated:
     def describe(self) -> str:
         """What a person wants to know of it, a few lines."""
         fields = self.fields
-        lines = [f"{self.folder}: {fields['output']['documents']:,} documents of {fields['steps'][0]['in']:,}, {fields['output']['characters']:,} characters, "
-                 f"manifest {self.sha256[:16]}"]
+        output = fields["output"]
+        lines = [f"{self.folder}: {output['documents']:,} documents of {fields['steps'][0]['in']:,}, {output['characters']:,} characters, manifest {self.sha256[:16]}"]
         for row in fields["steps"]:
+            if row["step"].startswith("write_") and not row["dropped"]:  # between two groups of steps
+                continue
             told = [f"{count:,} {reason}" for reason, count in sorted(row["dropped"].items(), key=lambda pair: (-pair[1], pair[0]))]
             lines.append(f"  {row['step']:<13} {row['in']:>9,} in, {row['out']:>9,} out" + (f", {row['changed']:,} changed" if row["changed"] else "")
                          + (f"; dropped: {', '.join(told[:6])}" if told else ""))

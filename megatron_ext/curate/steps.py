@@ -77,7 +77,7 @@ class RawReader(PipelineStep):
             self._aside(unit, "", f"cannot be read: {error.strerror}")
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 its message may hold text
             raise StepFailed(f"reading {where}: {told(error)}") from None
 
     def _aside(self, unit: Unit, position: str, reason: str) -> None:
@@ -173,7 +173,7 @@ class BlockStep(PipelineStep):
                 parts.realign(document.metadata, text, document.text)
         except UserError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 its message may hold text
             raise StepFailed(f"step {self.name}, document {document.id} of {source}: {told(error)}") from None
         self.tally.add(source, verdict, len(text), len(document.text))
         return verdict

@@ -232,7 +232,9 @@ def _package(content: bytes | None) -> tuple[dict[str, str], dict[str, str]]:
         return {}, {}
     root = parse_xml(content)
     metadata = {local(one.tag): (one.text or "").strip() for one in root.iter() if local(one.tag) == "title"}
-    metadata |= {"date": (one.text or "").strip() for one in root.iter() if local(one.tag) == "meta" and one.get("name") == "ModifiedDate"}
+    for one in root.iter():
+        if local(one.tag) == "meta" and one.get("name") == "ModifiedDate":
+            metadata["date"] = (one.text or "").strip()
     return {key: value for key, value in metadata.items() if value}, {one.get("id", ""): one.get("href", "") for one in root.iter() if local(one.tag) == "item"}
 
 
