@@ -92,7 +92,7 @@ def _score(words: list[str], last: str, road: bool, match: re.Match) -> float:
         if match["branch"]:
             return 0.95 if parts else 0.85
         return 0.95 if province and parts >= 2 else 0.9 if parts >= 2 else 0.8 if parts else 0
-    if last in NOT_QUARTERS or len(last) < 2:
+    if last in NOT_QUARTERS and not (province and parts >= 2) or len(last) < 2:
         return 0
     lot = "-" in match["lot"] or match["word"] is not None or match["hill"] is not None or "의" in match["lot"]
     if last[-1] in "읍면" and not lot:

@@ -178,7 +178,7 @@ PATTERNS = (
     Pattern(kinds.SSN, re.compile(rf"{_START}{_joined(3, 2, 4)}{_END}"), ssn, 9),
     Pattern(kinds.NHS, re.compile(rf"{_START}{_joined(3, 3, 4)}{_END}"), nhs, 10),
 )
-_SORT_CODE = re.compile(rf"[Ss]ort[ -]?[Cc]ode[^\d\n]{{0,12}}(?P<code>\d\d[- ]?\d\d[- ]?\d\d){_END}")
+_SORT_CODE = re.compile(rf"[Ss]ort[ -]?[Cc]ode[^\d\n]{{0,12}}(?P<code>{_joined(2, 2, 2)}){_END}")
 
 
 def runs(text: str) -> list[tuple[int, int, int]]:
