@@ -36,8 +36,8 @@ _LABELS = {
 _LABEL = {kind: re.compile(pattern) for kind, pattern in _LABELS.items()}
 # Numbers that say themselves that they are something else.
 _OTHERS = re.compile(
-    r"isbn|issn|doi:?|바코드|barcode|\bean\b|\bupc\b|\bgtin|운송장|송장|주문|발주|품번|품목|모델|제품|부품|일련|시리얼|문서|접수|사건|공고|고시|관리번호|승인번호|인증번호|계약번호|견적|특허|출원|"
-    r"등록디자인|상표|의안|법률|조례|훈령|예규|청구번호|처리번호|자산|버전|예산|serial|\bs/n|order|invoice|tracking|model|\bpart|\bsku|\blot\b|patent|docket|\bcase|version|firmware|\bver\b|"
+    r"isbn|issn|doi:?|바코드|barcode|\bean\b|\bupc\b|\bgtin|운송장|송장|주문|발주|품번|품목|모델|제품|부품|일련|시리얼|문서번호|접수번호|사건번호|공고번호|고시번호|(?:공고|고시|법률|조례|훈령|예규|의안)제?$|관리번호|승인번호|인증번호|계약번호|견적|특허|출원|"
+    r"디자인|상표|의안번호|청구번호|처리번호|자산번호|버전|serial|\bs/n|order|invoice|tracking|model|\bpart|\bsku|\blot\b|patent|docket|\bcase|version|firmware|\bver\b|"
     r"build|ticket|reference|\bref\b|item|catalog|asset|batch|release|commit|\bpo\b|shipment|parcel|bill")
 _FILLER = re.compile(r"(?:[ :=#|(\[,.\-]|번호|number|num\b|no\b|은|는|이|is\b|at\b|on\b)*$")
 _SPACES = re.compile(r"[ \n]+")

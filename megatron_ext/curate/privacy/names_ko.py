@@ -13,7 +13,8 @@ from megatron_ext.curate.privacy.spans import Span
 
 _SURNAME = "".join(sorted(words.SURNAMES))
 _CLASS = f"[{_SURNAME}]"
-_RUN = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,11}}")
+_SECOND = f"[{''.join(sorted(words.GIVEN | {pair[1] for pair in words.PAIRS}))}]"
+_RUN = re.compile(rf"{_CLASS}(?<![가-힣].){_SECOND}[가-힣]{{0,10}}")
 _LABELLED = re.compile(rf"(?:{words.LABELS})(?:은|는|이|인|의 (?:이름|성명)은)?(?P<sign>[ \n]{{0,3}}[:=|/)\]>\-][ \n]{{0,6}}|[ \n]{{1,4}}|(?={_CLASS}))(?=[가-힣A-Z])")
 _SPACED_LABEL = re.compile(r"(?:성[ \n]{1,6}명|이[ \n]{1,6}름|성[ \n]{1,6}함)[ \n]{0,3}(?P<sign>[:=|]|(?=[ \n]))[ \n]{0,6}(?=[가-힣A-Z])")
 _SPACED = re.compile(rf"{_CLASS}[ \n]{{1,4}}[가-힣](?:[ \n]{{0,4}}[가-힣])?(?![가-힣])")
@@ -45,14 +46,19 @@ def _is_ending(rest: str) -> bool:
     return rest in words.PARTICLES or rest.startswith(("들", "께", "이", "과", "와", "님", "입"))
 
 
-def shapes(run: str) -> Iterator[int]:
+def shapes(run: str) -> list[int]:
     """Lengths at which a run of Hangul may be a name and its particle or title, likely ones first."""
-    lengths = (4, 3) if run[:2] in words.PAIRS else (3, 2, 4)
-    for length in lengths:
-        if len(run) >= length and _is_rest(run[length:]):
-            given = run[2:length] if length == 4 and run[:2] in words.PAIRS else run[1:length]
-            if all(syllable in words.GIVEN for syllable in given) and run[:length] not in words.NOT_NAMES and run[:2] not in (words.NOT_NAMES if length == 2 else ()):
-                yield length
+    pair, found, size = run[:2] in words.PAIRS, [], len(run)
+    for length in (4, 3) if pair else (3, 2, 4):
+        if size < length or not words.GIVEN.issuperset(run[2 if pair and length == 4 else 1:length]):
+            continue
+        if run[:length] not in words.NOT_NAMES and _is_rest(run[length:]):
+            found.append(length)
+    return found
+
+
+def _first(run: str) -> int:
+    return next(iter(shapes(run)), 0)
 
 
 class Names:
@@ -78,7 +84,7 @@ class Names:
                 continue
             if label.start() and "가" <= text[label.start() - 1] <= "힣" and not sign:
                 continue
-            run = _RUN.match(text, at) or (_GLUED.match(text, at) if not label["sign"] else None)
+            run = _RUN.match(text, at) or (None if label["sign"] else _GLUED.match(text, at))
             if run is None:
                 continue
             for length in shapes(run[0]):
@@ -89,7 +95,7 @@ class Names:
                 break
         for office in _OFFICE.finditer(text):
             run = _RUN.match(text, office.end())
-            length = next(shapes(run[0]), 0) if run else 0
+            length = _first(run[0]) if run else 0
             if length >= 3 and self._usual(run[0][:length]) and self._judge(run[0], length) in (NAME, UNKNOWN, None):
                 yield Span(run.start(), run.start() + length, kinds.PERSON, 0.75)
 
@@ -136,9 +142,9 @@ class Names:
             if other.kind not in kinds.OF_PERSONS:
                 continue
             for match in _BESIDE.finditer(text, max(0, other.start - 12), other.start):
-                if len(match[0]) in (2, 3, 4) and next(shapes(match[0]), 0) == len(match[0]) and self._fits(match[0]):
+                if len(match[0]) in (2, 3, 4) and _first(match[0]) == len(match[0]) and self._fits(match[0]):
                     yield Span(*match.span(), kinds.PERSON, 0.7 if len(match[0]) == 3 else 0.55)
-            if (match := _BEHIND.match(text, other.end)) and next(shapes(match["name"]), 0) == len(match["name"]) and self._fits(match["name"]):
+            if (match := _BEHIND.match(text, other.end)) and _first(match["name"]) == len(match["name"]) and self._fits(match["name"]):
                 yield Span(*match.span("name"), kinds.PERSON, 0.7)
 
     def _neighbours(self, text: str, found: list[Span]) -> Iterator[Span]:
@@ -150,7 +156,7 @@ class Names:
             joined = _AND.match(text, span.end)
             if joined is None or joined.end() == span.end or not joined[0].strip():
                 continue
-            if (run := _RUN.match(text, joined.end())) and run.start() not in seen and (length := next(shapes(run[0]), 0)) and self._joins(run[0], length):
+            if (run := _RUN.match(text, joined.end())) and run.start() not in seen and (length := _first(run[0])) and self._joins(run[0], length):
                 made = Span(run.start(), run.start() + length, kinds.PERSON, 0.7)
                 seen.add(made.start)
                 waiting.append(made)

@@ -30,7 +30,9 @@ def _table() -> dict[int, str]:
 _NOTHING = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
 _MARKS = "\u0300-\u034e\u0350-\u036f\u1161-\u1172\u1174-\u11a1\u11a3-\u11ff\u1173\u11a2\u20d0-\u20f0\u3099\u309a"
 _TABLE = _table()
-_OTHER = re.compile("[" + re.escape("".join(map(chr, _TABLE))) + "]")
+# Two classes, since one with characters beyond U+FFFF is looked through range by range.
+_OTHER = re.compile("[" + re.escape("".join(chr(code) for code in _TABLE if code < 0x10000)) + "]")
+_ASTRAL = re.compile("[\U00010000-\U0010ffff]")
 _WIDTHLESS = re.compile(f"[{_NOTHING}]")
 _CLUSTER = re.compile(f"[{_NOTHING}]+|[^{_NOTHING}{_MARKS}](?:[{_NOTHING}]{{0,4}}[{_MARKS}])+")
 
@@ -49,7 +51,7 @@ class Normal:
         text = original
         if not text.isascii() and (_WIDTHLESS.search(text) or not unicodedata.is_normalized("NFC", text)):
             text = self._compose(text)
-        self.text = text.translate(_TABLE) if _OTHER.search(text) else text
+        self.text = text if text.isascii() or not (_OTHER.search(text) or _ASTRAL.search(text)) else text.translate(_TABLE)
 
     def original(self, start: int, end: int) -> tuple[int, int]:
         """The original's characters behind start .. end (end > start) of `.text`."""

@@ -110,7 +110,11 @@ def british(written: Written, around: Around) -> float:
     number = number if number.startswith("0") else "0" + number
     if number[1] not in "12378" or len(number) not in (10, 11):
         return 0
-    if abroad or around.labelled(kinds.PHONE) >= 0:
+    if abroad:
+        return 0.95
+    if len(written.groups) > 1 and written.groups not in _SHAPES and not (number[1] == "7" and written.alone):
+        return 0  # 02) 748 - 6350, and 7 of something else
+    if around.labelled(kinds.PHONE) >= 0:
         return 0.95
     if around.is_another() or len(number) != 11:
         return 0
