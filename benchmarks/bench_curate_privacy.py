@@ -41,10 +41,13 @@ def ours(morphology: str) -> Find:
 
 def presidio(threshold: float = 0.35) -> Find:
     import spacy
+    import tldextract
     from presidio_analyzer import AnalyzerEngine, RecognizerRegistry
     from presidio_analyzer.nlp_engine import SpacyNlpEngine
 
     logging.getLogger("presidio-analyzer").setLevel(logging.ERROR)
+    own_list = tldextract.TLDExtract(suffix_list_urls=())  # else it asks the network for a newer one, again for each address
+    tldextract.extract = tldextract.tldextract.extract = own_list
     by_spaces = {"nlp": {"tokenizer": {"@tokenizers": "spacy.Tokenizer.v1"}}}  # Korean's own tokenizer needs MeCab
 
     class Blank(SpacyNlpEngine):
