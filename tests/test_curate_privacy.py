@@ -146,7 +146,7 @@ RULES = """
 name: moe
 sources: ["moe-*"]
 patterns:
-  - {kind: STUDENT_NUMBER, pattern: 'S\\d{8}', near: [학번]}
+  - {kind: STUDENT_NUMBER, pattern: 'Q\\d{8}', near: [학번]}
 words:
   - {kind: PROJECT, list: [백두 사업, 한라 사업]}
   - {kind: AGENT, file: agents.txt}
@@ -166,15 +166,15 @@ def test_rules(tmp_path):
     file.write_text(RULES)
     cleaner = Cleaner(PrivacyConfig(rules=(str(file),), morphology="none"))
     clean = lambda text: cleaner.clean(text, "moe-letters").text  # noqa: E731
-    far = "다른 부서의 문서 목록에는 아무 관계 없는 물품의 코드가 적혀 있다: S87654321"
-    assert clean(f"학번 S12345678, {far}") == f"학번 [STUDENT_NUMBER], {far}"
+    far = "다른 부서의 문서 목록에는 아무 관계 없는 물품의 코드가 적혀 있다: Q87654321"
+    assert clean(f"학번 Q12345678, {far}") == f"학번 [STUDENT_NUMBER], {far}"
     assert clean("백두 사업은 까치둥지가 맡는다") == "** **은 [AGENT]가 맡는다"
     assert clean("대표 02-6222-6060, 담당 02-6222-6061, info@moe.go.kr, x@y.kr") == "대표 02-6222-6060, 담당 [PHONE], info@moe.go.kr, [EMAIL]"
     assert clean("이 문서는 배포 제한 자료") == "이 문서는 [CLASSIFICATION] 자료"
     told = cleaner.clean("  대 외 비\n\n예산안", "moe-letters")
     assert (told.text, told.dropped, told.mark) == ("", "classified", "moe:0")
     assert cleaner.clean("[대외비] 예산안", "moe-letters").dropped and not cleaner.clean("이 자료는 대외비가 아니다", "moe-letters").dropped
-    assert cleaner.clean("학번 S12345678", "other").text == "학번 S12345678" and not cleaner.clean("대외비\n", "other").dropped
+    assert cleaner.clean("학번 Q12345678", "other").text == "학번 Q12345678" and not cleaner.clean("대외비\n", "other").dropped
     assert "까치둥지" not in repr(load(str(file)))
 
 
@@ -219,7 +219,7 @@ def test_time_is_linear(plain):
         quarter = time.process_time() - start
         plain.find(text)
         whole = time.process_time() - start - quarter
-        if whole > 8 or whole > 0.4 and whole > 8 * quarter:
+        if whole > 3 or whole > 0.4 and whole > 8 * quarter:
             slow.append((text[:12], quarter, whole))
     assert not slow
 

@@ -15,10 +15,10 @@ _SURNAME = "".join(sorted(words.SURNAMES))
 _CLASS = f"[{_SURNAME}]"
 _SECOND = f"[{''.join(sorted(words.GIVEN | {pair[1] for pair in words.PAIRS}))}]"
 _RUN = re.compile(rf"{_CLASS}(?<![가-힣].){_SECOND}[가-힣]{{0,10}}")
-_LABELLED = re.compile(rf"(?:{words.LABELS})(?:은|는|이|인|의 (?:이름|성명)은)?(?P<sign>[ \n]{{0,3}}[:=|/)\]>\-][ \n]{{0,6}}|[ \n]{{1,4}}|(?={_CLASS}))(?=[가-힣A-Z])")
+_LABELLED = re.compile(rf"(?:{words.LABELS})(?:(?<=[명함름자인])[은는])?(?P<sign>[ \n]{{0,3}}[:=|/)\]>\-][ \n]{{0,6}}|[ \n]{{1,4}}|(?={_CLASS}))(?=[가-힣A-Z])")
 _SPACED_LABEL = re.compile(r"(?:성[ \n]{1,6}명|이[ \n]{1,6}름|성[ \n]{1,6}함)[ \n]{0,3}(?P<sign>[:=|]|(?=[ \n]))[ \n]{0,6}(?=[가-힣A-Z])")
 _SPACED = re.compile(rf"{_CLASS}[ \n]{{1,4}}[가-힣](?:[ \n]{{0,4}}[가-힣])?(?![가-힣])")
-_SPACED_TITLE = re.compile(rf"{_CLASS}(?<![가-힣].)[ \n]{{1,3}}[가-힣](?:[ \n]{{0,3}}[가-힣])?[ \n]{{0,3}}(?:씨|님|군|양)(?![가-힣])")
+_SPACED_TITLE = re.compile(rf"{_CLASS}(?<![가-힣].)[ \n]{{1,3}}[가-힣](?:[ \n]{{0,3}}[가-힣])?[ \n]{{1,3}}(?:씨|님)(?![가-힣])")
 _TITLE = re.compile(rf"(?:{words.TITLES})")
 _TITLE_BEHIND = re.compile(rf"[ \n]{{1,3}}(?:전[ \n]?)?(?P<title>{words.TITLES})(?P<rest>[가-힣]{{0,6}})")
 _LATIN = re.compile(r"[A-Z][A-Za-z'-]{1,20}(?:,? [A-Z][A-Za-z'.-]{0,20}){1,3}")
@@ -165,7 +165,7 @@ class Names:
     def _fits(self, name: str) -> bool:
         """A word by itself beside a number of a person."""
         judged = self._judge(name, len(name))
-        return judged in (NAME, UNKNOWN) or judged != COMMON and self._usual(name)
+        return judged in (NAME, UNKNOWN) or judged is None and len(name) == 3 or judged != COMMON and self._usual(name)
 
     def _joins(self, run: str, length: int) -> bool:
         judged = self._judge(run, length)

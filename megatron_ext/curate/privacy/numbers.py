@@ -15,6 +15,7 @@ from megatron_ext.curate.privacy.spans import Span
 
 RUN = re.compile(r"\d(?:[ \n()\-.·/_~:]{0,6}\d){6,}")
 BEFORE, BEYOND = 3, 8  # characters before and behind a run that patterns may look at: "(+"
+_DIGIT = re.compile(r"\d+")
 _NOT_DIGIT = re.compile(r"\D+")
 HARD = r"[-.·/_~]"
 _H = f"{S}{HARD}{{1,2}}{S}"
@@ -182,8 +183,14 @@ _SORT_CODE = re.compile(rf"[Ss]ort[ -]?[Cc]ode[^\d\n]{{0,12}}(?P<code>{_joined(2
 
 
 def runs(text: str) -> list[tuple[int, int, int]]:
-    """(start, end, digits) of every run of seven digits and more."""
-    return [(match.start(), match.end(), sum(map(str.isdigit, match[0]))) for match in RUN.finditer(text)]
+    """(start, end, digits) of every run of seven digits and more, without tables of single digits: no number is 60 of these."""
+    found = []
+    for match in RUN.finditer(text):
+        raw = match[0]
+        count = len(raw) - len(_DIGIT.sub("", raw))
+        if count <= 60 or (raw.count(" ") + raw.count("\n")) * 3 < count * 2:
+            found.append((match.start(), match.end(), count))
+    return found
 
 
 def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, int]]) -> Iterator[Span]:
