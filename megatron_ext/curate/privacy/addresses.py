@@ -95,7 +95,7 @@ def _score(words: list[str], last: str, road: bool, match: re.Match) -> float:
     if last in NOT_QUARTERS and not (province and parts >= 2) or len(last) < 2:
         return 0
     lot = "-" in match["lot"] or match["word"] is not None or match["hill"] is not None or "의" in match["lot"]
-    if last[-1] in "읍면" and not lot:
+    if last[-1] in "읍면" and not lot and not (province and parts >= 2):
         return 0
     if parts >= 2 or province and parts:
         return 0.9 if lot else 0.75 if province or parts >= 2 else 0

@@ -35,6 +35,11 @@ _STREET = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[A-Za-z]?(?:[-/]\d{{1,4}})?,?[
                      rf"(?:(?:[A-Z][A-Za-z'.-]{{1,19}}|\d{{1,3}}(?:st|nd|rd|th)|of|the)[ \n]{{1,2}}){{1,4}}?(?:{words.STREETS})(?![A-Za-z])\.?(?:[ \n](?:[NSEW]|NE|NW|SE|SW)(?![A-Za-z])\.?)?{_TAIL}")
 _BROADWAY = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[ \n]{{1,3}}(?:(?:[NSEW])\.?[ \n])?Broadway(?![A-Za-z]){_TAIL}")
 _BOX = re.compile(rf"P\.?[ ]?O\.?[ ]?Box[ \n]{{1,2}}\d{{1,6}}{_TAIL}")
+# Whatever the street is called, a state and a ZIP, or a postcode, end an address: 61 Lee Manor, East Sophie, SL0 9QQ.
+_PIECE = r"(?:[A-Z][A-Za-z'.-]{0,19}|\d{1,5}[A-Za-z]?|#\d{1,5}|of|the|de|la|and)"
+_BY_CODE = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[A-Za-z]?(?:-\d{{1,4}})?(?:,?[ \n]{{1,2}}{_PIECE}){{1,10}}?,?[ \n]{{1,2}}(?:{_STATE},?[ \n]{{1,2}}\d{{5}}(?:-\d{{4}})?(?!\d)|{_POSTCODE})")
+_MILITARY = re.compile(r"(?:PSC|Unit|USS|USNS|USCGC|CMR)[ ][A-Za-z0-9 ,\n]{2,40}?(?:APO|FPO|DPO),?[ \n]A[AEP][ \n]\d{5}(?!\d)")
+_NUMBER_OF = re.compile(r"(?:Flat|Apartment|Apt|Unit|Studio|Suite|Room)\.?[ \n]{1,2}$")
 _UNIT_BEFORE = re.compile(rf"(?:{_UNIT}),?[ \n]{{1,3}}$")
 _NOT_HOUSE = re.compile(r"(?:chapter|section|article|page|pp?\.|no\.|vol(?:ume)?\.?|figure|table|item|route|rule|title|part|psalm|verse|in|of|since|by|from|until|before|after|the|and|than|over|about|version|exit)[ \n]{1,3}$", re.IGNORECASE)
 _POST_LABEL = re.compile(rf"[PpZz](?:ost ?code|IP(?: code)?|ip ?code)[ \n:]{{1,4}}(?:is )?(?P<code>{_POSTCODE}|\d{{5}}(?:-\d{{4}})?(?!\d))")
@@ -42,12 +47,12 @@ _POST_LABEL = re.compile(rf"[PpZz](?:ost ?code|IP(?: code)?|ip ?code)[ \n:]{{1,4
 
 def addresses(text: str) -> Iterator[Span]:
     """English addresses in a normalised text."""
-    for pattern in (_STREET, _BROADWAY, _BOX):
+    for pattern in (_STREET, _BROADWAY, _BOX, _BY_CODE, _MILITARY):
         for match in pattern.finditer(text):
             start, end = match.span()
             if _NOT_HOUSE.search(text, max(0, start - 14), start) and not re.search(r"\d{5}|\d[A-Z]{2}$|,", match[0]):
                 continue
-            if before := _UNIT_BEFORE.search(text, max(0, start - 24), start):
+            if before := _UNIT_BEFORE.search(text, max(0, start - 24), start) or _NUMBER_OF.search(text, max(0, start - 14), start):
                 start = before.start()
             while text[end - 1] in " \n,":
                 end -= 1

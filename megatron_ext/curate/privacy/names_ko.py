@@ -24,8 +24,8 @@ _TITLE_BEHIND = re.compile(rf"[ \n]{{1,3}}(?:전[ \n]?)?(?P<title>{words.TITLES}
 _LATIN = re.compile(r"[A-Z][A-Za-z'-]{1,20}(?:,? [A-Z][A-Za-z'.-]{0,20}){1,3}")
 _JOIN = re.compile(r"[ \n]{0,3}(?:[,·/、&]|및|와|과)[ \n]{0,3}$")
 _AND = re.compile(r"(?:와|과|랑)?[ \n]{0,3}(?:[,·/、&]|및|와|과)?[ \n]{0,3}")
-_LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{2}}(?:[ \n]{{0,3}}·[ \n]{{0,3}}{_CLASS}[가-힣]{{2}}(?![가-힣]{{3}})){{2,40}}")
-_ONE = re.compile(rf"{_CLASS}[가-힣]{{2}}")
+_LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?:[ \n]{{0,3}}·[ \n]{{0,3}}{_CLASS}[가-힣]{{1,3}}(?![가-힣])){{2,40}}")
+_ONE = re.compile(rf"{_CLASS}[가-힣]{{1,3}}")
 _BESIDE = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?=[ \n]{{0,2}}[(,:/|\-·\[][ \n(\[]{{0,2}}$|[ \n]{{1,2}}$)")
 _BEHIND = re.compile(rf"[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")
 _OFFICE = re.compile(rf"(?:{words.OFFICES})[ \n]{{1,3}}(?={_CLASS})")
@@ -128,13 +128,16 @@ class Names:
         if length < 3 or not usual or name[0] not in words.FREQUENT and length == 3:
             return 0
         if rest in words.ANIMATE:
-            return 0.65 if self._judge(run, length) in (NAME, UNKNOWN, None) else 0
-        return 0.6 if self._morphology is not None and self._judge(run, length) == NAME else 0
+            return 0.65 if self._judge(run, length) != COMMON else 0
+        if self._morphology is None:
+            return 0
+        return {NAME: 0.6, UNKNOWN: 0.55}.get(self._judge(run, length), 0)
 
     def _lists(self, text: str) -> Iterator[Span]:
         for match in _LIST.finditer(text):
             names = list(_ONE.finditer(text, match.start(), match.end()))
-            if sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(name[0], 3) not in (COMMON, MIXED) for name in names) * 2 > len(names):
+            sure = sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(name[0], len(name[0])) != COMMON for name in names)
+            if sure * 2 > len(names):
                 yield from (Span(*name.span(), kinds.PERSON, 0.85) for name in names)
 
     def _beside(self, text: str, others: Iterable[Span]) -> Iterator[Span]:

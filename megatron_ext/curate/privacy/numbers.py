@@ -14,7 +14,7 @@ from megatron_ext.curate.privacy.context import Around, S, digits, nearest
 from megatron_ext.curate.privacy.spans import Span
 
 RUN = re.compile(r"\d(?:[ \n()\-.·/_~:]{0,6}\d){6,}")
-BEFORE, BEYOND = 3, 8  # characters before and behind a run that patterns may look at: "(+"
+BEFORE, BEYOND = 3, 12  # characters before and behind a run that patterns may look at: "(+"
 _DIGIT = re.compile(r"\d+")
 _NOT_DIGIT = re.compile(r"\D+")
 HARD = r"[-.·/_~]"
@@ -116,6 +116,11 @@ def card(written: Written, around: Around) -> float:
     return 0.75 if len(number) >= 15 else 0
 
 
+def card_announced(written: Written, around: Around) -> float:
+    """Twelve to nineteen digits of any issuer, behind the word."""
+    return 0.85 if 0 <= around.labelled(kinds.CARD) <= 8 and checks.luhn(written.digits) else 0
+
+
 def account(written: Written, around: Around) -> float:
     """No check digits anywhere: the words around decide."""
     label = around.labelled(kinds.ACCOUNT)
@@ -170,6 +175,7 @@ PATTERNS = (
     Pattern(kinds.DRIVER, re.compile(rf"{_START}{_joined(2, 2, 6, 2)}{_END}"), driver, 12),
     Pattern(kinds.CARD, re.compile(rf"{_START}{_joined(4, 4, 4, 4)}(?:{_J}{digits(3)})?{_END}"), card, 16),
     Pattern(kinds.CARD, re.compile(rf"{_START}3[0-9 ]{{0,3}}\d(?:{_J}\d){{11,12}}{_END}"), card, 14),
+    Pattern(kinds.CARD, re.compile(rf"{_START}\d(?:{_J}\d){{11,18}}{_END}"), card_announced, 12),
     Pattern(kinds.BUSINESS, re.compile(rf"{_START}{_joined(3, 2, 5)}{_END}"), business, 10),
     Pattern(kinds.ACCOUNT, re.compile(r"(?<!\d)(?<![\d][-.])\d{2,8}(?:-\d{1,8}){1,5}(?!\d)(?!-\d)"), account, 9),
     Pattern(kinds.ACCOUNT, re.compile(r"(?<!\d)(?<![\d][-.])\d{10,16}(?!\d)(?!-\d)"), account, 10),

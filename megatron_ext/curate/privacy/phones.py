@@ -19,7 +19,7 @@ _KOREAN = re.compile(rf"{_START}(?:\(?{S}\+{S}8{S}2{S}\)?{S}[-.·/_]?{S}(?:\({S}
                      rf"[1-8](?:{S}\d){{0,2}}{_J}{digits(3, 4)}{_J}{digits(4)}{_END}")
 _COMPANY = re.compile(rf"{_START}{digits(4)}{S}[-.·/_]{{0,2}}{S}{digits(4)}{_END}")
 _LOCAL = re.compile(rf"{_START}\d{{3,4}}{S}[-.·/_]{S}\d{{4}}{_END}")
-_AMERICAN = re.compile(rf"{_START}(?:\+?{S}1{_J})?\(?{S}[2-9]{S}\d{S}\d{S}\)?{_J}[2-9]{S}\d{S}\d{_J}{digits(4)}{_END}")
+_AMERICAN = re.compile(rf"{_START}(?:(?:\+{S}|00)?1{_J})?\(?{S}[2-9]{S}\d{S}\d{S}\)?{_J}[2-9]{S}\d{S}\d{_J}{digits(4)}(?:[ ]?(?:x|ext\.?)[ ]?\d{{1,6}})?{_END}")
 _BRITISH = re.compile(rf"{_START}(?:\+{S}4{S}4{S}[-.]?{S}(?:\({S}0{S}\){S})?|\(?{S}0{S})[1-9](?:{_J}\d){{8,9}}{_END}")
 _ANY = re.compile(rf"\+{S}[1-9]\d{{0,2}}(?:[ \-.()\n]{{0,3}}\d){{7,12}}{_END}")
 
@@ -87,7 +87,7 @@ def local(written: Written, around: Around) -> float:
 
 
 def american(written: Written, around: Around) -> float:
-    number = written.digits.removeprefix("1") if len(written.digits) == 11 else written.digits
+    number = written.digits.removeprefix("00").removeprefix("1")[:10]
     if number[1:3] == "11" or number[4:6] == "11" or number[:3] == number[3:6] == number[6:9]:
         return 0
     raw = around.text[around.start:around.end]
