@@ -29,7 +29,7 @@ def model() -> None:
     texts = statutes()
     print(f"{'units':11} {'order':>5} | AUC perplexity: {'whole':>6} {'1000':>6} {'300':>6} | word order: {'1000':>6} {'300':>6} |"
           " n-grams     MB/s")
-    for kind, orders in (("characters", (3, 4, 5, 6, 7, 8)), ("jamo", (6, 8, 10, 12)), ("pieces", (2, 3, 4, 5)), ("words", (2, 3))):
+    for kind, orders in (("characters", (3, 4, 5, 6, 8)), ("jamo", (8, 12)), ("words", (2, 3)), ("pieces", (2, 3))):
         for order in orders:
             found = {size: ([], [], [], []) for size in (None, 1000, 300)}
             spent = read = ngrams = 0.0
