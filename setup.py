@@ -22,6 +22,7 @@ REQUIRES = [
 HARNESS = "lm-eval>=0.4.13,<0.5"  # 300 MB with scipy, pandas, scikit-learn and datasets; no torch
 EXTRAS = {
     "eval": [HARNESS],  # evaluate evaluate.harness=[...] (docs/evaluate.md)
+    "collect": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "httpx>=0.27,<1"],  # collect serve (the page), collect augment by an endpoint (docs/collect.md)
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
     "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.8,<1", "transformers>=4.55,<6",
             "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, "accelerate>=1,<2"],  # accelerate: the harness's own backend asks for it, which ours is compared with
@@ -36,7 +37,7 @@ setup(
     packages=[*find_packages(include=["kernels", "kernels.*", "megatron_ext", "megatron_ext.*", "rlhf", "rlhf.*"]), "megatron_ext.conf"],
     package_dir={"megatron_ext.conf": "conf"},
     package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh"], "megatron_ext.contact": ["hook.sh"],
-                  "megatron_ext.plan": ["calibration.json"]},
+                  "megatron_ext.plan": ["calibration.json"], "rlhf.collect": ["page.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli.main:main"]},
