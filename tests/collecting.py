@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@cache
 def config(*words: str) -> Config:
     return compose(words)
 
@@ -151,11 +153,11 @@ class FakeEndpoint:
                     with lock:
                         outer.now -= 1
                 status, headers, content = found if isinstance(found, tuple) else (200, {}, completion(found, body))
-                self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # who asked may be gone
+                    self.send_response(status)
+                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
                     self.wfile.write(content)
 
             def log_message(self, *_) -> None:

@@ -38,7 +38,7 @@ def run(tmp_path, endpoint, *words: str, name: str = "out") -> dict:
 
 def numbered(body: dict, number: int) -> str:
     """Other pairs for each passage."""
-    which = body["messages"][-1]["content"].split("도서관 ")[1][0]
+    which = body["messages"][-1]["content"].split("도서관 ")[1].split("은")[0]
     return json.dumps([{"question": f"도서관 {which}은 몇 시에 여나요?", "answer": "아홉 시에 엽니다."}], ensure_ascii=False)
 
 
@@ -149,7 +149,7 @@ def test_busy_and_broken_answers_are_asked_again(tmp_path):
     with FakeEndpoint(reply) as endpoint:
         found = run(tmp_path, endpoint)
     assert tries == {"0": 2, "1": 2, "2": 2, "3": 1}
-    assert found["left_out"] == {"refused_400": 1} and found["outputs"][0]["records"] == 3 and found["not_asked"] == 1 and not found["complete"]
+    assert found["left_out"] == {"refused_400": 1} and found["outputs"][0]["records"] == 3 and found["without_reply"] == 1 and not found["complete"]
     lost = [record for record in read(tmp_path / "out" / "cache.log") if record.get("lost")]
     assert len(lost) == 1 and found["spent"]["requests"] == 4  # the one that hung up may have been paid for
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from collecting import config, read, task, write_tasks
+from small import environment
 
 from megatron_ext.errors import UserError
 from rlhf.collect import ballots, links
@@ -241,7 +242,7 @@ def test_a_writer_that_is_killed_loses_nothing_it_acknowledged(tmp_path):
     script = ("from rlhf.collect.log import AppendLog; from pathlib import Path\n"
               f"log = AppendLog(Path({str(tmp_path / 'x.log')!r}), key='x')\n"
               "for n in range(10**9):\n    log.append({'n': n, 'text': 'x' * 500}); print(n, flush=True)\n")
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment())
     said = [process.stdout.readline() for _ in range(50)]
     process.send_signal(signal.SIGKILL)
     said += process.stdout.read().splitlines()

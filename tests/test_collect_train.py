@@ -10,7 +10,7 @@ from rlhf.collect import ballots, tasks
 from rlhf.collect.desk import Desk
 from rlhf.collect.log import AppendLog
 
-ANSWER = ("collect.template=answer", "generate.samples=3", "generate.max_tokens=12", "generate.batch_size=8", "launch.device=cpu")
+ANSWER = ("collect.template=answer", "generate.samples=3", "generate.max_tokens=12", "generate.batch_size=8", "launch.device=cpu", "collect.keep_cut=true")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_from_a_source_to_a_reward_model(collected, rlhf_chain):
 
 
 def test_a_checkpoint_on_two_ranks_replies_the_same(collected, rlhf_chain):
-    words = (f"input={collected / 'built'}", f"checkpoint.load={rlhf_chain['pretrain']}", "collect.template=answer", "generate.max_tokens=8", "generate.temperature=0", "launch.device=cpu")
+    words = (f"input={collected / 'built'}", f"checkpoint.load={rlhf_chain['pretrain']}", "collect.template=answer", "generate.max_tokens=8", "generate.temperature=0", "launch.device=cpu", "collect.keep_cut=true")
     for name, layout in (("one", ()), ("two", ("parallel.tp=2",))):
         collect("augment", *words, f"output={collected / name}", *layout)
     assert (collected / "one" / "answers.jsonl").read_bytes() == (collected / "two" / "answers.jsonl").read_bytes()

@@ -322,6 +322,7 @@ class CollectConfig:
     max_cost: float | None = None  # ... in the currency of the prices
     price_in: float = 0.0  # of a million tokens of prompts
     price_out: float = 0.0  # of a million tokens of replies
+    keep_cut: bool = False  # augment: keep answers that ended at max_tokens
     grounded: float = 0.0  # augment: least share of an answer's words that its passage must hold; 0 = off
     annotators: tuple[str, ...] = ()  # serve: who orders answers; each gets a link with a token
     renew: tuple[str, ...] = ()  # serve: whose token is made anew; the old link ends

@@ -114,7 +114,7 @@ def augment(work: Augmentation, model: str, backend: Callable[[], Backend]) -> d
         if bad.count:
             left_out["unreadable"] = bad.count
         found = output.manifest(folder / "augment.yaml", config, inputs=[work.file], outputs=outputs, left_out=left_out, template=work.template.name, model=model,
-                                spent=budget.facts(), replies=len(cache), new_replies=len(cache) - before, not_asked=open_, complete=not budget.reached and not open_)
+                                spent=budget.facts(), replies=len(cache), new_replies=len(cache) - before, without_reply=open_, complete=not budget.reached and not open_)
     if budget.reached:
         value = getattr(config.collect, budget.reached.partition(".")[2])
         raise RunFailed(f"{budget.reached}={value} is spent ({', '.join(f'{name} {count}' for name, count in budget.facts().items())}); {open_} replies are "
@@ -136,7 +136,7 @@ def _write(work: Augmentation, model: str, cache: Cache, folder: Path, left_out:
                     missing += 1
                     continue
                 reply = cache.get(request.key)
-                if reply.stop == "length" and makes == "answer":
+                if reply.stop == "length" and makes == "answer" and not settings.keep_cut:
                     left_out["cut_off"] += 1
                     continue
                 for record in replies.records(makes, reply.text, item, longest=settings.max_chars, shortest=settings.min_chars, grounded=settings.grounded):

@@ -3,6 +3,7 @@
 Every piece is a part of the document as it stands (`text.find(piece.text) >= 0`), in its order; nothing is written anew.
 """
 import re
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ _ARTICLE = re.compile(r"^[ \t　]*(?P<label>제[ \t]*\d+[ \t]*조(?:[ \t]*의[ \
                       re.MULTILINE)
 # What ends an article without being one: chapters, sections, addenda.
 _BREAK = re.compile(r"^[ \t　]*(?:제[ \t]*\d+[ \t]*(?:편|장|절|관)(?=[\s]|$)|부[ \t]*칙|별[ \t]*표|Chapter[ \t]+\w+|Addend(?:a|um))[^\n]*$", re.MULTILINE)
-_QUESTION = re.compile(r"^[ \t]*(?:Q|질문|질의|문|Question)[ \t]*\d*[ \t]*[.:)：]?[ \t]+(?=\S)|^[ \t]*(?:Q|질문|질의|문|Question)[ \t]*\d*[ \t]*[.:)：](?=\S)", re.MULTILINE)
-_ANSWER = re.compile(r"^[ \t]*(?:A|답변|회신|답|Answer)[ \t]*\d*[ \t]*[.:)：]?[ \t]+(?=\S)|^[ \t]*(?:A|답변|회신|답|Answer)[ \t]*\d*[ \t]*[.:)：](?=\S)", re.MULTILINE)
+_QUESTION = re.compile(r"^[ \t]*(?:Q|질문|질의|문|Question)[ \t]*\d*[ \t]*[.:)：][ \t]*(?=\S)", re.MULTILINE)
+_ANSWER = re.compile(r"^[ \t]*(?:A|답변|회신|답|Answer)[ \t]*\d*[ \t]*[.:)：][ \t]*(?=\S)", re.MULTILINE)
 _MARKDOWN = re.compile(r"^#{1,6}[ \t]+(?P<title>[^\n#][^\n]*?)[ \t#]*$", re.MULTILINE)
 _LINE = re.compile(r"(?:\A|\n[ \t]*\n)(?P<title>[^\n]{2,40})\n[ \t]*\n(?=\S)")  # a short line alone between blank ones
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])[\"'”’)\]]*\s+|\n+")
@@ -39,20 +40,27 @@ def title_of(text: str) -> str | None:
 
 
 def articles(text: str) -> list[Piece]:
-    """The articles of a statute: `제1조(목적) ...` to where the next one, a chapter or the addenda begin. Of an article that stands twice (the
-    addenda count anew) the first is kept."""
-    starts = [match for match in _ARTICLE.finditer(text)]
-    addenda = next((match.start() for match in _BREAK.finditer(text) if match[0].strip().replace(" ", "").startswith(("부칙", "Addend"))), len(text))
-    ends = sorted([match.start() for match in starts] + [match.start() for match in _BREAK.finditer(text)] + [len(text)])
-    found: dict[str, Piece] = {}
+    """The articles of a statute: `제1조(목적) ...` to where the next one, a chapter or the addenda begin. The addenda, which count anew, are left out.
+
+    A line of running text may begin with "제5조 및 ...": only what comes next in the count (three numbers may be missing) begins an article.
+    """
+    breaks = [(match.start(), match[0].strip().replace(" ", "")) for match in _BREAK.finditer(text)]
+    addenda = next((place for place, words in breaks if words.startswith(("부칙", "Addend"))), len(text))
+    starts, last = [], None
+    for match in _ARTICLE.finditer(text, 0, addenda):
+        number, _, part = match["label"].replace("조", "").replace("제", "").replace("Article", "").replace(" ", "").replace("\t", "").partition("의")
+        count = (int(number), int(part or 1))
+        if last is None or last < count and count[0] <= last[0] + 4:
+            starts.append(match)
+            last = count
+    ends = sorted({*(match.start() for match in starts), *(place for place, _ in breaks), len(text)})
+    found = []
     for match in starts:
-        if match.start() >= addenda:
-            break
-        end = next(place for place in ends if place > match.start())
+        end = ends[bisect(ends, match.start())]
         label, body = re.sub(r"[ \t]+", " " if match["label"].startswith("A") else "", match["label"]), text[match.end() : end].strip()
         if body:
-            found.setdefault(label, Piece(label, match["title"].strip() if match["title"] else None, body))
-    return list(found.values())
+            found.append(Piece(label, match["title"].strip() if match["title"] else None, body))
+    return found
 
 
 def faq(text: str) -> list[Piece]:

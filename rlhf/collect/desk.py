@@ -53,6 +53,7 @@ class Desk:
         self._fresh: dict[str, dict[str, None]] = {}
         self._begun: dict[str, None] = {}
         self._ranked: dict[str, int] = {}  # domain -> tasks with an order
+        self._several: dict[str, None] = {}  # tasks that two or more people ordered
         self._agreement: _Agreement | None = None
         for task in tasks.values():
             self._sizes[task.domain] = self._sizes.get(task.domain, 0) + 1
@@ -126,7 +127,7 @@ class Desk:
         """See `agreement.of_orders`, without names."""
         held, now = self._agreement, self._now()
         if held is None or held.actions != self.ballots.actions and (held.found["tasks"] <= OFTEN or now - held.at > AGE):
-            found = agreement.of_orders(self.ballots.orders(self.tasks))
+            found = agreement.of_orders(self.ballots.orders(self._several))
             held = self._agreement = _Agreement(self.ballots.actions, now, {key: value for key, value in found.items() if key != "people"})
         return held.found
 
@@ -166,7 +167,11 @@ class Desk:
 
     def _place(self, task: Task) -> None:
         """Puts a task where its votes say."""
-        votes = len(self.ballots.choices.get(task.id, {}))
+        choices = self.ballots.choices.get(task.id, {})
+        votes = len(choices)
+        self._several.pop(task.id, None)
+        if sum(choice.order is not None for choice in choices.values()) > 1:
+            self._several[task.id] = None
         self._fresh.setdefault(task.domain, {}).pop(task.id, None)
         self._begun.pop(task.id, None)
         if votes == 0:

@@ -124,7 +124,11 @@ class Endpoint:
                     raise _Left(reason) from None
             else:
                 if status == 200:
-                    return self._reply(content, usage)
+                    try:
+                        return self._reply(content, usage)
+                    except _Left:
+                        cache.lose(request, usage)
+                        raise
                 if status in ITEM:
                     raise _Left(f"refused_{status}")
                 if status not in AGAIN:

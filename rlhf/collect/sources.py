@@ -114,7 +114,7 @@ def _item(value: object, file: Path, line: int, config: Config) -> Document | Pa
 def _source(value: dict, metadata: Mapping, file: Path, line: int, text: str, config: Config) -> Source:
     given, wanted = value.get("source"), config.collect
     if isinstance(given, dict) and isinstance(given.get("id"), str):  # a record of ours, made of something else: that is its source still
-        facts = {name: given[name] for name in _KEPT if isinstance(given.get(name), str)}
+        facts = {name: given[name] for name in (*_KEPT, "collection") if isinstance(given.get(name), str)}
         facts |= {name: value[name] for name in ("language", "domain") if isinstance(value.get(name), str)}
         return Source(given["id"], str(given.get("file", file.name)), int(given.get("line", line)), str(given.get("sha256", "")), given.get("part"), facts)
     name = value.get("id")

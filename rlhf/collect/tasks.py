@@ -59,6 +59,9 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
     for file, line, value in values(Path(config.input), bad):
         if "answers" in value or "passage" in value:
             continue  # tasks and passages that lie in the same directory
+        if "responses" not in value and config.chat.response_key not in value:
+            left_out["no_answer"] += 1
+            continue
         try:
             prompt, found = _answers(value, config.chat)
         except Bad as error:
