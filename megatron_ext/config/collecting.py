@@ -35,7 +35,8 @@ def somebody_replies(config: Config) -> Iterator[UserError]:
     collect, load = config.collect, config.checkpoint.load
     if (collect.endpoint is None) == (load is None):
         if load is None:
-            yield UserError("collect.endpoint", "null", "name who replies: an address such as https://host/v1, or checkpoint.load=RUN for a model of our own")
+            yield UserError("collect.endpoint", "null", "name who replies: an address such as https://host/v1, or checkpoint.load=RUN for a model of "
+                                                        "our own")
         else:
             yield UserError("collect.endpoint", collect.endpoint, "and checkpoint.load are both given: one of them replies")
     if collect.endpoint is None:
@@ -46,9 +47,11 @@ def somebody_replies(config: Config) -> Iterator[UserError]:
     except ValueError:
         right = False
     if not right:
-        yield UserError("collect.endpoint", collect.endpoint, "must be the address before /chat/completions, such as https://host/v1 or http://127.0.0.1:8000/v1")
+        yield UserError("collect.endpoint", collect.endpoint, "must be the address before /chat/completions, such as https://host/v1 or "
+                                                              "http://127.0.0.1:8000/v1")
     elif parts.username or parts.password:
-        yield UserError("collect.endpoint", "***", "holds a user or a password, which would be written into manifests: export a key and name its variable by collect.key_env")
+        yield UserError("collect.endpoint", "***", "holds a user or a password, which would be written into manifests: export a key and name its "
+                                                   "variable by collect.key_env")
     if collect.model is None:
         yield UserError("collect.model", "null", "name the model as the endpoint calls it")
 

@@ -1,4 +1,5 @@
-"""Data for SFT and the reward stage: built from documents and questions with answers, augmented by a model, ranked by people (docs/collect.md).
+"""Data for SFT and the reward stage: built from documents and questions with answers, augmented by a model, ranked by people
+(docs/collect.md).
 
     sources.py, cut.py, build.py    documents and Q-A files to prompts and answers, each with where it came from
     templates.py ... augment.py     more of them, written by a model: over an OpenAI-compatible endpoint, or a checkpoint of our own

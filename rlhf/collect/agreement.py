@@ -2,14 +2,15 @@
 
     alpha = 1 - D_o / D_e,    D_o = 1/n sum_ck o_ck d(c, k)^2,    D_e = 1/(n (n - 1)) sum_ck n_c n_k d(c, k)^2
 
-o_ck counts how often a unit got the values c and k, each unit's pairs divided by (its values - 1); n_c = sum_k o_ck; n = sum_c n_c. Units with fewer than
-two values do not count, so values may be missing. 1 is perfect agreement, 0 what chance would give, below 0 systematic disagreement.
-(K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011; Content Analysis, 4th ed. 2018, chapter 12)
+o_ck counts how often a unit got the values c and k, each unit's pairs divided by (its values - 1); n_c = sum_k o_ck; n = sum_c n_c. Units
+with fewer than two values do not count, so values may be missing. 1 is perfect agreement, 0 what chance would give, below 0 systematic
+disagreement. (K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011; Content Analysis, 4th ed. 2018, chapter 12)
 
-Of decisions three figures are made. `order`: each answer of a task is a unit, its value the rank that a person gave it (ties: the mean of their places),
-ordinal. `best`: each task is a unit, its value the answer chosen, nominal. `pairs`: of all pairs of answers that two people both ordered strictly, the share
-they ordered alike (InstructGPT's labellers: 73 %, arXiv 2203.02155, section 3.4). The ranks of one task sum to the same number whoever gives them, so alpha
-of the order of two answers is that of a coin's two sides; with more answers it weighs distant ranks more, which `best` does not.
+Of decisions three figures are made. `order`: each answer of a task is a unit, its value the rank that a person gave it (ties: the mean of
+their places), ordinal. `best`: each task is a unit, its value the answer chosen, nominal. `pairs`: of all pairs of answers that two people
+both ordered strictly, the share they ordered alike (InstructGPT's labellers: 73 %, arXiv 2203.02155, section 3.4). The ranks of one task
+sum to the same number whoever gives them, so alpha of the order of two answers is that of a coin's two sides; with more answers it weighs
+distant ranks more, which `best` does not.
 """
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -98,8 +99,9 @@ def of_orders(decided: Mapping[str, Mapping[str, Sequence[Sequence[str]]]]) -> d
                 for name in ("", first, second):
                     seen[name] += 1
                     alike[name] += same
+    chosen = [[_best(order) for order in orders.values()] for orders in several.values()]
     return {
-        "tasks": len(several), "order": alpha(units, "ordinal"), "best": alpha(([_best(order) for order in orders.values()] for orders in several.values()), "nominal"),
+        "tasks": len(several), "order": alpha(units, "ordinal"), "best": alpha(chosen, "nominal"),
         "pairs": alike[""] / seen[""] if seen[""] else None, "compared": seen[""],
         "people": {name: [alike[name] / count, count] for name, count in sorted(seen.items()) if name},
     }

@@ -60,7 +60,8 @@ class Augmentation:
         files.find(file, key="input")
         pool = tuple(template.examples) if config.collect.examples is None else tuple(_examples(Path(config.collect.examples), config))
         if len(pool) < template.shots:
-            raise UserError("collect.examples", config.collect.examples or "null", f"holds {len(pool)} examples, {template.shots} are to stand before each item")
+            reason = f"holds {len(pool)} examples, {template.shots} are to stand before each item"
+            raise UserError("collect.examples", config.collect.examples or "null", reason)
         typed = {word.lstrip("+").partition("=")[0] for word in words}
         own = {name: getattr(config.generate, name) for name in ("temperature", "top_p", "max_tokens", "stop")}
         own["stop"] = list(own["stop"])
@@ -113,14 +114,17 @@ def augment(work: Augmentation, model: str, backend: Callable[[], Backend]) -> d
         outputs, open_ = _write(work, model, cache, folder, left_out, bad)
         if bad.count:
             left_out["unreadable"] = bad.count
-        found = output.manifest(folder / "augment.yaml", config, inputs=[work.file], outputs=outputs, left_out=left_out, template=work.template.name, model=model,
-                                spent=budget.facts(), replies=len(cache), new_replies=len(cache) - before, without_reply=open_, complete=not budget.reached and not open_)
+        found = output.manifest(
+            folder / "augment.yaml", config, inputs=[work.file], outputs=outputs, left_out=left_out, template=work.template.name, model=model, spent=budget.facts(),
+            replies=len(cache), new_replies=len(cache) - before, without_reply=open_, complete=not budget.reached and not open_,
+        )
     if budget.reached:
         value = getattr(config.collect, budget.reached.partition(".")[2])
-        raise RunFailed(f"{budget.reached}={value} is spent ({', '.join(f'{name} {count}' for name, count in budget.facts().items())}); {open_} replies are "
-                        "missing, what came is written. A larger budget goes on from here")
+        spent = ", ".join(f"{name} {count}" for name, count in budget.facts().items())
+        raise RunFailed(f"{budget.reached}={value} is spent ({spent}); {open_} replies are missing, what came is written. A larger budget goes on from here")
     if not outputs:
-        raise RunFailed(f"no reply could be used: {', '.join(f'{reason} {count}' for reason, count in sorted(left_out.items())) or 'the input holds no item'}")
+        reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+        raise RunFailed(f"no reply could be used: {reasons or 'the input holds no item'}")
     return found
 
 
@@ -139,7 +143,8 @@ def _write(work: Augmentation, model: str, cache: Cache, folder: Path, left_out:
                 if reply.stop == "length" and makes == "answer" and not settings.keep_cut:
                     left_out["cut_off"] += 1
                     continue
-                for record in replies.records(makes, reply.text, item, longest=settings.max_chars, shortest=settings.min_chars, grounded=settings.grounded):
+                limits = {"longest": settings.max_chars, "shortest": settings.min_chars, "grounded": settings.grounded}
+                for record in replies.records(makes, reply.text, item, **limits):
                     if isinstance(record, replies.Unusable):
                         left_out[str(record)] += 1
                         continue

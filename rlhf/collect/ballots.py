@@ -88,7 +88,8 @@ def replay(records: Iterable[tuple[int, int, dict]], path: Path) -> Ballots:
         try:
             ballots.apply(action)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError("input", f"{path}:{number}", f"is no action of an annotator ({type(error).__name__}); it is not this program's, or another version's") from None
+            reason = f"is no action of an annotator ({type(error).__name__}); it is not this program's, or another version's"
+            raise UserError("input", f"{path}:{number}", reason) from None
     return ballots
 
 

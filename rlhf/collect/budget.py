@@ -1,7 +1,8 @@
 """How much an endpoint may be asked for, over all runs into a directory: requests, tokens, money. It is never gone over.
 
-Before a request is sent, the most that it can cost is set aside: its prompt's bytes (no byte-level tokenizer makes more tokens than bytes, and each message
-has a few of its own) and `max_tokens`. When the reply says what it was, the rest is given back. A request whose reply was lost counts whole.
+Before a request is sent, the most that it can cost is set aside: its prompt's bytes (no byte-level tokenizer makes more tokens than bytes,
+and each message has a few of its own) and `max_tokens`. When the reply says what it was, the rest is given back. A request whose reply was
+lost counts whole.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

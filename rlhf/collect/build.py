@@ -1,4 +1,5 @@
-"""`collect build`: documents and questions with answers to records that the stages read, and to passages that a model can write questions about.
+"""`collect build`: documents and questions with answers to records that the stages read, and to passages that a model can write questions
+about.
 
     qa          pairs as they are                                        -> sft.jsonl
     articles    "「대한민국헌법」 제1조의 내용을 알려 주세요." and the article    -> sft.jsonl
@@ -9,8 +10,8 @@
     tasks       answers to the same prompt, to be ranked                 -> tasks.jsonl
     auto        qa for pairs; of a document passages, and of articles, faq, sections the first that fits
 
-Answers are the source's own words: nothing here is written by a model. Each record has an id (a hash of what it is) and its source; the same input and
-keys make the same files.
+Answers are the source's own words: nothing here is written by a model. Each record has an id (a hash of what it is) and its source; the
+same input and keys make the same files.
 """
 import hashlib
 from collections import Counter
@@ -101,7 +102,8 @@ class Builder:
                     continue
                 else:
                     question = self._question(kind, title, piece, item.source, item.text)
-                yield from self._kept(kind, question, piece.text, item.source.of(piece.label if kind != "faq" else f"faq:{output.identity(piece.label)}"))
+                part = piece.label if kind != "faq" else f"faq:{output.identity(piece.label)}"
+                yield from self._kept(kind, question, piece.text, item.source.of(part))
             return
         if self.wanted != "auto":
             self.left_out[f"no_{self.wanted}"] += 1
@@ -130,7 +132,7 @@ class Builder:
 
     def _kept(self, builder: str, prompt: str | list, answer: str, source: Source) -> Iterator[dict]:
         settings, asked = self.config.collect, prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        reason = ("too_short" if len(answer.strip()) < settings.min_chars else "too_long" if len(answer) > settings.max_chars or len(asked) > settings.max_chars
+        reason = ("too_short" if len(answer.strip()) < settings.min_chars else "too_long" if max(len(answer), len(asked)) > settings.max_chars
                   else "repeated" if self._repeated(prompt, answer) else None)
         if reason:
             self.left_out[reason] += 1

@@ -86,7 +86,8 @@ def _lines(manifest: dict, folder: Path) -> Sequence[str]:
     if manifest["left_out"]:
         found.append("left out: " + ", ".join(f"{reason} {count:,}" for reason, count in manifest["left_out"].items()))
     if "spent" in manifest:
-        found.append(f"replies: {manifest['replies']:,}, new {manifest['new_replies']:,}; " + ", ".join(f"{name} {count:,}" for name, count in manifest["spent"].items()))
+        spent = ", ".join(f"{name} {count:,}" for name, count in manifest["spent"].items())
+        found.append(f"replies: {manifest['replies']:,}, new {manifest['new_replies']:,}; {spent}")
     if "agreement" in manifest:
         from rlhf.collect.progress import sentence
 

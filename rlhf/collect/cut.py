@@ -1,4 +1,5 @@
-"""Documents in pieces: articles of a statute, questions with answers, sections under a heading, passages of a given length. Plain functions of the text.
+"""Documents in pieces: articles of a statute, questions with answers, sections under a heading, passages of a given length. Plain functions
+of the text.
 
 Every piece is a part of the document as it stands (`text.find(piece.text) >= 0`), in its order; nothing is written anew.
 """
@@ -8,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 # 제1조, 제 12 조의2 (정의), Article 3. (Purpose); where a line begins
-_ARTICLE = re.compile(r"^[ \t　]*(?P<label>제[ \t]*\d+[ \t]*조(?:[ \t]*의[ \t]*\d+)?|Article[ \t]+\d+)[.:]?[ \t]*(?:[(（](?P<title>[^)）\n]{1,60})[)）])?(?=[\s①-⑳])",
-                      re.MULTILINE)
+_ARTICLE = re.compile(r"^[ \t　]*(?P<label>제[ \t]*\d+[ \t]*조(?:[ \t]*의[ \t]*\d+)?|Article[ \t]+\d+)[.:]?"
+                      r"[ \t]*(?:[(（](?P<title>[^)）\n]{1,60})[)）])?(?=[\s①-⑳])", re.MULTILINE)
 # What ends an article without being one: chapters, sections, addenda.
 _BREAK = re.compile(r"^[ \t　]*(?:제[ \t]*\d+[ \t]*(?:편|장|절|관)(?=[\s]|$)|부[ \t]*칙|별[ \t]*표|Chapter[ \t]+\w+|Addend(?:a|um))[^\n]*$", re.MULTILINE)
 _QUESTION = re.compile(r"^[ \t]*(?:Q|질문|질의|문|Question)[ \t]*\d*[ \t]*[.:)：][ \t]*(?=\S)", re.MULTILINE)

@@ -1,8 +1,9 @@
-"""The desk that hands tasks to people and takes their decisions: who sees what next, and what becomes of an answer that comes twice or too late.
+"""The desk that hands tasks to people and takes their decisions: who sees what next, and what becomes of an answer that comes twice or too
+late.
 
-A task is to be ordered by `collect.votes` people; a share of them, chosen by a hash (`collect.shared`), by `collect.shared_votes`, so that agreement is
-known. Whoever asks gets what is open on their screen; else a task that others have begun; else one of the domain that is furthest behind its target. A
-task on somebody's screen is kept for them for `collect.lease` seconds; afterwards others may have it too.
+A task is to be ordered by `collect.votes` people; a share of them, chosen by a hash (`collect.shared`), by `collect.shared_votes`, so that
+agreement is known. Whoever asks gets what is open on their screen; else a task that others have begun; else one of the domain that is
+furthest behind its target. A task on somebody's screen is kept for them for `collect.lease` seconds; afterwards others may have it too.
 
 No web in here: `server.py` asks, one call at a time.
 """

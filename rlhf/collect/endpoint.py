@@ -1,7 +1,8 @@
 """Replies from an OpenAI-compatible endpoint (`POST BASE/chat/completions`): several at once, with retries, within a budget.
 
-The key comes from the environment variable that `collect.key_env` names. It goes into one header and nowhere else: not into messages, caches, manifests or
-logs; redirects are not followed, so that it reaches no other host. What an endpoint says of an error is shown without it, in 200 characters.
+The key comes from the environment variable that `collect.key_env` names. It goes into one header and nowhere else: not into messages,
+caches, manifests or logs; redirects are not followed, so that it reaches no other host. What an endpoint says of an error is shown without
+it, in 200 characters.
 
     408, 409, 425, 429, 5xx, no connection, no reply in time     asked again: after Retry-After, or 0.5 s, 1 s, 2 s, ... with jitter, up to 60 s
     400, 413, 422                                                this item is left out and counted (too long, refused by a filter)
@@ -49,11 +50,13 @@ class Endpoint:
         self._local = parts.hostname in ("127.0.0.1", "localhost", "::1")
         self._key = os.environ.get(settings.key_env, "").strip() if settings.key_env else ""
         if settings.key_env and not self._key and not self._local:
-            raise UserError("collect.key_env", settings.key_env, "is not set in the environment: export the endpoint's key there, or collect.key_env= for an endpoint without one")
+            raise UserError("collect.key_env", settings.key_env, "is not set in the environment: export the endpoint's key there, or collect.key_env= for an "
+                                                                 "endpoint without one")
         if not self._key.isascii() or any(letter.isspace() for letter in self._key):
             raise UserError("collect.key_env", settings.key_env, "does not hold a key: letters outside ASCII, or spaces")
         self._url = settings.endpoint.rstrip("/") + "/chat/completions"
-        self.note = f"{settings.endpoint} is not encrypted: the key and all texts can be read on the way" if parts.scheme == "http" and not self._local else None
+        plain = parts.scheme == "http" and not self._local
+        self.note = f"{settings.endpoint} is not encrypted: the key and all texts can be read on the way" if plain else None
 
     def run(self, requests: Iterator[Request], cache: Cache, budget: Budget) -> Counter:
         """Asks for all that the cache has not. Returns why items were left out, and how often.
@@ -88,7 +91,8 @@ class Endpoint:
                 except _Left as error:
                     left_out[str(error)] += 1
                     if self._failed_in_a_row >= IN_A_ROW:
-                        raise RunFailed(f"{self._settings.endpoint}: {IN_A_ROW} requests in a row had no reply ({error}); what was answered is kept, run the same command again") from None
+                        raise RunFailed(f"{self._settings.endpoint}: {IN_A_ROW} requests in a row had no reply ({error}); what was answered is kept, run the "
+                                        "same command again") from None
                 finally:
                     under_way.discard(request.key)
                     budget.give_back(usage)

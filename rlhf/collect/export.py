@@ -1,7 +1,8 @@
 """`collect export`: what people decided, as the reward stage reads it (`ranking` of `rlhf/data/records.py`), as pairs, or as SFT examples.
 
-Several people's orders of one task become one by the mean of the ranks they gave (`collect.merge=mean`; equal means tie), or stay records of their own
-(`each`). A task that was only skipped, or whose answers all tie, teaches nothing and is left out and counted. Names of annotators are not exported.
+Several people's orders of one task become one by the mean of the ranks they gave (`collect.merge=mean`; equal means tie), or stay records
+of their own (`each`). A task that was only skipped, or whose answers all tie, teaches nothing and is left out and counted. Names of
+annotators are not exported.
 """
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +49,13 @@ def export(config: Config) -> dict:
     if gone := len(set(decided.choices) - set(tasks)):
         left_out["task_is_gone"] = gone
     if not records.count:
-        raise UserError("input", config.input, "holds no decision to export: " + (", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "none"))
+        reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
+        raise UserError("input", config.input, f"holds no decision to export: {reasons or 'none'}")
     found = agreement.of_orders(decided.orders(tasks))
-    return output.manifest(folder / "export.yaml", config, inputs=[source / "tasks.jsonl", source / ballots.FILE], outputs=[records.facts()], left_out=left_out,
-                           agreement={key: value for key, value in found.items() if key != "people"}, origins={name: _told(one) for name, one in sorted(origins.items())})
+    return output.manifest(
+        folder / "export.yaml", config, inputs=[source / "tasks.jsonl", source / ballots.FILE], outputs=[records.facts()], left_out=left_out,
+        agreement={key: value for key, value in found.items() if key != "people"}, origins={name: _told(one) for name, one in sorted(origins.items())},
+    )
 
 
 def merged(orders: Sequence[Order]) -> Order:
@@ -75,7 +79,8 @@ def _preferences(task: Task, order: Order) -> Iterator[dict]:
     for better, worse in combinations(order, 2):
         for chosen in better:
             for rejected in worse:
-                yield {"id": output.identity("pair", task.id, chosen, rejected), "prompt": task.record()["prompt"], "chosen": texts[chosen], "rejected": texts[rejected]}
+                yield {"id": output.identity("pair", task.id, chosen, rejected), "prompt": task.record()["prompt"],
+                       "chosen": texts[chosen], "rejected": texts[rejected]}
 
 
 def _best(task: Task, order: Order) -> Iterator[dict]:

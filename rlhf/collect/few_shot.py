@@ -1,7 +1,7 @@
 """Few-shot prompts: a question behind solved examples of its own domain (and language), none of which is itself ever asked.
 
-Which pairs become examples is decided by a hash of each pair; which of them stand before a question, by a hash of both: adding records moves few, and
-no example has the source of the question it helps with.
+Which pairs become examples is decided by a hash of each pair; which of them stand before a question, by a hash of both: adding records
+moves few, and no example has the source of the question it helps with.
 """
 import hashlib
 from collections import Counter
@@ -48,8 +48,9 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
                 if len(before) < shots:
                     left_out["too_few_examples"] += 1
                     continue
-                prompts.write({"id": output.identity("few_shot", record["id"], [one["id"] for one in before]), "prompt": messages(before, record["prompt"]),
-                               "reference": record["response"], "shots": [one["id"] for one in before], "language": record["language"],
+                shown = [one["id"] for one in before]
+                prompts.write({"id": output.identity("few_shot", record["id"], shown), "prompt": messages(before, record["prompt"]),
+                               "reference": record["response"], "shots": shown, "language": record["language"],
                                "domain": record["domain"], "source": record["source"]})
     return [one for one in (examples.facts(), prompts.facts()) if one], left_out
 

@@ -1,7 +1,7 @@
 """Who may order answers: a token for each annotator, of which a directory only keeps the hash (`annotators.yaml`, mode 600).
 
-A link is shown once, when it is made; `collect.renew=[NAME]` makes another and ends the old one. The token stands behind the `#` of the link, which no
-browser sends and no server logs.
+A link is shown once, when it is made; `collect.renew=[NAME]` makes another and ends the old one. The token stands behind the `#` of the
+link, which no browser sends and no server logs.
 """
 import hashlib
 import os

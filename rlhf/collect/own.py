@@ -1,7 +1,7 @@
 """Replies from a checkpoint of our own, on its ranks: `megatron_ext/generate` and the chat template of `rlhf/data`. Collective.
 
-The first rank reads items and keeps the cache; all ranks decode what it tells them. What is drawn depends on the seed and the request alone (its hash is the
-number of the sample), so that neither the layout nor where a run was interrupted changes a reply.
+The first rank reads items and keeps the cache; all ranks decode what it tells them. What is drawn depends on the seed and the request alone
+(its hash is the number of the sample), so that neither the layout nor where a run was interrupted changes a reply.
 """
 from collections import Counter
 from collections.abc import Iterator
@@ -63,11 +63,14 @@ class Own:
                 allowed.append((request, tokens))
             by_sampling: dict[tuple, list] = {}
             for request, tokens in allowed:
-                by_sampling.setdefault((request.sampling["max_tokens"], request.sampling["temperature"], request.sampling["top_p"], tuple(request.sampling.get("stop", ()))),
-                                       []).append((request, tokens))
+                how = request.sampling
+                settings = (how["max_tokens"], how["temperature"], how["top_p"], tuple(how.get("stop", ())))
+                by_sampling.setdefault(settings, []).append((request, tokens))
             for settings, group in by_sampling.items():
-                for (request, tokens), one in zip(group, self._draw(settings, [(tokens, int(request.key[:15], 16)) for request, tokens in group])):
-                    cache.put(request, Reply(one.text, "stop" if one.stop in ("eod", "stop_string") else "length", Usage(len(tokens), len(one.tokens))))
+                drawn = self._draw(settings, [(tokens, int(request.key[:15], 16)) for request, tokens in group])
+                for (request, tokens), one in zip(group, drawn):
+                    stop = "stop" if one.stop in ("eod", "stop_string") else "length"
+                    cache.put(request, Reply(one.text, stop, Usage(len(tokens), len(one.tokens))))
             if budget.reached:
                 break
         return left_out
@@ -96,9 +99,10 @@ class Own:
     def _decode(self, settings: tuple, rows: list[tuple[list[int], int]]):
         max_tokens, temperature, top_p, stop = settings
         own = self.config.generate
-        wanted = GenerateConfig(max_tokens=int(max_tokens), temperature=float(temperature), top_p=float(top_p), top_k=own.top_k, stop=tuple(stop), seed=own.seed,
-                                batch_size=own.batch_size)
-        return generate(self._engine, [tokens for tokens, _ in rows], wanted, tokenizer=self._tokenizer, eod=self._ends, sample_ids=[number for _, number in rows])
+        wanted = GenerateConfig(max_tokens=int(max_tokens), temperature=float(temperature), top_p=float(top_p), top_k=own.top_k, stop=tuple(stop),
+                                seed=own.seed, batch_size=own.batch_size)
+        prompts, numbers = [tokens for tokens, _ in rows], [number for _, number in rows]
+        return generate(self._engine, prompts, wanted, tokenizer=self._tokenizer, eod=self._ends, sample_ids=numbers)
 
     def serve(self) -> None:
         """On the other ranks: decodes with the first one until it is done."""

@@ -42,7 +42,8 @@ class Targets:
         """What the page and `collect status` show. there: what could be done, by domain. Domains that only have a target stand there with 0."""
         names = sorted({*done, *there, *self.own})
         return {"total": {"done": sum(done.values()), "there": sum(there.values()), "target": self.total},
-                "domains": [{"domain": name, "done": done.get(name, 0), "there": there.get(name, 0), "target": self.of_domain(name)} for name in names]}
+                "domains": [{"domain": name, "done": done.get(name, 0), "there": there.get(name, 0), "target": self.of_domain(name)}
+                            for name in names]}
 
 
 def status(folder: Path, settings: CollectConfig) -> dict:
@@ -56,7 +57,7 @@ def status(folder: Path, settings: CollectConfig) -> dict:
     skipped: Counter[str] = Counter()
     seconds: list[float] = []
     orders: dict = {}
-    for file in sorted(path for path in folder.rglob("*.jsonl") if path.name in COUNTED and not any(part.startswith(".") for part in path.relative_to(folder).parts)):
+    for file in sorted(path for path in folder.rglob("*.jsonl") if path.name in COUNTED):
         counts[file.name] += domains_of(file)
         if file.name == "tasks.jsonl" and (file.parent / ballots.FILE).is_file():
             held, found = tasks.load(file), ballots.load(file.parent)
@@ -102,11 +103,11 @@ def text(found: dict) -> str:
     for name in sorted(names):
         ours, theirs = sft.get(name, none), ranked.get(name, none)
         target = max(ours["target"], theirs["target"])
-        rows.append((name or "(none)", f"{ours['done']:,}", f"{theirs['there']:,}", f"{theirs['done']:,}", f"{target:,}", f"{theirs['done'] / target:.1%}"))
+        rows.append((name or "(none)", *_cells(ours, theirs, target)))
     total = found["ranked"]["total"]
-    rows.append(("all", f"{found['sft']['total']['done']:,}", f"{total['there']:,}", f"{total['done']:,}", f"{total['target']:,}", f"{total['done'] / total['target']:.1%}"))
+    rows.append(("all", *_cells(found["sft"]["total"], total, total["target"])))
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines_ = ["  ".join(cell.ljust(width) if not place else cell.rjust(width) for place, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+    lines_ = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]) for row in rows]
     if found["decisions"]:
         by = ", ".join(f"{name} {count}" for name, count in found["annotators"].items())
         skipped = "".join(f", {reason} {count}" for reason, count in found["skipped"].items())
@@ -117,6 +118,10 @@ def text(found: dict) -> str:
     return "\n".join(lines_)
 
 
+def _cells(sft: dict, ranked: dict, target: int) -> tuple[str, ...]:
+    return f"{sft['done']:,}", f"{ranked['there']:,}", f"{ranked['done']:,}", f"{target:,}", f"{ranked['done'] / target:.1%}"
+
+
 def sentence(found: dict) -> str:
     """The agreement in words."""
     if not found["tasks"]:
@@ -125,5 +130,5 @@ def sentence(found: dict) -> str:
     def shown(value: float | None, form: str) -> str:
         return "not defined" if value is None else format(value, form)
 
-    return (f"{found['tasks']} tasks ordered by two or more: alpha {shown(found['order'], '.3f')} (order, ordinal), {shown(found['best'], '.3f')} (best, nominal), "
-            f"{shown(found['pairs'], '.0%')} of {found['compared']} pairs alike")
+    return (f"{found['tasks']} tasks ordered by two or more: alpha {shown(found['order'], '.3f')} (order, ordinal), "
+            f"{shown(found['best'], '.3f')} (best, nominal), {shown(found['pairs'], '.0%')} of {found['compared']} pairs alike")

@@ -4,9 +4,10 @@
     GET  /api/state    what this annotator sees now
     POST /api/decide   {task, order}           POST /api/skip   {task, reason}           POST /api/undo   {}
 
-A call is an annotator's by its bearer token; there are no cookies, so that no other site can act for anybody. Answers are written by models and people nobody
-knows: the page shows them as text only, and its Content-Security-Policy allows the page's own script and style by their hashes, connections to this
-server, and nothing else. The server is one process with one event loop: calls come to the desk one after the other.
+A call is an annotator's by its bearer token; there are no cookies, so that no other site can act for anybody. Answers are written by models
+and people nobody knows: the page shows them as text only, and its Content-Security-Policy allows the page's own script and style by their
+hashes, connections to this server, and nothing else. The server is one process with one event loop: calls come to the desk one after the
+other.
 """
 import base64
 import hashlib
@@ -48,7 +49,8 @@ def serve(config: Config) -> int:
         address = f"http://{_in_url(settings.host)}:{port}/"
         print(f"{len(found):,} tasks; {desk.progress()['total']['done']:,} are ordered. The page: {address}", flush=True)
         if settings.host not in LOOPBACK:
-            print(f"note: {address} speaks plain HTTP: put it behind TLS, or listen at 127.0.0.1 and reach it by ssh -L {port}:127.0.0.1:{port}", flush=True)
+            print(f"note: {address} speaks plain HTTP: put it behind TLS, or listen at 127.0.0.1 and reach it by ssh -L {port}:127.0.0.1:{port}",
+                  flush=True)
         for name, token in made.items():
             print(f"{name:<20}{address}#token={token}", flush=True)
         for name in settings.annotators:
@@ -64,15 +66,16 @@ def application(desk: Desk, allowed: Mapping[str, str], *, hosts: tuple[str, ...
     """The FastAPI application.
 
     Args:
-        allowed: {hash of a token: annotator}. hosts: names by which it may be called, beside this machine's own; none is asked for with 0.0.0.0 and ::.
+        allowed: {hash of a token: annotator}.
+        hosts: names by which it may be called, beside this machine's own; none is asked for with 0.0.0.0 and ::.
     """
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, Response
 
     page = PAGE.read_bytes()
     headers = {
-        "Content-Security-Policy": policy(page.decode("utf-8")), "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
-        "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin", "X-Frame-Options": "DENY",
+        "Content-Security-Policy": policy(page.decode("utf-8")), "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store", "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Resource-Policy": "same-origin", "X-Frame-Options": "DENY",
         "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     }
     known = None if {"0.0.0.0", "::"} & {*hosts} else {*LOOPBACK, *hosts}
@@ -142,8 +145,8 @@ def policy(page: str) -> str:
         inside = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
         return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in inside)
 
-    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
+    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; img-src data:; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
 
 
 async def _body(request) -> dict:

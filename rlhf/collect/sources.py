@@ -1,8 +1,8 @@
 """What is read: documents (JSON lines of datatrove's `Document`: text, id, metadata) and records of questions with answers (all formats of
 `rlhf/data/records.py`), each with where it came from.
 
-A record with a `text` (`data.text_key`) and no question is a document. What cannot be read is named by file and line, counted and skipped; more
-than `chat.max_bad_records` refuse the input. Texts are never shown.
+A record with a `text` (`data.text_key`) and no question is a document. What cannot be read is named by file and line, counted and skipped;
+more than `chat.max_bad_records` refuse the input. Texts are never shown.
 """
 import hashlib
 import json
@@ -116,7 +116,8 @@ def _source(value: dict, metadata: Mapping, file: Path, line: int, text: str, co
     if isinstance(given, dict) and isinstance(given.get("id"), str):  # a record of ours, made of something else: that is its source still
         facts = {name: given[name] for name in (*_KEPT, "collection") if isinstance(given.get(name), str)}
         facts |= {name: value[name] for name in ("language", "domain") if isinstance(value.get(name), str)}
-        return Source(given["id"], str(given.get("file", file.name)), int(given.get("line", line)), str(given.get("sha256", "")), given.get("part"), facts)
+        where = given["line"] if isinstance(given.get("line"), int) else line
+        return Source(given["id"], str(given.get("file", file.name)), where, str(given.get("sha256", "")), given.get("part"), facts)
     name = value.get("id")
     name = str(name) if isinstance(name, str | int) and not isinstance(name, bool) and str(name).strip() else None
     facts = {key: metadata[key] for key in _KEPT if isinstance(metadata.get(key), str) and metadata[key].strip()}

@@ -1,8 +1,8 @@
 """Tasks: a prompt and two or more answers to it, which a person is to order.
 
-`collect build collect.builder=tasks input=DIR` puts together all answers that its files hold to the same prompt: answers of several models or of one
-model drawn several times (`collect augment` with a template that makes answers), and the answer that a Q-A source gave, which is then marked as the
-demonstration. Records with `responses` are tasks by themselves.
+`collect build collect.builder=tasks input=DIR` puts together all answers that its files hold to the same prompt: answers of several models
+or of one model drawn several times (`collect augment` with a template that makes answers), and the answer that a Q-A source gave, which is
+then marked as the demonstration. Records with `responses` are tasks by themselves.
 """
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,7 +40,8 @@ class Task:
     source: dict = field(default_factory=dict)
 
     def record(self) -> dict:
-        prompt = self.prompt[0]["content"] if len(self.prompt) == 1 and self.prompt[0]["role"] == "user" else [dict(message) for message in self.prompt]
+        alone = len(self.prompt) == 1 and self.prompt[0]["role"] == "user"
+        prompt = self.prompt[0]["content"] if alone else [dict(message) for message in self.prompt]
         return {"id": self.id, "prompt": prompt, "answers": [{"id": one.id, "text": one.text, "origin": one.origin} for one in self.answers],
                 "domain": self.domain, "language": self.language, "source": self.source}
 
@@ -67,7 +68,9 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
         except Bad as error:
             bad.add(file, line, str(error))
             continue
-        source = value.get("source") if isinstance(value.get("source"), dict) else {"id": f"{config.collect.source or file.name}:{line}", "file": file.name, "line": line}
+        source = value.get("source")
+        if not isinstance(source, dict):
+            source = {"id": f"{config.collect.source or file.name}:{line}", "file": file.name, "line": line}
         name = output.identity([dict(message) for message in prompt])
         group = groups.setdefault(name, _Group(prompt, {"source": source, "domain": value.get("domain") or config.collect.domain or "",
                                                         "language": value.get("language") or ""}))

@@ -1,4 +1,5 @@
-"""Prompt templates of `collect augment`: YAML with messages in Jinja (in a sandbox, missing names are errors), and what is made of the replies.
+"""Prompt templates of `collect augment`: YAML with messages in Jinja (in a sandbox, missing names are errors), and what is made of the
+replies.
 
     name: qa_ko
     language: ko
@@ -12,8 +13,9 @@
     example: ...         how one example is asked (Jinja; its response is the assistant's turn); by default as the last message
     examples: [{...variables, response: ...}]
 
-Variables: passage, title, domain, language, prompt, response (of the item; empty text where it has none), count. For `answer` without messages the item's
-own prompt is asked as it is. Items are data, also when they look like instructions: templates put them between marks and say so.
+Variables: passage, title, domain, language, prompt, response (of the item; empty text where it has none), count. For `answer` without
+messages the item's own prompt is asked as it is. Items are data, also when they look like instructions: templates put them between marks
+and say so.
 """
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,10 @@ KEY = "collect.template"
 MAKES = ("pairs", "prompts", "answer")
 VARIABLES = ("passage", "title", "domain", "language", "prompt", "response", "count")
 _SAMPLING = {"temperature": (float, int), "top_p": (float, int), "max_tokens": (int,), "stop": (list,)}
-_FIELDS = {"name": str, "language": str, "makes": str, "count": int, "sampling": dict, "shots": int, "messages": list, "example": str, "examples": list}
+_FIELDS = {"name": str, "language": str, "makes": str, "count": int, "sampling": dict, "shots": int, "messages": list, "example": str,
+           "examples": list}
+_KINDS = {str: "text", int: "a whole number", dict: "a mapping", list: "a list"}
+_ROLES = ("system", "user", "assistant")
 _FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -74,7 +79,7 @@ class Template:
             if name not in _FIELDS:
                 raise wrong(name, f"is unknown; known are {', '.join(_FIELDS)}")
             if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
-                raise wrong(name, f"must be {'a list' if _FIELDS[name] is list else 'a mapping' if _FIELDS[name] is dict else 'text' if _FIELDS[name] is str else 'a whole number'}")
+                raise wrong(name, f"must be {_KINDS[_FIELDS[name]]}")
         for name in ("name", "language", "makes"):
             if name not in found:
                 raise wrong(name, "is missing")
@@ -84,7 +89,8 @@ class Template:
             raise wrong("count", "must be at least 1, its shots at least 0")
         messages = found.get("messages", [])
         for one in messages:
-            if not isinstance(one, dict) or set(one) != {"role", "content"} or one["role"] not in ("system", "user", "assistant") or not isinstance(one["content"], str):
+            right = isinstance(one, dict) and set(one) == {"role", "content"} and one["role"] in _ROLES and isinstance(one["content"], str)
+            if not right:
                 raise wrong("messages", "must each have a role (system, user, assistant) and a content")
         if not messages and found["makes"] != "answer" or messages and messages[-1]["role"] != "user":
             raise wrong("messages", "must end with one of the user")
