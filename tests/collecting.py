@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Self
 
 from small import ROOT, environment
 
@@ -111,7 +112,7 @@ class Serving:
         self.process.communicate(timeout=30)
         return self.process.returncode
 
-    def __enter__(self) -> "Serving":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:
@@ -172,7 +173,7 @@ class FakeEndpoint:
         self._server.shutdown()
         self._server.server_close()
 
-    def __enter__(self) -> "FakeEndpoint":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -60,7 +60,7 @@ def test_passages_lose_nothing_and_are_never_too_long(longest):
     for passage in found:  # each is a part of the text, in its order
         place = text.index(passage, place) + len(passage)
     if longest == 40:
-        assert "A sentence. Another one! 셋째 문장입니다." in found  # paragraphs that fit stay whole
+        assert any("A sentence. Another one! 셋째 문장입니다." in passage for passage in found)  # paragraphs that fit stay whole
     assert cut.passages(" \n ", 10) == []
 
 

@@ -157,10 +157,13 @@ def test_undo_goes_back_as_far_as_one_likes(ten):
         state = at.state("kim")
         assert state["task"]["id"] == done[number] and state["task"]["draft"] == (None if number == 2 else ORDER)
     assert not at.ballots.choices and at.progress()["total"]["done"] == 0
-    assert at.current("lee").id == ahead  # what kim left is free for others
+    assert at.current("lee").id == "t0005"  # what kim goes back over stays kim's
     at.decide("kim", done[0], [["a2"], ["a1"], ["a0"]])
     assert at.ballots.choices[done[0]]["kim"].order == (("a2",), ("a1",), ("a0",))
-    assert at.current("kim").id == done[1]
+    for expected in (*done[1:], ahead, "t0006"):  # and forward again, each with the order that was undone
+        state = at.state("kim")
+        assert state["task"]["id"] == expected and state["task"]["draft"] == (ORDER if expected in (done[1], done[3]) else None)
+        at.decide("kim", expected, ORDER)
 
 
 # ---- the log -----------------------------------------------------------------------------------------------------------------------

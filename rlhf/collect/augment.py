@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
@@ -161,7 +161,7 @@ def _write(work: Augmentation, model: str, cache: Cache, folder: Path, left_out:
 class _Nothing:
     """A second file where there is none."""
 
-    def __enter__(self) -> "_Nothing":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -5,7 +5,7 @@ An action is {event, annotator, task, at, ...}:
     open      the task is on this person's screen (and stays there through reloads and restarts)
     decide    order: groups of answers' ids, best first, ties together; shown: the ids as they stood on the screen; seconds: how long it took
     skip      reason: one of SKIPS
-    undo      takes back this person's last decide or skip, which becomes the draft of that task, now open again
+    undo      takes back this person's last decide or skip, which becomes the draft of that task, now open again; what was open waits behind it
 """
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -29,13 +29,14 @@ class Choice:
 
 @dataclass
 class Person:
-    """Attributes: open: the task on the screen, since: when it came there (seconds of the epoch). draft: its order that was undone.
-    done: tasks decided or skipped, the latest last."""
+    """Attributes: open: the task on the screen, since: when it came there (seconds of the epoch). done: tasks decided or skipped, the latest last.
+    back: tasks that undoing put aside, the next one last. drafts: the orders that were undone, by task."""
 
     open: str | None = None
     since: float = 0.0
-    draft: tuple[tuple[str, ...], ...] | None = None
     done: list[str] = field(default_factory=list)
+    back: list[str] = field(default_factory=list)
+    drafts: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
 
 
 class Ballots:
@@ -56,11 +57,14 @@ class Ballots:
         event, name, task = action["event"], action["annotator"], action["task"]
         person = self.person(name)
         if event == "open":
-            person.open, person.since, person.draft = task, float(action["at"]), None
+            person.open, person.since = task, float(action["at"])
+            if task in person.back:
+                person.back.remove(task)
         elif event in ("decide", "skip"):
             order = tuple(tuple(tied) for tied in action["order"]) if event == "decide" else None
             self.choices.setdefault(task, {})[name] = Choice(order, action.get("reason", ""), float(action.get("seconds", 0)))
-            person.open, person.draft = None, None
+            person.open = None
+            person.drafts.pop(task, None)
             person.done.append(task)
         elif event == "undo":
             if not person.done or person.done[-1] != task:
@@ -69,7 +73,11 @@ class Ballots:
             choice = self.choices[task].pop(name)
             if not self.choices[task]:
                 del self.choices[task]
-            person.open, person.since, person.draft = task, float(action["at"]), choice.order
+            if person.open is not None:
+                person.back.append(person.open)
+            if choice.order is not None:
+                person.drafts[task] = choice.order
+            person.open, person.since = task, float(action["at"])
         else:
             raise ValueError(f"unknown event {event}")
         self.actions += 1

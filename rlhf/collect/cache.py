@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from rlhf.collect.budget import Budget, Usage
 from rlhf.collect.log import AppendLog
@@ -76,7 +77,7 @@ class Cache:
     def close(self) -> None:
         self._log.close()
 
-    def __enter__(self) -> "Cache":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

@@ -16,7 +16,7 @@ _BREAK = re.compile(r"^[ \t　]*(?:제[ \t]*\d+[ \t]*(?:편|장|절|관)(?=[\s]|
 _QUESTION = re.compile(r"^[ \t]*(?:Q|질문|질의|문|Question)[ \t]*\d*[ \t]*[.:)：][ \t]*(?=\S)", re.MULTILINE)
 _ANSWER = re.compile(r"^[ \t]*(?:A|답변|회신|답|Answer)[ \t]*\d*[ \t]*[.:)：][ \t]*(?=\S)", re.MULTILINE)
 _MARKDOWN = re.compile(r"^#{1,6}[ \t]+(?P<title>[^\n#][^\n]*?)[ \t#]*$", re.MULTILINE)
-_LINE = re.compile(r"(?:\A|\n[ \t]*\n)(?P<title>[^\n]{2,40})\n[ \t]*\n(?=\S)")  # a short line alone between blank ones
+_LINE = re.compile(r"(?:\A|\n[ \t]*\n)(?P<title>[^\n]{2,40})(?=\n[ \t]*\n)")  # a short line alone between blank ones
 _SENTENCE = re.compile(r"(?<=[.!?。！？…])[\"'”’)\]]*\s+|\n+")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n+")
 
@@ -119,7 +119,7 @@ def _units(text: str, longest: int) -> Iterator[tuple[int, int]]:
             continue
         for first, last in _split(_SENTENCE, text, start, stop):
             while last - first > longest:
-                yield first, first + longest
+                yield from _stripped(text, first, first + longest)
                 first += longest
                 while first < last and text[first].isspace():
                     first += 1

@@ -2,7 +2,7 @@
 late.
 
 A task is to be ordered by `collect.votes` people; a share of them, chosen by a hash (`collect.shared`), by `collect.shared_votes`, so that
-agreement is known. Whoever asks gets what is open on their screen; else a task that others have begun; else one of the domain that is
+agreement is known. Whoever asks gets what is open on their screen; else what they put aside by undoing; else a task that others have begun; else one of the domain that is
 furthest behind its target. A task on somebody's screen is kept for them for `collect.lease` seconds; afterwards others may have it too.
 
 No web in here: `server.py` asks, one call at a time.
@@ -109,10 +109,11 @@ class Desk:
         task, person = self.current(name), self.ballots.person(name)
         shown = None
         if task is not None:
+            draft = person.drafts.get(task.id)
             texts = {answer.id: answer.text for answer in task.answers}
             shown = {"id": task.id, "domain": task.domain, "language": task.language, "prompt": [dict(message) for message in task.prompt],
                      "answers": [{"id": one, "text": texts[one]} for one in self.shown(name, task)],
-                     "draft": [list(tied) for tied in person.draft] if person.draft else None}
+                     "draft": [list(tied) for tied in draft] if draft else None}
         return {"annotator": name, "choose": self.settings.choose, "task": shown, "done": len(person.done), "undo": bool(person.done), "skips": SKIPS,
                 "waiting": task is None and self._others_hold(name), "progress": self.progress(), "agreement": self.agreement()}
 
@@ -183,6 +184,9 @@ class Desk:
     def _candidates(self, name: str) -> Iterator[Task]:
         """Tasks that this person may have, the next one first."""
         held = self._held(name)
+        for task_id in reversed(self.ballots.person(name).back):
+            if task_id in self.tasks and self._free(self.tasks[task_id], name, held):
+                yield self.tasks[task_id]
         for task_id in self._begun:
             if self._free(self.tasks[task_id], name, held):
                 yield self.tasks[task_id]
@@ -192,11 +196,12 @@ class Desk:
                     yield self.tasks[task_id]
 
     def _held(self, name: str) -> dict[str, int]:
-        """task -> how many others have it on their screens."""
+        """task -> how many others have it on their screens, or put it aside."""
         found: dict[str, int] = {}
         for other, person in self.ballots.people.items():
             if other != name and person.open is not None and self._now() - person.since < self.settings.lease:
-                found[person.open] = found.get(person.open, 0) + 1
+                for task in (person.open, *person.back):
+                    found[task] = found.get(task, 0) + 1
         return found
 
     def _free(self, task: Task, name: str, held: Mapping[str, int]) -> bool:

@@ -12,6 +12,7 @@ it, in 200 characters.
 import asyncio
 import email.utils
 import hashlib
+import math
 import os
 import time
 from collections import Counter
@@ -191,7 +192,7 @@ def _told(header: str | None) -> float | None:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    return min(max(seconds, 0.0), LONGEST_TOLD_WAIT) if seconds == seconds else None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_TOLD_WAIT)
 
 
 def _pause(attempt: int, key: str) -> float:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from megatron_ext.errors import UserError
 
@@ -89,7 +90,7 @@ class AppendLog:
     def close(self) -> None:
         os.close(self._file)
 
-    def __enter__(self) -> "AppendLog":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_) -> None:

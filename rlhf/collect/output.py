@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Self
 
 import yaml
 
@@ -43,7 +44,7 @@ class Records:
     def __init__(self, path: Path):
         self.path, self.count, self.domains = Path(path), 0, Counter()
 
-    def __enter__(self) -> "Records":
+    def __enter__(self) -> Self:
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")  # hidden: readers of a directory pass it over
         try:
             self._stream = self._part.open("w", encoding="utf-8", newline="\n")

@@ -51,6 +51,14 @@ class _Group:
     prompt: tuple[fields.Message, ...]
     record: dict
     answers: dict[str, str] = field(default_factory=dict)  # text -> origin
+    known: set[str] = field(default_factory=set)
+
+    def learn(self, value: dict) -> None:
+        """Source, domain and language of the first record that says them: in some files only a few do."""
+        for name, kind in (("source", dict), ("domain", str), ("language", str)):
+            if name not in self.known and isinstance(value.get(name), kind) and value[name]:
+                self.record[name] = value[name]
+                self.known.add(name)
 
 
 def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], Counter]:
@@ -68,12 +76,10 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
         except Bad as error:
             bad.add(file, line, str(error))
             continue
-        source = value.get("source")
-        if not isinstance(source, dict):
-            source = {"id": f"{config.collect.source or file.name}:{line}", "file": file.name, "line": line}
         name = output.identity([dict(message) for message in prompt])
-        group = groups.setdefault(name, _Group(prompt, {"source": source, "domain": value.get("domain") or config.collect.domain or "",
-                                                        "language": value.get("language") or ""}))
+        here = {"id": f"{config.collect.source or file.name}:{line}", "file": file.name, "line": line}
+        group = groups.setdefault(name, _Group(prompt, {"source": here, "domain": config.collect.domain or "", "language": ""}))
+        group.learn(value)
         for text, origin in found:
             if text in group.answers:
                 left_out["repeated_answer"] += 1
