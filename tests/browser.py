@@ -4,6 +4,7 @@ Chromium reads commands from file descriptor 3 and writes answers and events to 
 (https://chromedevtools.github.io/devtools-protocol/, --remote-debugging-pipe).
 """
 import base64
+import fcntl
 import json
 import os
 import select
@@ -28,15 +29,15 @@ class Browser:
     """A headless browser with a profile of its own in `folder`."""
 
     def __init__(self, folder: Path, *words: str):
-        commands, self._out = os.pipe()
-        self._in, answers = os.pipe()
+        (read, self._out), (self._in, write) = os.pipe(), os.pipe()
+        commands, answers = (fcntl.fcntl(file, fcntl.F_DUPFD, 10) for file in (read, write))  # not 3 or 4 themselves
         words = (find(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-extensions", "--disable-sync",
                  "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe", f"--user-data-dir={folder}", "--window-size=1200,900", *words)
-        # The shell puts the two pipes where the browser looks for them.
-        self.process = subprocess.Popen(["sh", "-c", f'exec 3<&{commands} 4>&{answers}; exec "$@"', "sh", *words], pass_fds=(commands, answers), stdout=subprocess.DEVNULL,
+        # bash puts the two pipes where the browser looks for them (dash knows no descriptor above 9).
+        self.process = subprocess.Popen(["bash", "-c", f'exec 3<&{commands} 4>&{answers}; exec "$@"', "bash", *words], pass_fds=(commands, answers), stdout=subprocess.DEVNULL,
                                         stderr=(folder.parent / "browser.log").open("wb"))
-        os.close(commands)
-        os.close(answers)
+        for file in (read, write, commands, answers):
+            os.close(file)
         self._held, self._number = b"", 0
         self.events: list[dict] = []
 

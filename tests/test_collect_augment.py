@@ -273,8 +273,8 @@ def test_replies_that_cannot_be_used(makes, text, reason):
 
 
 def test_other_wordings_keep_the_answer_and_repeat_nothing():
-    assert kept("prompts", '["one", "two", "one", "p", {"question": "three"}]', prompt="p", response="R") == (
-        [{"prompt": word, "response": "R"} for word in ("one", "two", "three")], ["repeated", "repeated"])
+    assert kept("prompts", '["one", "two", "one", "p", {"question": "three"}]', prompt="p", response="Right") == (
+        [{"prompt": word, "response": "Right"} for word in ("one", "two", "three")], ["repeated", "repeated"])
     assert kept("prompts", '["one"]', prompt="p")[0] == [{"prompt": "one"}]
 
 
