@@ -1,6 +1,6 @@
 """How fast data is collected: `build` at 1x, 2x, 4x, `augment` over an endpoint that replies at once, and the desk with 50,000 tasks.
 
-    python benchmarks/bench_collect.py [--documents 2000] [--replies 500] [--tasks 50000] [--decisions 500]
+    python benchmarks/bench_collect.py [--documents 500] [--replies 500] [--tasks 50000] [--decisions 200]
 
 One process. Prints JSON: documents and MB (of input) a second, and the peak of memory over that at the start, for each size; replies a second
 (each fsynced into the cache), with httpx alone against the same endpoint beside it; seconds to open a desk with its tasks and earlier decisions, and
@@ -119,7 +119,7 @@ def desk(folder: Path, tasks: int, decisions: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("documents", 2000), ("replies", 500), ("tasks", 50_000), ("decisions", 500)):
+    for name, default in (("documents", 500), ("replies", 500), ("tasks", 50_000), ("decisions", 200)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
