@@ -37,11 +37,11 @@ def opened(tmp_path, browser):
         return servers[-1]
 
     yield start
+    for server in servers:  # first: a browser that has ended must not leave them behind
+        server.__exit__()
     for target in browser.send("Target.getTargets")["targetInfos"]:
         if target["type"] == "page":
             browser.send("Target.closeTarget", targetId=target["targetId"])
-    for server in servers:
-        server.__exit__()
 
 
 def shown(page) -> list[str]:
