@@ -1,6 +1,11 @@
 """The help pages. Keys, their defaults and meanings are read from the text of `schema.py`: one place says them."""
 import ast
+import dataclasses
+import functools
 import importlib.metadata
+import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ext.cli.options import FLAGS, TAKES, VALUES, VERBS
@@ -17,14 +22,15 @@ READS = {
     "submit": ("cluster", "run"),
     "check": ("model", "parallel", "precision", "data", "optim", "train", "checkpoint", "launch", "hardware", *RLHF),
     "plan": ("hardware", "plan", "scaling", "model", "parallel", "precision", "train", "data", "launch", "checkpoint", *RLHF),
-    "prepare": ("data",),
+    "prepare": ("data", "curate"),
+    "ledger": ("curate",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
     "convert": ("checkpoint", "parallel", "launch"),
     "report": ("run",),
     "doctor": (),
 }
-TOP = {"prepare": ("input", "output"), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
+TOP = {"prepare": ("input", "output"), "ledger": ("output",), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
@@ -32,6 +38,7 @@ EXAMPLES = {
     "check": "check stage=ppo checkpoint.start=outputs/sft rewards.models=[outputs/reward] reward_layout.tp=1 parallel.tp=2 launch.ranks=4",
     "plan": "plan model=mt_nlg_530b parallel.tp=8 parallel.pp=35 launch.ranks=2240 hardware=a100_80g train.tokens=270000000000",
     "prepare": "prepare input=corpus.jsonl.gz output=outputs/data/mine data.vocab_size=8192",
+    "ledger": "ledger seen --document statutes:2024/act.hwpx run.dir=outputs",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
     "convert": "convert hf=downloads/Llama-3.1-8B output=outputs/llama parallel.tp=2",
@@ -62,20 +69,34 @@ Exit code 0 when it did what it says, 2 for bad input (one line says what would 
 
 def keys() -> dict[str, list[tuple[str, str, str]]]:
     """Group of keys -> [(dotted key, default, meaning)]; "" holds the keys at the top."""
-    text = Path(schema.__file__).read_text(encoding="utf-8")
-    lines = text.splitlines()
-    classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
     found: dict[str, list[tuple[str, str, str]]] = {"": []}
-    for entry in classes["Config"].body:
-        if not isinstance(entry, ast.AnnAssign):
-            continue
-        kind = ast.unparse(entry.annotation)
-        if kind not in classes:
-            found[""].append(_row(entry, "", lines))
-            continue
-        group = entry.target.id
-        found[group] = [_row(field, group + ".", lines) for field in classes[kind].body if isinstance(field, ast.AnnAssign)]
+    for row in _rows(schema.Config, ""):
+        group, dot, _ = row[0].partition(".")
+        found.setdefault(group if dot else "", []).append(row)
     return found
+
+
+def _rows(kind: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    """The keys of a dataclass and of those inside it, in the order of its text."""
+    lines, body = _source(kind)
+    types = typing.get_type_hints(kind)
+    for entry in body:
+        if dataclasses.is_dataclass(types[entry.target.id]):
+            yield from _rows(types[entry.target.id], f"{prefix}{entry.target.id}.")
+        else:
+            yield _row(entry, prefix, lines)
+
+
+@functools.cache
+def _parsed(path: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    text = Path(path).read_text(encoding="utf-8")
+    return text.splitlines(), {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+
+
+def _source(kind: type) -> tuple[list[str], list[ast.AnnAssign]]:
+    """The lines of the file that a dataclass stands in, and its fields there."""
+    lines, classes = _parsed(sys.modules[kind.__module__].__file__)
+    return lines, [entry for entry in classes[kind.__name__].body if isinstance(entry, ast.AnnAssign)]
 
 
 def _row(field: ast.AnnAssign, prefix: str, lines: list[str]) -> tuple[str, str, str]:
@@ -95,7 +116,7 @@ def verb_page(verb: str) -> str:
     if verb == "generate":
         lines += ["", "Without --prompt and --prompt-file, standard input is one prompt a line."]
     groups = [group for group in GROUPS if group in READS[verb] or (group in ("stage", "cluster") and verb in ("train", "check", "submit", "plan"))]
-    if verb in ("train", "check", "run", "submit", "plan"):
+    if verb in ("train", "check", "run", "submit", "plan", "prepare"):
         lines += ["", "Presets (conf/):", *(f"  {group + '=':<12}{' | '.join(options_of(group))}" for group in groups)]
     table = keys()
     rows = [row for row in table[""] if row[0] in TOP.get(verb, ())] + [row for group in READS[verb] for row in table[group]]

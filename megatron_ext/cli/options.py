@@ -9,10 +9,11 @@ from megatron_ext.errors import UserError
 VERBS = {
     "run": "the main job: corpus, tokenizer, pretraining, evaluation, completions and report.md, on the embedded data",
     "train": "one stage: train stage=pretrain model=tiny data.path=DIR launch.ranks=2 ...",
-    "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., or submit run ... (the chain), or with --sweep (an array)",
+    "submit": "runs as jobs of Slurm: submit stage=pretrain cluster=slurm_gpu ..., submit run ... (the chain), submit prepare ..., or with --sweep (an array)",
     "check": "validates a config without torch; prints the rank grid, the batch, the models of a stage and where it starts from",
     "plan": "memory, step time and cost before anything is paid for: plan model=llama3_8b hardware=h100_sxm launch.ranks=64; plan search | acquire | calibrate | scaling",
-    "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR",
+    "prepare": "text to tokenised, indexed data: prepare input=PATH output=DIR; any files, cleaned first: curate=standard",
+    "ledger": "which runs saw a document: ledger seen --document X; and that it must not come in again: ledger remove --document X curate.removals=FILE",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "a checkpoint's perplexity on a split, or tasks of lm-evaluation-harness: evaluate checkpoint.load=DIR evaluate.split=test",
     "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
@@ -21,6 +22,7 @@ VERBS = {
 }
 FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "submit: print the script and the placement, submit nothing; plan: build and step ranks without memory, and count"}
 VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line",
+          "--document": "ledger: a file, SOURCE:PATH[#POSITION], an id or a sha256 (repeatable)",
           "--rank": "a rank to dry-run (repeatable); default: the first of the first and of the last pipeline stage",
           "--sweep": "KEY=VALUE,VALUE,...: a job array over the values (repeatable: all combinations)"}
 TAKES = {
@@ -34,10 +36,11 @@ TAKES = {
     "run": (),
     "train": (),
     "prepare": (),
+    "ledger": ("--json", "--document"),
     "convert": (),
 }
 # Words that stand right after a verb.
-ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling")}
+ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling"), "ledger": ("seen", "remove")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Options:
     sweeps: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
+    documents: tuple[str, ...] = ()
     action: str | None = None
     ranks: tuple[int, ...] = ()
     assumed: tuple[str, ...] = ()
@@ -95,6 +99,8 @@ def parse(argv: Sequence[str]) -> Options:
             position += 1
         if name == "--prompt":
             options = replace(options, prompts=(*options.prompts, value))
+        elif name == "--document":
+            options = replace(options, documents=(*options.documents, value))
         elif name == "--rank":
             if not value.isdecimal():
                 raise UserError(name, value, "must be a whole number, such as 0")

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ext.config import build
 from megatron_ext.errors import UserError
 
-GROUPS = ("stage", "model", "parallel", "precision", "data", "optim", "cluster", "hardware", "log")
+GROUPS = ("stage", "model", "parallel", "precision", "data", "curate", "optim", "cluster", "hardware", "log")
 _KEY = re.compile(r"^(\+\+|\+|~)?([A-Za-z_][\w.@/]*)$")
 _NUMBER = re.compile(r"^[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?$|^[+-]?(inf|nan)$", re.IGNORECASE)
 

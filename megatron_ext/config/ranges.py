@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megatron_ext.config import build
 from megatron_ext.config.schema import Config
 from megatron_ext.config.stages import LAYOUTS
+from megatron_ext.curate import config as curate
 from megatron_ext.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ppo.policy_loss": ("clip", "reinforce", "gspo", "cispo"),
     "ppo.kl": ("k1", "k2", "k3"),
     "ppo.kl_in": ("reward", "loss"),
+    **{f"curate.{key}": choices for key, choices in curate.CHOICES.items()},
 }
 
 # Interval notation, as in a textbook: [0,1) holds 0 and not 1.
@@ -99,6 +101,7 @@ RANGES: dict[str, str] = {
     "launch.master_port": "[0,65536)",
     **dict.fromkeys(("health.hang_timeout", "health.straggler_window"), "[1,inf)"),
     "cluster.signal_lead": "[0,65536)",  # what Slurm takes
+    **{f"curate.{key}": interval for key, interval in curate.RANGES.items()},
 }
 
 

@@ -4,6 +4,8 @@ Units: lengths in tokens, batches in samples (sequences), times in seconds, lear
 """
 from dataclasses import dataclass, field
 
+from megatron_ext.curate.config import CurateConfig
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -470,6 +472,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -500,5 +503,5 @@ class Config:
     hf: str | None = None  # convert: a Hugging Face directory to read
     megatron: str | None = None  # convert: a checkpoint of Megatron-LM (torch_dist) to read
     adapter: str | None = None  # convert: with hf, a PEFT directory of a LoRA adapter that lies on it; with checkpoint.load, only: its adapter alone is written
-    input: str | None = None  # prepare: text to read
+    input: str | None = None  # prepare: text to read; with curate.steps any files
     output: str | None = None  # prepare, convert: directory to write

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
+from megatron_ext.config.curating import CURATE
 from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
@@ -67,6 +68,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         rules += READ
     elif verb == "convert":
         rules += CONVERT
+    elif verb == "prepare":
+        rules += CURATE
     return [error for rule in rules for error in rule(config)]
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,7 @@ class Export:
         origin: of the imported weights that the checkpoint comes from; None where it was trained from the start.
         folder: the files that were carried along with them, where they are still there.
         untouched: the checkpoint is the import itself.
+        curation: the curated texts that it and its ancestors were trained on (train/record.py).
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Export:
     untouched: bool
     average: bool
     broken: str | None
+    curation: Sequence[Mapping] = ()
 
     @property
     def model(self) -> ModelConfig:
@@ -73,7 +75,8 @@ def plan(path: Path, *, average: bool = False) -> Export:
         raise UserError(KEY, path, f"no family of transformers computes such a model (known are {', '.join(FAMILIES)}): {_features(config.model)}")
     if whence and family.name != whence["family"]:
         whence = whence | {"prefix": family.prefix, "dtypes": {}}
-    return Export(path, config, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken)
+    return Export(path, config, vocab, family, whence, folder, whence is not None and record.get("stage") == "import", average, broken,
+                  record.get("curation") or ())
 
 
 def _features(model: ModelConfig) -> str:
@@ -173,7 +176,7 @@ def _adapter(found: Export, stored: Stored, draft: Path) -> list[Path]:
     base = found.origin.get("name") if found.origin else None
     files = peft.write_directory(draft, found.family, found.model, found.vocab_size, lora, stored.region, stored.tensors[keys[0]].dtype, base)
     if found.origin is not None:
-        (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")
+        (draft / origin.CARD).write_text(origin.front_matter(found.origin) + origin.data_card(found.curation), encoding="utf-8")
     return files
 
 
@@ -214,7 +217,9 @@ def _beside(found: Export, own: Tokenizer | None, draft: Path) -> None:
                 "model_max_length": found.model.max_sequence_length, "clean_up_tokenization_spaces": False}
         (draft / "tokenizer_config.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if found.origin is not None and found.origin["format"] == "hugging_face":
-        (draft / origin.CARD).write_text(origin.front_matter(found.origin), encoding="utf-8")
+        (draft / origin.CARD).write_text(origin.front_matter(found.origin) + origin.data_card(found.curation), encoding="utf-8")
+    elif found.curation:
+        (draft / origin.CARD).write_text("Exported by megatron_ext.\n" + origin.data_card(found.curation), encoding="utf-8")
 
 
 def described(found: Export, output: Path, files: list[Path]) -> list[str]:
@@ -223,6 +228,7 @@ def described(found: Export, output: Path, files: list[Path]) -> list[str]:
     lines = [f"{output}: {found.family.architecture} of {found.path}, {size:,} bytes in {len(files)} file{'s' if len(files) > 1 else ''}"]
     if found.origin is not None:
         lines += [f"  warning: {line}" for line in origin.warnings(found.origin)]
+    lines += [f"  warning: {line}" for line in origin.data_warnings(found.curation)]
     if found.broken is not None:
         lines.append(f"  warning: where the weights come from cannot be followed: {found.broken}" + ("" if found.origin else "; nor under what licence they are"))
     if found.origin is not None and found.folder is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint.manifest import hash_file
+from megatron_ext.curate.ingest import licences
 from megatron_ext.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,6 +80,25 @@ def front_matter(origin: Mapping) -> str:
         lines.append("commercial: false")
     lines += [f"base_model: {_quoted(origin['name'])}", "---", "", f"Exported by megatron_ext; made from {origin['name']}.", ""]
     lines += [f"- {line}" for line in warnings(origin)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def data_warnings(curation: Sequence[Mapping]) -> list[str]:
+    """What the licences of the texts that a model was trained on forbid, and what is not known of them."""
+    return list(dict.fromkeys(line for one in curation for line in licences.warnings(one["sources"])))
+
+
+def data_card(curation: Sequence[Mapping]) -> str:
+    """The part of a model card that names the texts: source, owner, licence, what has to be done and what is forbidden."""
+    if not curation:
+        return ""
+    lines = ["", "## Trained on", "", "| source | owner | licence | asks | forbids | documents |", "|---|---|---|---|---|---|"]
+    for one in curation:
+        for source in one["sources"]:
+            cells = (source["name"], source.get("owner"), source.get("licence"), source.get("asks"), ", ".join(source.get("forbids", ())), source.get("documents_out"))
+            lines.append("| " + " | ".join(str(cell or "").replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    lines += ["", *(f"- {line}" for line in data_warnings(curation))]
+    lines += ["", *(f"Manifest {one['manifest_sha256']}" for one in curation)]
     return "\n".join(lines).rstrip() + "\n"
 
 

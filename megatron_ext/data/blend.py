@@ -48,6 +48,11 @@ class Blend:
         chosen = int(sets[position])
         return chosen, number * int(self.counts[chosen]) + int(ranks[position])
 
+    def place(self, chosen: int, sample: int) -> int:
+        """The inverse of `locate`: where sample `sample` of a data set comes among the global ones."""
+        number, rank = divmod(sample, int(self.counts[chosen]))
+        return number * self.period + int(np.flatnonzero(self._order(number)[0] == chosen)[rank])
+
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         if number not in self._periods:
             grouped = np.repeat(np.arange(len(self.counts), dtype=np.int32), self.counts)

@@ -86,6 +86,18 @@ class SampleOrder:
             place += 1
         return found
 
+    def holding(self, document: int, epoch: int) -> list[int]:
+        """The global samples of an epoch that hold a token of a document, ascending; a token between two sequences is in both."""
+        found = self._epoch(epoch)
+        place = int(np.flatnonzero(found.documents == document)[0])
+        end = int(found.ends[place])
+        start = end - int(self._lengths[document])
+        if end == start:
+            return []
+        first = max(0, -(-start // self._length) - 1)  # sequence s holds the tokens [s L, (s + 1) L]
+        held = [s for s in range(first, min((end - 1) // self._length, self.samples_per_epoch - 1) + 1) if s * self._length < end and (s + 1) * self._length >= start]
+        return sorted(epoch * self.samples_per_epoch + int(k) for k in np.flatnonzero(np.isin(found.sequences, held)))
+
     def _epoch(self, number: int) -> _Epoch:
         number = number if self._reshuffle else 0
         if number in self._epochs:

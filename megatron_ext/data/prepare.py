@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from megatron_ext import __version__
 from megatron_ext.config.schema import DataConfig
@@ -38,7 +39,18 @@ class _Scan:
     bad: BadRecords
 
 
-def prepare(data: DataConfig, input: str | None, output: str | Path, progress: bool | None = None) -> Prepared:
+class Beside(Protocol):
+    """More to be written into a prepared directory. `identity` says what it is of: another one is another directory."""
+
+    @property
+    def identity(self) -> str: ...
+
+    def write(self, directory: Path, fractions: tuple[float, ...]) -> dict:
+        """Called when the tokens are in `directory`; what prepared.json is to say, under `curation`."""
+        ...
+
+
+def prepare(data: DataConfig, input: str | None, output: str | Path, progress: bool | None = None, beside: Beside | None = None) -> Prepared:
     """Prepares `input` into the directory `output`, or finds it there already.
 
     Args:
@@ -46,6 +58,7 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
         input: file or folder; None = the embedded corpus.
         output: directory to write; one that was prepared from the same input with the same settings is taken as it is.
         progress: bars on stderr; None = only on a terminal.
+        beside: writes more files into the directory.
 
     Raises:
         UserError: bad input or settings, or an `output` that holds something else.
@@ -57,7 +70,7 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
         "split": list(fractions),
         "text_key": source.text_key,
         "tokenizer": given.sha256 if given else f"byte-level BPE, {data.vocab_size}",
-    }
+    } | ({} if beside is None else {"curation": beside.identity})
     existing = _existing(output, settings)
     if existing is not None and existing.fields["corpus"]["fingerprint"] == source.fingerprint:
         return existing
@@ -90,6 +103,7 @@ def prepare(data: DataConfig, input: str | None, output: str | Path, progress: b
                 "lossless": lossless,  # on a sample of the documents
             },
             "splits": split_fields(splits),
+            **({} if beside is None else {"curation": beside.write(made, fractions)}),
             "files": describe_files(made),
             "versions": _versions(),
         }

@@ -25,7 +25,7 @@ def script(job: Job) -> str:
     parts = [["#!/bin/bash", f"# {job.name}: rendered by `python -m megatron_ext submit`; submit it again with: {again}"]]
     parts += [[f"# {line}" for line in placement.lines(job.config)]]
     parts += [[f"#SBATCH {option}" for option in options(job)]]
-    parts += [_settings(job), _runs(job), _command(job)]
+    parts += [settings(job), _runs(job), _command(job)]
     body = files("megatron_ext.submit").joinpath("body.sh").read_text(encoding="utf-8")
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n\n" + body
 
@@ -88,7 +88,7 @@ def _pattern(job: Job) -> str:
 
 # ---- what the script reads ----------------------------------------------------------------------------------------------------------
 
-def _settings(job: Job) -> list[str]:
+def settings(job: Job) -> list[str]:
     cluster = job.cluster
     lines = [
         f"max_restarts={cluster.max_restarts}",
@@ -127,7 +127,7 @@ def _command(job: Job) -> list[str]:
     """`before` (one process) and `launch` (all ranks, in the background), as shell functions."""
     cluster, tasks, config = job.cluster, tasks_per_node(job.cluster), job.config
     python = cluster.python or (sys.executable if cluster.container == "none" else "python")
-    pyxis, inside = _container(cluster, config, job)
+    pyxis, inside = container(cluster, config, job)
     one = ["srun", "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--cpus-per-task={cluster.cpus_per_task * tasks}", *pyxis]
     lines = ["before() {"]
     lines += ["    " + shlex.join([*one, *inside, python, "-m", "megatron_ext", *command]) + " || return" for command in job.before] or ["    :"]
@@ -161,7 +161,7 @@ def _node_check(job: Job, pyxis: list[str], program: list[str]) -> list[str]:
             f'        {shlex.join([*program, *gpus])} --dir "$run_dir"', "}", ""]
 
 
-def _container(cluster: ClusterConfig, config: Config, job: Job) -> tuple[list[str], list[str]]:
+def container(cluster: ClusterConfig, config: Config, job: Job) -> tuple[list[str], list[str]]:
     """Options of srun, and what stands before the program."""
     if cluster.container == "none":
         return [], []

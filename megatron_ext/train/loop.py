@@ -128,6 +128,7 @@ class _Loop:
         self.config, self.stage, self.life, self.saver, self.journal = config, stage, life, saver, journal
         self.criteria, self.recovery, self.position = criteria, recovery, position
         self.saves = Saves(config, saver)
+        self.curation = records.curation(config.data, position.curation)
         self.validation: dict[str, float] = {}
         self.seconds: deque[float] = deque(maxlen=1000)  # of the newest steps
 
@@ -284,7 +285,8 @@ class _Loop:
                 "model": records.architecture(config.model, self.stage.vocab_size), "layout": records.layout(config), "config": asdict(config),
                 "stage": config.stage.name, "stop": self.criteria.state_dict(), "parent": position.parent, "parent_path": position.parent_path,
                 "data": self.stage.identity, "best": self.stage.best.state_dict() if self.stage.best else None,
-                "recovery": self.recovery.state_dict(), "origin": position.origin, **own,
+                "recovery": self.recovery.state_dict(), "origin": position.origin,
+                "curation": self.curation, **own,
             }, background=background)
         self.saves.done = position.steps
 
@@ -341,6 +343,7 @@ def describe_run(config: Config, run_dir: Path, tokenizer: Path) -> None:
     try:
         write_whole(run_dir / "config.yaml", to_yaml(config))
         write_whole(run_dir / "tokenizer.json", Path(tokenizer).read_bytes())
+        records.keep_curation(config.data, run_dir)
     except OSError as error:
         raise UserError("run.dir", config.run.dir, f"cannot be written: {error.strerror}") from None
 
@@ -355,7 +358,9 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         if start is None:
             return Position(), None
         stage.start(start)
-        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute()), origin=checkpoint.read_record(start).get("origin")), start
+        begun = checkpoint.read_record(start)
+        return Position(parent=checkpoint.checkpoint_hash(start), parent_path=str(start.absolute()), origin=begun.get("origin"),
+                        curation=begun.get("curation") or []), start
     stored = checkpoint.read_record(source)
     if stored.get("stage", config.stage.name) != config.stage.name:
         raise UserError("checkpoint.load", source, f"is of stage {stored['stage']}, this one is {config.stage.name}; a stage starts from an earlier one "
@@ -366,7 +371,7 @@ def _restored(stage: Stage, source: Path | None, criteria: StopCriteria, recover
         raise UserError("checkpoint.start", start, f"is not what this run began with ({stored.get('parent_path')}, hash {known[:12]}...). To go on with the "
                                                    f"run, name that one; to begin from this one, remove {config.run.dir} or name another run.dir")
     position = _loaded(stage, source, criteria, recovery)
-    position.origin = stored.get("origin")
+    position.origin, position.curation = stored.get("origin"), stored.get("curation") or []
     # A run that goes on in its own directory has the parent that it had.
     position.parent, position.parent_path = (known, stored.get("parent_path")) if own else (checkpoint.checkpoint_hash(source), str(source.absolute()))
     return position, source

@@ -3,6 +3,7 @@
 A resume is refused where it would silently go on with something else: another model (checkpoint/read.py compares `model`), or other data,
 whose position in samples would mean nothing.
 """
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,30 @@ def data_identity(data: DataConfig, model: ModelConfig) -> dict:
         "sources": list(sources.values()), "weights": list(data.weights), "tokenizer": dataset_tokenizer(data)[1].sha256,
         "seed": data.seed, "sequence_length": data.sequence_length, "split": list(data.split),
     } | {key: getattr(data, key) for key in {"encoder": ("masked_share",), "encoder_decoder": ("masked_share", "span_length")}.get(model.family, ())}
+
+
+def curation(data: DataConfig, earlier: Sequence[dict] = ()) -> list[dict]:
+    """The curated text that a run is trained on, and what earlier stages were: [{"path" of the tokens, "corpus_sha256", "manifest_sha256", "sources" (with their
+    licences and what those forbid)}], each build once."""
+    found = {one["manifest_sha256"]: dict(one) for one in earlier}
+    for path in data.paths or ((data.path,) if data.path else ()):
+        if not (Path(path) / FILE).exists():
+            continue
+        prepared = Prepared.load(path)
+        if said := prepared.fields.get("curation"):
+            found[said["manifest_sha256"]] = {"path": str(Path(path).absolute()), "corpus_sha256": prepared.corpus_sha256,
+                                              "manifest_sha256": said["manifest_sha256"], "sources": said["sources"]}
+    return list(found.values())
+
+
+def keep_curation(data: DataConfig, run_dir: Path) -> None:
+    """Copies the ledger of each curated text into the run: `curation/HASH.json`. Raises OSError."""
+    for path in data.paths or ((data.path,) if data.path else ()):
+        ledger = Path(path) / "curation.json"
+        if ledger.is_file():
+            content = ledger.read_bytes()
+            (run_dir / "curation").mkdir(exist_ok=True)
+            (run_dir / "curation" / f"{hashlib.sha256(content).hexdigest()[:16]}.json").write_bytes(content)
 
 
 def check_data(stored: dict, ours: dict, path) -> None:

@@ -26,6 +26,7 @@ class Position:
         samples: sequences (episodes) used. tokens: that were trained on.
         parent: hash of the checkpoint that this run came from; parent_path: where it was.
         origin: where the weights were imported from at the beginning of the chain, and under what licence (convert/origin.py).
+        curation: what earlier stages were trained on, as `record.curation` has it: licences go on where the texts' traces do.
     """
 
     steps: int = 0
@@ -34,6 +35,7 @@ class Position:
     parent: str | None = None
     parent_path: str | None = None
     origin: dict | None = None
+    curation: list[dict] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ from megatron_ext.config.schema import Config
 from megatron_ext.config.validate import ConfigErrors
 from megatron_ext.errors import UserError
 from megatron_ext.private import make_directory
-from megatron_ext.submit import disk, limits, placement, plan, render, slurm
+from megatron_ext.submit import curating, disk, limits, placement, plan, render, slurm
 from megatron_ext.submit.job import Job
 
 
 def submit(config: Config, options: Options) -> int:
     """`config` is not read: a stage, each stage of the chain, or each point of a sweep has one of its own. Raises UserError."""
+    if "prepare" in options.overrides:
+        return _prepare(options)
     jobs = plan.jobs(options)
     errors = list(disk.problems(jobs))
     said = [line for job in jobs for run in job.runs[:1] for line in (*config_notes(run.config, run.words), *placement.notes(run.config), *disk.notes(job))]
@@ -37,6 +39,39 @@ def submit(config: Config, options: Options) -> int:
         return 0
     numbers = _submit(jobs)
     _tell(jobs, numbers, options)
+    return 0
+
+
+def _prepare(options: Options) -> int:
+    """Curation: its phases as arrays, one behind the other."""
+    if options.sweeps:
+        raise UserError("--sweep", options.sweeps[0], "goes with train, not with prepare")
+    jobs = curating.parts([word for word in options.overrides if word != "prepare"])
+    errors: list[UserError] = []
+    if not options.dry_run:
+        for job in jobs:
+            errors += limits.beyond(job)[0]
+    if errors := list({str(error): error for error in errors}.values()):
+        raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
+    if options.dry_run:
+        shown = [{"name": job.name, "script": str(job.script), "text": curating.script(job), "after": list(job.after)} for job in jobs]
+        print(json.dumps({"jobs": shown}) if options.json else "\n".join(one["text"] for one in shown))
+        return 0
+    numbers: dict[str, str] = {}
+    try:
+        for job in jobs:
+            make_directory(job.folder, private=job.config.run.private)
+            job.script.write_text(curating.script(job), encoding="utf-8")
+            job.script.chmod(0o700)
+            numbers[job.name] = slurm.sbatch(job, [numbers[name] for name in job.after])
+    except UserError:
+        slurm.cancel(list(numbers.values()))
+        raise
+    if options.json:
+        print(json.dumps({"jobs": [{"name": job.name, "id": numbers[job.name], "script": str(job.script), "after": [numbers[name] for name in job.after]} for job in jobs]}))
+        return 0
+    for job in jobs:
+        print(f"submitted   {job.name}: job {numbers[job.name]}" + (f", an array of {job.count}" if job.array else "") + f"; log {job.log(numbers[job.name], '0')}")
     return 0
 
 

@@ -1,0 +1,77 @@
+"""The index of a shard: 64 bytes a document, in the order of the shard, so that a document is found, and its tokens are counted, without reading text.
+
+    id 16 bytes | sha256 of the raw bytes, 16 of 32 | of the normalised text, 16 of 32 | of the text as it is now, 8 of 32 | source u16 | domain u16 | bytes u32
+
+The last hash is the one that decides a document's split (data/split.py). Source and domain are numbers of a table that the counts of the shard hold; bytes are
+those of the text in UTF-8. Integers are little-endian. A search compares one column with numpy: a hundred million documents take seconds.
+"""
+import hashlib
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROW = np.dtype([("id", "V16"), ("raw", "V16"), ("text", "V16"), ("split", ">u8"), ("source", "<u2"), ("domain", "<u2"), ("bytes", "<u4")])
+assert ROW.itemsize == 64
+COLUMNS = {"id": "id", "sha256": "raw", "text_sha256": "text"}  # of what removals and questions name
+
+
+def index_name(number: int) -> str:
+    return f"{number:06d}.idx"
+
+
+class IndexWriter:
+    """Gathers rows (64 bytes each are held) and writes them when it is closed."""
+
+    def __init__(self, path: Path):
+        self._path, self._rows = path, bytearray()
+        self._tables: dict[str, dict[str, int]] = {"source": {}, "domain": {}}
+
+    def add(self, document: Any) -> None:
+        content, metadata = document.text.encode("utf-8"), document.metadata
+        row = np.zeros((), ROW)
+        row["id"], row["raw"] = np.void(bytes.fromhex(document.id)), np.void(bytes.fromhex(metadata["sha256"])[:16])
+        row["text"] = np.void(bytes.fromhex(metadata["text_sha256"])[:16])
+        row["split"] = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+        row["bytes"] = min(len(content), 2**32 - 1)
+        for name, table in self._tables.items():
+            row[name] = table.setdefault(metadata.get(name) or "", len(table))
+        self._rows += row.tobytes()
+
+    def close(self) -> dict[str, Any]:
+        """Writes the file. Returns {"sha256", "sources": [...], "domains": [...]}."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
+        with draft.open("wb") as stream:
+            stream.write(self._rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, self._path)
+        return {"sha256": hashlib.sha256(self._rows).hexdigest(), "sources": list(self._tables["source"]), "domains": list(self._tables["domain"])}
+
+
+def read_index(path: Path) -> np.ndarray:
+    """Rows of an index, mapped. An empty file has none."""
+    return np.memmap(path, ROW, "r") if path.stat().st_size else np.empty(0, ROW)
+
+
+def find(rows: np.ndarray, wanted: Mapping[str, frozenset[str]]) -> np.ndarray:
+    """Numbers of the rows that one of the values names: {"id": {hexadecimal digits}, "sha256": ..., "text_sha256": ...}; int64, ascending."""
+    hit = np.zeros(len(rows), bool)
+    for name, values in wanted.items():
+        column = np.ascontiguousarray(rows[COLUMNS[name]])
+        for value in values:
+            hit |= column == np.void(bytes.fromhex(value)[:16])
+    return np.flatnonzero(hit)
+
+
+def split_codes(rows: np.ndarray, fractions: tuple[float, ...]) -> np.ndarray:
+    """The number of each document's split, as `data.split.split_of` decides it."""
+    position = rows["split"].astype(np.float64) / 2.0**64
+    cumulated = np.cumsum(np.asarray(fractions, np.float64))
+    codes = np.searchsorted(cumulated, position, side="right")
+    last = max(number for number, fraction in enumerate(fractions) if fraction > 0)
+    return np.minimum(codes, last).astype(np.uint8)

@@ -1,0 +1,192 @@
+"""The steps of this room for the pipeline (megatron_ext/curate/blocks.py): quality, decontaminate, exact, near, paragraphs."""
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_ext.curate.blocks import CHANGE, KEPT, Document, Phase, Shards, Verdict, dropped
+from megatron_ext.curate.quality import clusters, keep_first, lists
+from megatron_ext.curate.quality.boilerplate import clean
+from megatron_ext.curate.quality.config import QualityConfig
+from megatron_ext.curate.quality.decontaminate import Index, cut
+from megatron_ext.curate.quality.duplicates import without
+from megatron_ext.curate.quality.heuristics import judge
+from megatron_ext.curate.quality.language_model import NgramModel
+from megatron_ext.curate.quality.repetition import repeated
+from megatron_ext.curate.quality.text import is_korean, solid
+
+
+class Quality:
+    """Boilerplate lines out, then heuristics, repetition, word lists, perplexity: the cheap ones first. Metadata that it writes: `flags`
+    (list), `perplexity`.
+
+    Raises:
+        UserError: a model or list that cannot be read.
+    """
+
+    def __init__(self, settings: QualityConfig):
+        self.settings = settings
+        path = settings.language_model.path
+        self.model = NgramModel.load(path) if path is not None else None
+        self.limit = _limit(settings, self.model)
+        self.lists = {name: lists.opened(*getattr(settings.lists, name)) for name in ("toxic", "bias") if getattr(settings.lists, name)}
+
+    def process(self, document: Document) -> Verdict:
+        settings, counts = self.settings, {}
+        text, lines = clean(document.text) if settings.clean else (document.text, 0)
+        if lines:
+            counts["boilerplate_lines"] = lines
+        korean = is_korean(text, document.metadata.get("language"))
+        reason = judge(text, korean=korean) if settings.heuristics else None
+        if reason is None and settings.repetition:
+            reason = repeated(text, korean=korean)
+        flags = []
+        if reason is None:
+            reason, flags = self._listed(text)
+        score = None
+        if reason is None and self.model is not None and len(text) >= settings.language_model.min_characters:
+            score, least = self.model.score(text), settings.language_model.min_word_order
+            if score.perplexity > self.limit:
+                reason = "perplexity"
+            elif least is not None and self.model.word_order(text, score) < least:
+                reason = "word_order"
+        if reason is not None:
+            return dropped(reason, **counts)
+        if flags:
+            document.metadata["flags"] = sorted({*document.metadata.get("flags", ()), *flags})
+            counts |= {f"flag_{flag}": 1 for flag in flags}
+        if score is not None:
+            document.metadata["perplexity"] = round(score.perplexity, 2)
+        document.text = text
+        return Verdict(CHANGE, counts=counts) if lines or flags or score is not None else KEPT
+
+    def _listed(self, text: str) -> tuple[str | None, list[str]]:
+        settings, flags = self.settings.lists, []
+        for name, words in self.lists.items():
+            found = words.find(text)
+            if found.count >= getattr(settings, f"{name}_least") and found.per_thousand > getattr(settings, f"{name}_per_thousand"):
+                if getattr(settings, f"{name}_action") == "drop":
+                    return name, []
+                flags.append(name)
+        return None, flags
+
+
+def _limit(settings: QualityConfig, model: NgramModel | None) -> float:
+    given = settings.language_model.max_perplexity
+    if given is not None or model is None:
+        return given or float("inf")
+    return settings.language_model.slack * model.about["held_out"]["perplexity"]["95"]
+
+
+class Decontaminate:
+    """Drops documents that hold n-grams of evaluation sets, or cuts these passages out. Raises UserError as Quality does."""
+
+    def __init__(self, settings: QualityConfig):
+        self.settings = settings.decontaminate
+        self.index = Index.load(self.settings.index) if self.settings.index is not None else None
+
+    def process(self, document: Document) -> Verdict:
+        hits = self.index.hits(document.text) if self.index is not None else ()
+        if len(hits) < self.settings.min_hits:
+            return KEPT
+        if self.settings.action == "drop":
+            return dropped("contaminated", ngrams=len(hits))
+        pieces = cut(document.text, hits, margin=self.settings.margin)
+        if not pieces or len(pieces) > self.settings.max_pieces:
+            return dropped("contaminated", ngrams=len(hits))
+        document.text = "\n\n".join(pieces)
+        return Verdict(CHANGE, counts={"ngrams": len(hits)})
+
+
+class _Numbered:
+    """Decides by the document's number in its shard."""
+
+    def __init__(self, gone: Mapping[int, set[int]], reason: str):
+        self.gone, self.reason, self.number = gone, reason, -1
+
+    def process(self, document: Document) -> Verdict:
+        self.number += 1
+        return dropped(self.reason) if self.number in self.gone else KEPT
+
+
+class _Paragraphs(_Numbered):
+    def __init__(self, gone: Mapping[int, set[int]], least: int):
+        super().__init__(gone, "paragraphs_only")
+        self.least = least
+
+    def process(self, document: Document) -> Verdict:
+        self.number += 1
+        gone = self.gone.get(self.number)
+        if not gone:
+            return KEPT
+        document.text = without(document.text, gone)
+        if len(solid(document.text)) < max(self.least, 1):
+            return dropped(self.reason, repeated_paragraphs=len(gone))
+        return Verdict(CHANGE, counts={"repeated_paragraphs": len(gone)})
+
+
+class ExactDuplicates:
+    """Of documents with the same letters and digits the first one stays ("exact_duplicate")."""
+
+    def __init__(self, settings: QualityConfig):
+        self.settings = settings.duplicates
+
+    kind = "exact"
+
+    def phases(self, shards: Shards) -> Sequence[Phase]:
+        parts = self.settings.parts
+
+        def keys():
+            from megatron_ext.curate.quality.steps import Keys
+
+            return [shards.reader(), Keys(shards.work, self.settings, self.kind)]
+
+        def firsts():
+            from megatron_ext.curate.quality.steps import Firsts
+
+            return [Firsts(shards.work, shards.count)]
+
+        return [Phase(f"{self.kind}_keys", shards.count, keys), Phase(f"{self.kind}_firsts", parts, firsts)]
+
+    def decide(self, shards: Shards, rank: int) -> _Numbered:
+        return _Numbered(keep_first.removals(Path(shards.work), rank, self.settings.parts), "exact_duplicate")
+
+
+class ParagraphDuplicates(ExactDuplicates):
+    """Of paragraphs with the same letters and digits, in one document or in several, the first one stays; the text goes on without the
+    others."""
+
+    kind = "paragraphs"
+
+    def decide(self, shards: Shards, rank: int) -> _Numbered:
+        return _Paragraphs(keep_first.removals(Path(shards.work), rank, self.settings.parts), self.settings.min_characters)
+
+
+class NearDuplicates:
+    """datatrove's MinHash with the signatures of duplicates.py: of each cluster of near duplicates one stays ("near_duplicate")."""
+
+    def __init__(self, settings: QualityConfig):
+        self.settings = settings.duplicates
+
+    def phases(self, shards: Shards) -> Sequence[Phase]:
+        def signatures():
+            from megatron_ext.curate.quality.steps import Signatures
+
+            return [shards.reader(), Signatures(shards.work, self.settings)]
+
+        def buckets():
+            from megatron_ext.curate.quality.steps import buckets as step
+
+            return [step(shards.work, self.settings)]
+
+        def merged():
+            from megatron_ext.curate.quality.steps import Clusters
+
+            return [Clusters(shards.work)]
+
+        return [
+            Phase("near_signatures", shards.count, signatures),
+            Phase("near_buckets", self.settings.buckets, buckets),
+            Phase("near_clusters", 1, merged),
+        ]
+
+    def decide(self, shards: Shards, rank: int) -> _Numbered:
+        return _Numbered(clusters.removals(Path(shards.work), rank), "near_duplicate")

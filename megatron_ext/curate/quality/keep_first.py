@@ -1,0 +1,67 @@
+"""Exact duplicates over any number of shards: of all places with the same key the first one stays. No datatrove, flat memory.
+
+    collect   a shard's keys, sorted, to SHARD.npy: 16 bytes a key
+    resolve   task p of P takes the keys that begin with p's range from all shards, and writes for each shard which places go
+    removals  what goes from one shard
+
+The first place is that of the lowest shard, then of the lowest document, then of the lowest paragraph: it follows from the order of the
+input, not from which worker was faster.
+"""
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+ENTRY = np.dtype([("key", "<u8"), ("place", "<u4"), ("part", "<u4")])
+PLACE = np.dtype([("place", "<u4"), ("part", "<u4")])
+
+
+def collect(entries: Iterable[tuple[int, int, int]], folder: Path, shard: int) -> int:
+    """Writes (key, document of the shard, paragraph or 0) of one shard; returns how many."""
+    found = np.fromiter(entries, dtype=ENTRY)
+    found = found[np.lexsort((found["part"], found["place"], found["key"]))]
+    _write(folder / "keys" / f"{shard:05d}.npy", found)
+    return len(found)
+
+
+def resolve(folder: Path, part: int, parts: int, shards: int) -> int:
+    """Finds what goes among the keys of range `part`; returns how many places."""
+    low, high = (np.uint64(min(number * 2**64 // parts, 2**64 - 1)) for number in (part, part + 1))
+    taken, owners = [], []
+    for shard in range(shards):
+        entries = np.load(folder / "keys" / f"{shard:05d}.npy", mmap_mode="r", allow_pickle=False)
+        keys = entries["key"]
+        start, end = np.searchsorted(keys, low), len(keys) if part + 1 == parts else np.searchsorted(keys, high)
+        taken.append(np.array(entries[start:end]))
+        owners.append(np.full(end - start, shard, dtype=np.uint32))
+    entries, owner = np.concatenate(taken), np.concatenate(owners)
+    order = np.argsort(entries["key"], kind="stable")  # shards came in order and are sorted inside: equal keys stay in order of place
+    keys = entries["key"][order]
+    again = np.zeros(len(keys), dtype=bool)
+    again[1:] = keys[1:] == keys[:-1]
+    gone, whose = entries[order[again]], owner[order[again]]
+    for shard in range(shards):
+        mine = gone[whose == shard]
+        places = np.empty(len(mine), dtype=PLACE)
+        places["place"], places["part"] = mine["place"], mine["part"]
+        _write(folder / "gone" / f"{shard:05d}_{part:04d}.npy", np.sort(places))
+    return len(gone)
+
+
+def removals(folder: Path, shard: int, parts: int) -> dict[int, set[int]]:
+    """Of one shard: document -> paragraphs that go (0 where keys were of documents)."""
+    found: dict[int, set[int]] = defaultdict(set)
+    for part in range(parts):
+        for place, number in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
+            found[place].add(number)
+    return dict(found)
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")  # a task that is killed leaves no half file under the name
+    with open(beside, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(beside, path)

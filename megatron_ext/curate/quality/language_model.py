@@ -1,0 +1,120 @@
+"""An n-gram language model: loads what `train` wrote, and says how surprising a text is.
+
+    model = NgramModel.load("statutes.npz")
+    model.score(text).perplexity
+
+The logarithm of the probability of a unit after its history is that of the longest n-gram that was seen, with the back-off weights of the
+longer histories
+that were seen without it added: the ARPA form of an interpolated model.
+
+The file is numpy's .npz without pickle: keys, probabilities and back-off weights of each order, the vocabulary, and `about` (JSON: kind of
+units, order, discounts, sizes, the hash of the text, quantiles of perplexity on held-out text).
+"""
+import hashlib
+import json
+import random
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.curate.quality.kneser_ney import Order
+from megatron_ext.curate.quality.units import END, START, UNKNOWN, Vocabulary
+from megatron_ext.errors import UserError
+
+FORMAT = "megatron_ext.ngram/1"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one text.
+
+    Attributes:
+        units: of the text, with END.
+        log_p: natural logarithm of its probability.
+        unknown: the share of units that the model never saw.
+    """
+
+    units: int
+    log_p: float
+    unknown: float
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(-self.log_p / self.units))
+
+
+@dataclass(frozen=True)
+class NgramModel:
+    """A fitted model. `about` is what the trainer noted."""
+
+    vocabulary: Vocabulary
+    orders: tuple[Order, ...]
+    about: dict
+
+    @property
+    def order(self) -> int:
+        return len(self.orders)
+
+    def log_probabilities(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Natural logarithms, float64 [units + 1], of each unit of the text and of END after all that stands before; the units, int64."""
+        words = np.concatenate(([START], self.vocabulary.encode(text), [END]))
+        size = self.vocabulary.size
+        log_p, at = self.orders[0].log_p[words].astype(np.float64), words  # at: the n-gram of the current order that ends at each place, -1 where the model has none
+        backoff = self.orders[0].log_backoff
+        for order in self.orders[1:]:
+            if not len(order.keys):  # all pruned
+                break
+            history = np.concatenate(([-1], at[:-1]))
+            known = history >= 0
+            keys = np.where(known, history * size + words, -1)
+            places = np.minimum(np.searchsorted(order.keys, keys), len(order.keys) - 1)
+            found = order.keys[places] == keys
+            log_p = np.where(found, order.log_p[places], log_p + np.where(known, backoff[history], 0.0))
+            at, backoff = np.where(found, places, -1), order.log_backoff
+        return log_p[1:], words[1:]
+
+    def score(self, text: str) -> Score:
+        """An empty text has one unit, END."""
+        log_p, words = self.log_probabilities(text)
+        return Score(len(words), float(log_p.sum()), float((words == UNKNOWN).mean()))
+
+    def word_order(self, text: str, score: Score | None = None) -> float:
+        """Bits a unit that the order of the words is worth: how much less probable the same words are in a random order, which follows from the text.
+
+        Perplexity says first of all how far a text is from the corpus; this compares a text with itself. Texts whose words are in no order, whatever
+        their subject, are near 0; a text as far from the corpus as talk is from statutes is near 0 too, so that the corpus has to be of its kind.
+
+        Args:
+            score: of the text, where that is known.
+        """
+        words = text.split()
+        random.Random(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()).shuffle(words)
+        given, mixed = score or self.score(text), self.score(" ".join(words))
+        return (given.log_p - mixed.log_p) / given.units / float(np.log(2))
+
+    def save(self, path: str | Path) -> None:
+        names = ("keys", "log_p", "log_backoff")
+        arrays = {f"{name}_{n}": getattr(order, name) for n, order in enumerate(self.orders, 1) for name in names}
+        about = json.dumps({**self.about, "format": FORMAT, "order": self.order, "kind": self.vocabulary.kind}, sort_keys=True)
+        with open(path, "wb") as file:
+            np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **self.vocabulary.arrays(), **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path, *, key: str = "curate.quality.language_model.path") -> "NgramModel":
+        """Raises UserError: not there, or not a model of this format."""
+        write = "write one with python -m megatron_ext.curate.quality train"
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(file["about"].tobytes())
+                if about["format"] != FORMAT:
+                    raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: train it anew")
+                orders = tuple(
+                    Order(*(file[f"{name}_{n}"] for name in ("keys", "log_p", "log_backoff"))) for n in range(1, about["order"] + 1)
+                )
+                return cls(Vocabulary.of_arrays(about["kind"], file["units"]), orders, about)
+        except OSError as error:
+            raise UserError(key, path, f"cannot be read ({error.strerror}); {write}") from error
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(key, path, f"is no n-gram model ({type(error).__name__}); {write}") from error
