@@ -186,13 +186,16 @@ def test_steps_over_shards(tmp_path):
 
 @pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not there")
 def test_edited_bills_are_found_and_different_bills_are_not():
-    """Bills of one form, each against itself with 1 % of its words changed, and against all others."""
+    """Each bill against itself with 1 % of its words changed, and against all others: four of the ten were moved together with one reason."""
     minhash, draw = MinHash(), random.Random(0)
     texts = list(statutes().values())
-    signatures = [minhash.signature(minhash.shingles(text)) for text in texts]
-    assert not any(duplicates(a, b) for at, a in enumerate(signatures) for b in signatures[:at])
-    for text, own in zip(texts, signatures):
+    sets = [minhash.shingles(text) for text in texts]
+    signatures = [minhash.signature(one) for one in sets]
+    for at, (text, own) in enumerate(zip(texts, signatures)):
         assert all(duplicates(own, minhash.signature(minhash.shingles(edited(text, 0.01, draw)))) for _ in range(5))
         letters = solid(text)
-        broken = "\n\n".join(letters[at : at + 40] for at in range(0, len(letters), 40))
+        broken = "\n\n".join(letters[place : place + 40] for place in range(0, len(letters), 40))
         assert np.array_equal(own, minhash.signature(minhash.shingles(broken)))
+        for other in range(at):
+            similar = jaccard(sets[at], sets[other])
+            assert similar > 0.4 or not duplicates(own, signatures[other]), similar

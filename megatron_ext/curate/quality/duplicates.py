@@ -10,7 +10,7 @@ With 14 tuples of 8, as datatrove has them by default, P(.5) = .05, P(.7) = .56,
 
 datatrove's shingles are five words after an English word splitter. Ours are eight characters of the text without its spaces: Korean
 attaches particles to words and varies in spacing, so that one change of an ending spoils five word shingles, and a line break inside a
-word two of them. docs/curate_quality.md compares both on edited pairs.
+word two of them. `benchmarks/study_curate_quality.py near` compares both on edited pairs.
 """
 import hashlib
 from dataclasses import dataclass

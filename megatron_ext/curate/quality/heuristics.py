@@ -9,7 +9,7 @@ Sources
     FineWeb2  Penedo et al., "FineWeb2" (2025): the same rules with limits for each language; here configs/kor_Hang.yml of the project
 
 FineWeb2 counts Korean words as the morphemes that Kiwi finds. We count eojeol, what spaces separate, because that needs no analyser and is
-30 times as fast; a limit on words is divided by MORPHEMES, the morphemes in an eojeol, a limit on the length of words multiplied by it.
+hundreds of times as fast; a limit on words is divided by MORPHEMES, the morphemes in an eojeol, a limit on the length of words multiplied by it.
 docs/curate_quality.md has the measurement.
 """
 import re

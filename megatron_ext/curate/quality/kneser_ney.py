@@ -14,7 +14,7 @@ Where these n_r are 0 or give a discount outside [0, r] (few or artificial texts
 
 Source: Chen and Goodman, "An empirical study of smoothing techniques for language modeling" (1999), section 3; Heafield et al., "Scalable
 modified Kneser-Ney language model estimation" (ACL 2013), which is KenLM. This is written anew with numpy, since KenLM's package on PyPI
-can only query models: its trainer, lmplz, has to be compiled with Boost. docs/curate_quality.md has the comparison of the two.
+can only query models: its trainer, lmplz, has to be compiled with Boost (docs/curate_quality.md).
 
 N-grams are kept as numbers: that of order n is (place of its history among those of order n - 1) * V + its last unit, so that 63 bits hold
 any order.

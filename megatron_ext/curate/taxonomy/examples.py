@@ -13,7 +13,7 @@ import yaml
 
 from megatron_ext.errors import UserError
 
-SEED = tuple(Path(__file__).parent / "seed" / name for name in ("ko.yaml", "en.yaml"))  # what this package brings
+SEED = tuple(Path(__file__).parent / "seed" / name for name in ("ko.yaml", "en.yaml", "words.yaml"))  # what this package brings
 
 
 @dataclass(frozen=True)
