@@ -22,12 +22,14 @@ REQUIRES = [
 HARNESS = "lm-eval>=0.4.13,<0.5"  # 300 MB with scipy, pandas, scikit-learn and datasets; no torch
 CURATE = ["datatrove>=0.10,<0.11", "trafilatura>=2,<3", "lxml>=5,<7", "lxml_html_clean>=0.4,<1", "pypdfium2>=5,<6", "warcio>=1.7,<2", "charset-normalizer>=3.3,<4",
           "kiwipiepy>=0.20,<0.25", "scikit-learn>=1.4,<2"]
+COLLECT = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "httpx>=0.27,<1"]
 EXTRAS = {
     "curate": CURATE,  # prepare with curate=... (docs/curate.md): pipelines, pages, PDF, crawls, encodings
     "eval": [HARNESS],  # evaluate evaluate.harness=[...] (docs/evaluate.md)
+    "collect": COLLECT,  # collect serve (the page), collect augment by an endpoint (docs/collect.md)
     "cuda": ["transformer-engine[pytorch]>=2.5,<3", "flash-attn>=2.7,<3", "triton>=3.4,<4"],  # compiled against the local CUDA
     "dev": ["triton==3.7.1; platform_system == 'Linux'", "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.8,<1", "transformers>=4.55,<6",
-            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, *CURATE,
+            "safetensors>=0.4,<1", "wheel<1", "setuptools>=77,<100", HARNESS, *CURATE, *COLLECT,
             "accelerate>=1,<2", "peft>=0.13,<1"],  # what is compared with: the harness's own backend (which asks for accelerate), PEFT
 }
 
@@ -41,7 +43,8 @@ setup(
     package_dir={"megatron_ext.conf": "conf"},
     package_data={"megatron_ext.conf": ["*.yaml", "*/*.yaml"], "megatron_ext.submit": ["body.sh", "array.sh"], "megatron_ext.contact": ["hook.sh"],
                   "megatron_ext.plan": ["calibration.json"], "megatron_ext.curate.quality": ["lists/*.yaml"],
-                  "megatron_ext.curate.taxonomy": ["seed/*.yaml"]},
+                  "megatron_ext.curate.taxonomy": ["seed/*.yaml"],
+                  "rlhf.collect": ["page.html"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-ext = megatron_ext.cli.main:main"]},

@@ -26,11 +26,13 @@ READS = {
     "ledger": ("curate",),
     "generate": ("checkpoint", "generate", "parallel", "launch"),
     "evaluate": ("checkpoint", "evaluate", "data", "parallel", "launch"),
+    "collect": ("collect", "chat", "generate", "checkpoint", "parallel", "launch"),
     "convert": ("checkpoint", "parallel", "launch"),
     "report": ("run",),
     "doctor": (),
 }
-TOP = {"prepare": ("input", "output"), "ledger": ("output",), "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
+TOP = {"prepare": ("input", "output"), "ledger": ("output",), "collect": ("input", "output"),
+       "convert": ("hf", "megatron", "adapter", "output")}  # keys that are in no group
 EXAMPLES = {
     "run": "run launch.ranks=2",
     "train": "train data.path=outputs/data/stdlib parallel=tp2 launch.ranks=2 train.steps=200 run.dir=outputs/mine",
@@ -41,6 +43,7 @@ EXAMPLES = {
     "ledger": "ledger seen --document statutes:2024/act.hwpx run.dir=outputs",
     "generate": "generate checkpoint.load=outputs/run --prompt 'def main('",
     "evaluate": "evaluate checkpoint.load=outputs/run evaluate.split=test --json",
+    "collect": "collect serve input=outputs/collect/tasks collect.annotators=[kim,lee]",
     "convert": "convert hf=downloads/Llama-3.1-8B output=outputs/llama parallel.tp=2",
     "report": "report run.dir=outputs/run",
     "doctor": "doctor --json",

@@ -52,12 +52,12 @@ def run(argv: Sequence[str]) -> int:
         from megatron_ext.train.start import adopt
 
         config = adopt(config, options.overrides)
-    if options.verb in ("train", "generate", "evaluate"):
+    if options.verb in ("train", "generate", "evaluate") or options.verb == "collect" and config.checkpoint.load is not None:
         layout = config.parallel
         asked = any(word.lstrip("+").startswith("launch.ranks=") for word in options.overrides)
         needed = layout.tp * layout.pp * layout.cp if options.verb != "train" else None
         config = launch.with_ranks(config, asked=asked, default=needed)
-    validate(config, "search" if options.action in ("search", "calibrate", "scaling") else options.verb)
+    validate(config, "search" if options.action in ("search", "calibrate", "scaling") else f"collect {options.action}" if options.verb == "collect" else options.verb)
     if options.verb in ("train", "check") and config.hardware.memory is not None:
         from megatron_ext.cli import vocabulary
         from megatron_ext.config.sizes import vocab_size

@@ -16,6 +16,7 @@ VERBS = {
     "ledger": "which runs saw a document: ledger seen --document X; and that it must not come in again: ledger remove --document X curate.removals=FILE",
     "generate": "completions from a checkpoint: generate checkpoint.load=DIR --prompt TEXT",
     "evaluate": "a checkpoint's perplexity on a split, or tasks of lm-evaluation-harness: evaluate checkpoint.load=DIR evaluate.split=test",
+    "collect": "data for SFT and reward models: collect build | augment | serve (a page where people order answers) | export | status",
     "convert": "Hugging Face to a checkpoint, and back: convert hf=DIR output=DIR, convert checkpoint.load=DIR output=DIR",
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
@@ -33,6 +34,7 @@ TAKES = {
     "evaluate": ("--json",),
     "report": ("--json",),
     "submit": ("--dry-run", "--sweep", "--json"),
+    "collect": ("--json",),
     "run": (),
     "train": (),
     "prepare": (),
@@ -40,7 +42,9 @@ TAKES = {
     "convert": (),
 }
 # Words that stand right after a verb.
-ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling"), "ledger": ("seen", "remove")}
+ACTIONS = {"plan": ("search", "calibrate", "acquire", "scaling"), "ledger": ("seen", "remove"),
+           "collect": ("build", "augment", "serve", "export", "status")}
+NEEDED = ("collect",)  # verbs that do nothing without an action
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,10 @@ def parse(argv: Sequence[str]) -> Options:
     if words and words[0] in ACTIONS.get(verb, ()):
         options, position = replace(options, action=words[0]), 1
     elif words and verb in ACTIONS and "=" not in words[0] and not words[0].startswith("-"):
-        raise UserError(verb, words[0], f"unknown; {_closest(words[0], list(ACTIONS[verb]))}, or overrides such as model=llama3_8b")
+        other = "" if verb in NEEDED else ", or overrides such as model=llama3_8b"
+        raise UserError(verb, words[0], f"unknown; {_closest(words[0], list(ACTIONS[verb]))}{other}")
+    if verb in NEEDED and options.action is None and not {"-h", "--help"} & {*words}:
+        raise UserError(verb, " ".join(words[:1]), f"an action comes first: {', '.join(ACTIONS[verb])}")
     while position < len(words):
         word = words[position]
         position += 1

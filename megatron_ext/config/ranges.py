@@ -37,6 +37,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scaling.law": ("auto", "chinchilla", "power"),
     "chat.format": ("auto", "prompt_response", "messages", "alpaca", "sharegpt", "preference", "ranking", "prompts"),
     "chat.overlong": ("skip", "truncate"),
+    "collect.builder": ("auto", "qa", "articles", "faq", "sections", "passages", "few_shot", "tasks"),
+    "collect.choose": ("order", "best"),
+    "collect.merge": ("mean", "each"),
+    "collect.format": ("ranking", "preference", "sft"),
     # Of the registries of rlhf/; tests/test_config_rlhf.py compares.
     "ppo.advantage": ("gae", "grpo", "rloo", "reinforce"),
     "ppo.policy_loss": ("clip", "reinforce", "gspo", "cispo"),
@@ -56,6 +60,8 @@ RANGES: dict[str, str] = {
         "generate.max_tokens", "generate.samples", "generate.batch_size", "evaluate.batch_size", "evaluate.limit", "chat.max_length", "rollout.prompts",
         "rollout.samples", "rollout.max_prompt", "rollout.batch_tokens", "ppo.epochs", "ppo.minibatches", "ppo.ptx_samples", "ppo.evaluate_prompts",
         "cluster.nodes", "cluster.min_nodes", "cluster.tasks_per_node", "cluster.cpus_per_task", "cluster.max_failures", "cluster.array_limit",
+        "collect.min_chars", "collect.max_chars", "collect.passage_chars", "collect.concurrency", "collect.max_requests", "collect.max_tokens", "collect.votes",
+        "collect.shared_votes", "collect.target", "collect.domain_target",
         *(f"{name}.{kind}" for name in LAYOUTS for kind in ("tp", "pp")),
     ), "[1,inf)"),
     **dict.fromkeys((
@@ -66,7 +72,11 @@ RANGES: dict[str, str] = {
         "optim.weight_decay", "optim.clip", "optim.min_lr", "stop.plateau_delta", "generate.temperature",
         "chat.max_bad_records", "lora.rank", "ranking.margin", "ppo.entropy_coef", "ppo.kl_coef", "ppo.ptx_coef", "critic.min_lr",
         "critic.warmup_steps", "critic.pretrain", "stop.reward_per_kl", "cluster.gpus_per_node", "cluster.max_restarts", "recovery.max_rewinds",
+        "collect.shots", "collect.retries", "collect.price_in", "collect.price_out",
     ), "[0,inf)"),
+    **dict.fromkeys(("collect.timeout", "collect.max_cost", "collect.lease"), "(0,inf)"),
+    **dict.fromkeys(("collect.shared", "collect.grounded"), "[0,1]"),
+    "collect.max_answers": "[2,10)",  # as many as there are digit keys
     **dict.fromkeys(("train.seed", "data.seed", "generate.seed"), "[0,4294967296)"),
     **dict.fromkeys(("optim.lr", "optim.eps", "model.norm_eps", "model.rotary_base", "model.rope_low_freq_factor", "model.rope_high_freq_factor", "stop.wall_time", "launch.timeout",
                      "precision.initial_loss_scale", "lora.alpha", "rewards.timeout", "rewards.clip", "rollout.logprob_bound", "ppo.clip_high",
@@ -98,7 +108,7 @@ RANGES: dict[str, str] = {
     "generate.top_p": "(0,1]",
     **dict.fromkeys(("parallel.vpp", "stop.window", "recovery.window", "evaluate.max_length"), "[2,inf)"),
     "data.vocab_size": "[257,inf)",  # a byte-level tokenizer has its 256 bytes and the end of a document
-    "launch.master_port": "[0,65536)",
+    **dict.fromkeys(("launch.master_port", "collect.port"), "[0,65536)"),
     **dict.fromkeys(("health.hang_timeout", "health.straggler_window"), "[1,inf)"),
     "cluster.signal_lead": "[0,65536)",  # what Slurm takes
     **{f"curate.{key}": interval for key, interval in curate.RANGES.items()},

@@ -298,6 +298,51 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class CollectConfig:
+    """`collect`: data for SFT and the reward stage, and the page on which people order answers (docs/collect.md). Sampling is `generate`'s, columns are `chat`'s."""
+
+    builder: str = "auto"  # build: auto | qa | articles | faq | sections | passages | few_shot | tasks
+    domain: str | None = None  # build: of records that name none
+    source: str | None = None  # build: what rows without an id are called (NAME:LINE); null = their file
+    licence: str | None = None  # build: of records that name none
+    phrases: str | None = None  # build: YAML of questions for articles and sections; null = conf/collect/phrases.yaml
+    min_chars: int = 2  # of an answer
+    max_chars: int = 2000  # of a passage, a question, an answer
+    passage_chars: int = 100  # build: least of a passage
+    max_answers: int = 6  # build: of a task; at most 9, as there are digit keys
+    shots: int = 0  # solved examples before each question; augment: 0 = as the template says
+    examples: str | None = None  # augment: records that solved examples are taken from; null = the template's own
+    template: str = "qa_ko"  # augment: a name in conf/collect, or a .yaml file
+    endpoint: str | None = None  # augment: an OpenAI-compatible address, such as http://127.0.0.1:8000/v1; null = checkpoint.load replies
+    model: str | None = None  # augment: as the endpoint calls it
+    key_env: str = "OPENAI_API_KEY"  # augment: the environment variable that holds the endpoint's key; empty = none
+    concurrency: int = 8  # augment: requests under way
+    timeout: float = 120.0  # augment: seconds without a byte of a reply
+    retries: int = 5  # augment: of a request
+    max_requests: int | None = None  # augment: budget of a directory, over all runs ...
+    max_tokens: int | None = None  # ... of prompts and replies together
+    max_cost: float | None = None  # ... in the currency of the prices
+    price_in: float = 0.0  # of a million tokens of prompts
+    price_out: float = 0.0  # of a million tokens of replies
+    keep_cut: bool = False  # augment: keep answers that ended at max_tokens
+    grounded: float = 0.0  # augment: least share of an answer's words that its passage must hold; 0 = off
+    annotators: tuple[str, ...] = ()  # serve: who orders answers; each gets a link with a token
+    renew: tuple[str, ...] = ()  # serve: whose token is made anew; the old link ends
+    host: str = "127.0.0.1"  # serve: address that the page listens at; it speaks plain HTTP
+    port: int = 8600  # serve: 0 = a free one
+    choose: str = "order"  # serve: order (all answers) | best (the best is enough, the others tie)
+    votes: int = 1  # serve: people that order a task
+    shared: float = 0.1  # serve: share of tasks that `shared_votes` people order, so that agreement is known
+    shared_votes: int = 2
+    lease: float = 1800.0  # serve: seconds that a task on one person's screen is kept from others
+    target: int = 50000  # records in all
+    domain_target: int = 10000  # records of a domain
+    targets: tuple[str, ...] = ()  # of single domains: DOMAIN:NUMBER
+    merge: str = "mean"  # export: mean (several people's orders become one) | each
+    format: str = "ranking"  # export: ranking | preference (pairs) | sft (the best answers)
+
+
+@dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters on the linear layers (Hu et al. 2021, arXiv 2106.09685); the base weights do not change."""
 
@@ -490,6 +535,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     chat: ChatConfig = field(default_factory=ChatConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
@@ -503,5 +549,5 @@ class Config:
     hf: str | None = None  # convert: a Hugging Face directory to read
     megatron: str | None = None  # convert: a checkpoint of Megatron-LM (torch_dist) to read
     adapter: str | None = None  # convert: with hf, a PEFT directory of a LoRA adapter that lies on it; with checkpoint.load, only: its adapter alone is written
-    input: str | None = None  # prepare: text to read; with curate.steps any files
-    output: str | None = None  # prepare, convert: directory to write
+    input: str | None = None  # prepare: text to read, with curate.steps any files; collect: documents, records, or a directory of collected data
+    output: str | None = None  # prepare, convert, collect: directory to write

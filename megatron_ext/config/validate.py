@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
 from megatron_ext.config.curating import CURATE
+from megatron_ext.config.collecting import COLLECT
 from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published
@@ -41,7 +42,7 @@ def validate(config: Config, verb: str = "train") -> None:
     """Raises UserError (one mistake) or ConfigErrors (several).
 
     Args:
-        verb: what the configuration is for. `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
+        verb: what the configuration is for (`collect augment`: a verb with its action). `prepare` trains nothing; `search` (of `plan`) has no layout yet; `generate` and `evaluate` take their model from a checkpoint,
             so that `check_layout` is called again once it is known.
     """
     errors = problems(config, verb)
@@ -70,6 +71,8 @@ def problems(config: Config, verb: str = "train") -> list[UserError]:
         rules += CONVERT
     elif verb == "prepare":
         rules += CURATE
+    elif verb.startswith("collect "):
+        rules += COLLECT[verb.partition(" ")[2]]
     return [error for rule in rules for error in rule(config)]
 
 

@@ -1,4 +1,4 @@
-"""Records out of files, one at a time: JSON lines (.jsonl, .ndjson), a JSON list (.json), comma-separated values (.csv), each also with .gz behind it.
+"""Records out of files, one at a time: JSON lines (.jsonl, .ndjson), a JSON list (.json), comma-separated values (.csv), each also with .gz or .zst behind it.
 
 What cannot be read is named by file and line (in .json: by the number of the record), counted and skipped. A file that is damaged as a whole (cut
 off, no JSON list, a quotation mark that is never closed) is refused: nobody can say how much of it would be missing.
@@ -13,7 +13,7 @@ from megatron_ext.data.read import BadRecords
 from megatron_ext.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv")
-_READABLE = f"readable are {', '.join(SUFFIXES)}, each also with .gz"
+_READABLE = f"readable are {', '.join(SUFFIXES)}, each also with .gz or .zst"
 
 
 class Skips(BadRecords):
@@ -62,7 +62,7 @@ def values(file: Path, bad: BadRecords, *, key: str) -> Iterator[tuple[int, obje
 
 
 def _kind(file: Path) -> str | None:
-    suffixes = file.suffixes[:-1] if file.suffix == ".gz" else file.suffixes
+    suffixes = file.suffixes[:-1] if file.suffix in (".gz", ".zst") else file.suffixes
     return suffixes[-1].lower()[1:] if suffixes and suffixes[-1].lower() in SUFFIXES else None
 
 

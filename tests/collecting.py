@@ -1,0 +1,204 @@
+"""What tests of `collect` share: documents, records, tasks, an endpoint that speaks as OpenAI's does, and the command line."""
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Self
+
+from small import ROOT, environment
+
+from megatron_ext.config.compose import compose
+from megatron_ext.config.schema import Config
+from rlhf.collect.tasks import Answer, Task
+
+LAW = """시험법
+
+       제1장 총칙
+  제1조(목적) 이 법은 시험에 관한 사항을 정함을 목적으로 한다.
+  제2조(정의) 이 법에서 "시험"이란 프로그램의 시험을 말한다.
+② 제1조에 따른 사항은 대통령령으로 정한다.
+  제3조의2 시험은 매일 한다.
+
+       제2장 벌칙
+  제4조(과태료) 시험을 거른 자에게는 과태료를 부과한다.
+부칙
+  제1조(시행일) 이 법은 공포한 날부터 시행한다.
+"""
+HOSTILE = ('<img src=x onerror="window.hacked=1"><script>window.hacked=1</script></div></li><b>굵게</b> &lt;i&gt; javascript:alert(1) \u202egnp.exe\u202c '
+           '{{7*7}} ${window.hacked=1} <iframe srcdoc="<script>parent.hacked=1</script>"></iframe> <style>*{display:none}</style>\u0000\u2028end')
+
+
+def write(path: Path, records: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def config(*words: str) -> Config:
+    return compose(words)
+
+
+def document(text: str, name: str = "law/1", **metadata: object) -> dict:
+    """As datatrove writes one."""
+    return {"text": text, "id": name, "metadata": metadata}
+
+
+def task(number: int, answers: int = 3, domain: str = "education") -> Task:
+    """Answers whose texts say how good they are: `good 0` is best."""
+    return Task(f"t{number:04d}", ({"role": "user", "content": f"Question {number}?"},), tuple(Answer(f"a{place}", f"good {place}", f"model{place}") for place in range(answers)),
+                domain, "en", {"id": f"doc{number}", "file": "x.jsonl", "line": number})
+
+
+def write_tasks(folder: Path, tasks: list[Task]) -> Path:
+    write(folder / "tasks.jsonl", [one.record() for one in tasks])
+    return folder
+
+
+# ---- the command line --------------------------------------------------------------------------------------------------------------
+
+def collect(*words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "megatron_ext", "collect", *words], cwd=ROOT, env=environment() | more, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert code == 1 or "Traceback" not in done.stderr
+    return done
+
+
+class Serving:
+    """`collect serve` as a process of its own. Attributes: url, tokens {annotator: token} (of this start and earlier ones)."""
+
+    def __init__(self, folder: Path, *words: str, port: int = 0, tokens: dict[str, str] | None = None):
+        self.folder, self.words, self.tokens = folder, words, dict(tokens or {})
+        self.start(port)
+
+    def start(self, port: int = 0) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", "megatron_ext", "collect", "serve", f"input={self.folder}", f"collect.port={port}", *self.words], cwd=ROOT,
+                                        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        if "The page: " not in line:
+            raise AssertionError(line + self.process.communicate()[1])
+        self.url = line.rsplit(" ", 1)[1].strip()
+        names = next(word for word in self.words if word.startswith("collect.annotators="))[20:-1].split(",")
+        for _ in names:
+            line = self.process.stdout.readline()
+            if "#token=" in line:
+                self.tokens[line.split()[0]] = line.strip().partition("#token=")[2]
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rstrip("/").rsplit(":", 1)[1])
+
+    def link(self, name: str) -> str:
+        return f"{self.url}#token={self.tokens[name]}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self) -> int:
+        """As Ctrl-C. Returns the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.communicate(timeout=30)
+        return self.process.returncode
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+# ---- an endpoint -------------------------------------------------------------------------------------------------------------------
+
+class FakeEndpoint:
+    """An OpenAI-compatible server. reply(body, number) returns text, or (status, headers, bytes), or raises ConnectionError to hang up.
+
+    Attributes: asked: bodies in the order in which they came. headers: of each. most: requests under way at a time, at most.
+    """
+
+    def __init__(self, reply: Callable[[dict, int], object]):
+        self.asked: list[dict] = []
+        self.headers: list[dict] = []
+        self.now = self.most = 0
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    number = len(outer.asked)
+                    outer.asked.append(body)
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()} | {"path": self.path})
+                    outer.now += 1
+                    outer.most = max(outer.most, outer.now)
+                try:
+                    found = reply(body, number)
+                except ConnectionError:
+                    self.close_connection = True
+                    return
+                finally:
+                    with lock:
+                        outer.now -= 1
+                status, headers, content = found if isinstance(found, tuple) else (200, {}, completion(found, body))
+                with contextlib.suppress(OSError):  # who asked may be gone
+                    self.send_response(status)
+                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(content)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def completion(text: object, body: dict) -> bytes:
+    said = sum(len(message["content"]) for message in body["messages"]) // 4
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+                       "usage": {"prompt_tokens": said, "completion_tokens": len(str(text)) // 4}}, ensure_ascii=False).encode()
+
+
+def error(status: int, text: str = "no", **headers: str) -> tuple[int, dict, bytes]:
+    return status, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps({"error": {"message": text}}).encode()
+
+
+@contextlib.contextmanager
+def variable(name: str, value: str | None) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
