@@ -49,7 +49,7 @@ wheelhouse:
 
 ## make lint       ruff
 lint: setup
-	@$(PY) -m ruff check --line-length 140 .
+	@$(PY) -m ruff check --line-length 140 --extend-ignore SIM905 .
 
 ## make clean      environments, caches and builds; runs under outputs/ stay
 clean:

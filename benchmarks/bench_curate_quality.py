@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from curate_texts import SHARED, chat, statutes  # noqa: E402
+from curate_texts import SHARED, chat, statutes
 
 SIZE = 2000
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from megatron_ext.config import geometry
 from megatron_ext.config.cluster import CLUSTER
-from megatron_ext.config.curating import CURATE
 from megatron_ext.config.collecting import COLLECT
+from megatron_ext.config.curating import CURATE
 from megatron_ext.config.families import family_fits_layout, family_fits_stage, family_has_its_keys, spans_fit
 from megatron_ext.config.layouts import LAYOUT, MODEL, Rule, ranks_fit
 from megatron_ext.config.observing import figures_can_be_published

@@ -21,7 +21,7 @@ _CLOSING = re.compile(rf"(?:incerely|egards|Best|hanks|heers|ruly|aithfully|igne
 _DEAR = re.compile(rf"D(?<![A-Za-z].)ear{_B}(?P<name>{_NAME})(?=[ \n]?[,:;\n])")
 _PHRASE = re.compile(rf"(?i:(?<![a-z])(?:{words.PHRASES})){_B}$")
 _LAST_FIRST = re.compile(rf"[A-Z](?<![A-Za-z].)[A-Za-z'-]{{1,24}},{_B}(?P<first>[A-Z][a-z]{{1,19}})(?:{_B}[A-Z]\.?)?(?![a-z])")
-_VERB = re.compile(rf"(?:'s)?[ \n,]{{1,3}}(?:said|says|wrote|told|asked|called|was|is|has|had|lives|lived|works|worked|who|aged|born|of|and|at|will|can|may|\(|reported|signed|filed|submitted|visited|requested|applied|moved|agreed|paid|joined|died)\b|[.,;:)!?\n]|\Z")
+_VERB = re.compile(r"(?:'s)?[ \n,]{1,3}(?:said|says|wrote|told|asked|called|was|is|has|had|lives|lived|works|worked|who|aged|born|of|and|at|will|can|may|\(|reported|signed|filed|submitted|visited|requested|applied|moved|agreed|paid|joined|died)\b|[.,;:)!?\n]|\Z")
 _LONELY = frozenset(("will may mark grant bill rose grace hope faith joy art dean chase drew gene jack frank sue pat rob jean ray guy earl duke").split())
 _BESIDE = re.compile(rf"(?P<name>{_WORD}(?:{_B}[A-Z]\.?)?{_B}{_WORD})[ \n]{{0,2}}(?:[(,:<|\-/\[][ \n]{{0,2}}|[ \n])(?:(?:at|on|phone|tel|email|e-mail|cell|mobile|SSN|DOB|ssn)\.?:?[ \n]{{1,2}})?$")
 
