@@ -166,5 +166,11 @@ def test_the_step_gives_reasons_counts_and_flags(tmp_path):
     assert Quality(QualityConfig()).process(Page(KOREAN)).action == "keep"
 
 
+def test_sources_of_records_are_not_judged_as_running_text():
+    step = Quality(QualityConfig(records=("talk-*",)))
+    assert step.process(Page("짧다", source="talk-2024")).action == "keep" and step.process(Page("짧다", source="web")).reason == "too_short"
+    assert step.process(Page("시발 개새끼 지랄", source="talk-2024")).reason == "toxic"
+
+
 def test_paragraphs_are_what_blank_lines_part():
     assert paragraphs("a\nb\n\n \n c \n\t\nd") == ["a\nb", "c", "d"] and paragraphs(" \n\n ") == []

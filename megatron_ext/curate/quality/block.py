@@ -1,5 +1,6 @@
 """The steps of this room for the pipeline (megatron_ext/curate/blocks.py): quality, decontaminate, exact, near, paragraphs."""
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from megatron_ext.curate.blocks import CHANGE, KEPT, Document, Phase, Shards, Verdict, dropped
@@ -35,8 +36,9 @@ class Quality:
         if lines:
             counts["boilerplate_lines"] = lines
         korean = is_korean(text, document.metadata.get("language"))
-        reason = judge(text, korean=korean) if settings.heuristics else None
-        if reason is None and settings.repetition:
+        running = not any(fnmatchcase(document.metadata.get("source", ""), pattern) for pattern in settings.records)
+        reason = judge(text, korean=korean) if settings.heuristics and running else None
+        if reason is None and settings.repetition and running:
             reason = repeated(text, korean=korean)
         flags = []
         if reason is None:

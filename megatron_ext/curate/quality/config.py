@@ -94,11 +94,13 @@ class DecontaminateConfig:
 @dataclass(frozen=True)
 class QualityConfig:
     """See each part. `clean`: lines of scripts, consent banners and copyright formulas are taken out first (boilerplate.py).
-    `heuristics`, `repetition`: whether these rules are applied."""
+    `heuristics`, `repetition`: whether these rules are applied. `records`: sources (names, or patterns such as "talk-*") whose documents are
+    questions, messages or rows: these two, which are made for running text, do not judge them."""
 
     clean: bool = True
     heuristics: bool = True
     repetition: bool = True
+    records: tuple[str, ...] = ()
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     lists: ListsConfig = field(default_factory=ListsConfig)
     duplicates: DuplicatesConfig = field(default_factory=DuplicatesConfig)
