@@ -1,5 +1,6 @@
 """What tests of `collect` share: documents, records, tasks, an endpoint that speaks as OpenAI's does, and the command line."""
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -120,10 +121,27 @@ class Serving:
             self.kill()
 
 
+def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
+    """What a server answers to somebody: (status, headers, what came)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
+    if method == "POST":
+        sent["Content-Type"] = "application/json"
+    sent |= {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request(method, path, raw if raw is not None else None if body is None else json.dumps(body), sent)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    try:
+        return response.status, {key.lower(): value for key, value in response.getheaders()}, json.loads(content)
+    except ValueError:
+        return response.status, {key.lower(): value for key, value in response.getheaders()}, content
+
+
 # ---- an endpoint -------------------------------------------------------------------------------------------------------------------
 
 class FakeEndpoint:
-    """An OpenAI-compatible server. reply(body, number) returns text, or (status, headers, bytes), or raises ConnectionError to hang up.
+    """An OpenAI-compatible server. reply(body, number) returns text, or (status, headers, bytes or an iterator of them), or raises ConnectionError to hang up.
 
     Attributes: asked: bodies in the order in which they came. headers: of each. most: requests under way at a time, at most.
     """
@@ -156,10 +174,13 @@ class FakeEndpoint:
                 status, headers, content = found if isinstance(found, tuple) else (200, {}, completion(found, body))
                 with contextlib.suppress(OSError):  # who asked may be gone
                     self.send_response(status)
-                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                    whole = isinstance(content, bytes)
+                    self.close_connection = not whole
+                    for name, value in {"Content-Type": "application/json", **({"Content-Length": str(len(content))} if whole else {}), **headers}.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(content)
+                    for part in [content] if whole else content:
+                        self.wfile.write(part)
 
             def log_message(self, *_) -> None:
                 pass
@@ -178,6 +199,27 @@ class FakeEndpoint:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def passages(tmp_path: Path, count: int = 6) -> Path:
+    return write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number}은 아홉 시에 엽니다. 토요일에 쉽니다.", "title": "안내", "language": "ko", "domain": "library",
+                                                       "source": {"id": f"doc{number}", "file": "x", "line": number}} for number in range(count)])
+
+
+def augmented(tmp_path: Path, endpoint: "FakeEndpoint", *words: str, name: str = "out") -> dict:
+    """What `collect augment` makes of the passages; a later word replaces an earlier one."""
+    last = {word.split("=")[0]: word for word in (f"input={tmp_path / 'in'}", f"output={tmp_path / name}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=3", "collect.retries=2", "collect.timeout=5", *words)}
+    from rlhf.collect.augment import Augmentation, augment
+    from rlhf.collect.endpoint import Endpoint
+
+    made = config(*last.values())
+    return augment(Augmentation.of(made, tuple(last.values())), "m", lambda: Endpoint(made.collect))
+
+
+def numbered(body: dict, number: int) -> str:
+    """Other pairs for each passage."""
+    which = body["messages"][-1]["content"].split("도서관 ")[1].split("은")[0]
+    return json.dumps([{"question": f"도서관 {which}은 몇 시에 여나요?", "answer": "아홉 시에 엽니다."}], ensure_ascii=False)
 
 
 def completion(text: object, body: dict) -> bytes:

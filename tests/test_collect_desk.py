@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from collecting import config, read, task, write_tasks
@@ -16,6 +17,7 @@ from rlhf.collect.desk import Desk, Refused
 from rlhf.collect.export import export, merged
 from rlhf.collect.log import AppendLog
 from rlhf.collect.progress import status, text
+from rlhf.collect.tasks import Answer
 from rlhf.data import records
 
 
@@ -27,7 +29,7 @@ class Clock:
 
 
 def desk(folder, tasks, *words: str, clock=None) -> Desk:
-    return Desk({one.id: one for one in tasks}, AppendLog(folder / ballots.FILE, key="input"), config(*words).collect, clock or Clock())
+    return Desk({one.id: one for one in tasks}, AppendLog(folder / ballots.FILE, key="input"), config(*words).collect, clock or Clock(), clock or Clock())
 
 
 @pytest.fixture
@@ -95,6 +97,28 @@ def test_a_task_that_nobody_answers_goes_to_others_after_the_lease(tmp_path):
     at.decide("lee", "t0000", ORDER)
     at.decide("kim", "t0000", [["a2"], ["a1"], ["a0"]])  # who had it still may answer: nothing is thrown away
     assert set(at.ballots.choices["t0000"]) == {"kim", "lee"}
+
+
+def test_a_clock_that_is_set_back_or_forward_changes_no_lease(tmp_path):
+    wall, ticks = Clock(), Clock()
+    folder, tasks = write_tasks(tmp_path, [task(0)]), {"t0000": task(0)}
+    at = Desk(tasks, AppendLog(folder / ballots.FILE, key="input"), config("collect.shared=0", "collect.lease=60").collect, wall, ticks)
+    assert at.current("kim").id == "t0000"
+    wall.now += 10**8
+    assert at.current("lee") is None  # it is still kim's
+    wall.now -= 2 * 10**8
+    ticks.now += 61
+    assert at.current("lee").id == "t0000"
+    at.decide("lee", "t0000", ORDER)
+    at._log.close()
+    taken = ballots.load(folder).choices["t0000"]["lee"]
+    assert taken.seconds == 0 and at.ballots.person("kim").since > wall.now
+    # A restart while the clock stands before what the log says: the lease begins anew, and ends.
+    (folder / ballots.FILE).write_text(json.dumps({"event": "open", "annotator": "kim", "task": "t0000", "at": wall.now + 10**9}) + "\n")
+    at = Desk(tasks, AppendLog(folder / ballots.FILE, key="input"), config("collect.shared=0", "collect.lease=60").collect, wall, ticks)
+    assert at.current("lee") is None
+    ticks.now += 61
+    assert at.current("lee").id == "t0000"
 
 
 def test_everyone_sees_answers_in_another_order_and_always_in_the_same(tmp_path):
@@ -253,6 +277,72 @@ def test_a_writer_that_is_killed_loses_nothing_it_acknowledged(tmp_path):
     with AppendLog(tmp_path / "x.log", key="x") as log:
         found = [record["n"] for _, _, record in log.records()]
     assert found == list(range(len(found))) and len(found) >= int([line for line in said if line.strip()][-1])
+
+
+def test_tasks_that_changed_since_are_asked_again(tmp_path):
+    """The file was made anew, by hand, with other texts or answers under the same ids: no decision is taken for what nobody saw."""
+    first = {one.id: one for one in (task(number) for number in range(5))}
+    folder = write_tasks(tmp_path, list(first.values()))
+    at = desk(folder, first.values(), "collect.shared=1", "collect.shared_votes=2")
+    for _ in range(5):
+        for name in ("kim", "lee"):
+            at.decide(name, at.current(name).id, [["a1"], ["a0"], ["a2"]])
+    at.undo("kim")
+    at.undo("lee")
+    at._log.close()
+    changed = {**first, "t0001": replace(first["t0001"], answers=(*first["t0001"].answers[:2], Answer("a2", "other words", "m"))),
+               "t0002": task(2, answers=2), "t0004": replace(task(4, answers=2), prompt=({"role": "user", "content": "Other?"},))}
+    del changed["t0000"]
+    write_tasks(folder, list(changed.values()))
+    exported = export(config(f"input={folder}"))
+    assert exported["left_out"] == {"not_decided": 3, "task_changed": 2, "task_is_gone": 1} and [row["id"] for row in read(folder / "rankings.jsonl")] == ["t0003"]
+    again = desk(folder, changed.values(), "collect.shared=0")
+    assert again.misfits == {"task_changed": 2, "task_is_gone": 1} and again.progress()["total"]["done"] == 1
+    assert again.state("kim")["task"]["draft"] is None  # t0004, open since the undo: the order was of answers that are not there
+    seen = []
+    while (found := again.current("kim")) is not None:
+        seen.append(found.id)
+        again.decide("kim", found.id, [[one.id] for one in found.answers])
+    assert sorted(seen) == ["t0001", "t0002", "t0004"]
+    for expected in (*reversed(seen), "t0003", "t0002", "t0001"):  # as far back as the log goes, through what was taken off; the task that is gone stops it
+        again.undo("kim")
+        assert again.current("kim").id == expected
+    with pytest.raises(Refused, match="nothing to undo"):
+        again.undo("kim")
+    again._log.close()
+    loaded = ballots.load(folder)  # it opens again, and says the same
+    ballots.fit(loaded, changed)
+    assert loaded.people == again.ballots.people and loaded.choices == again.ballots.choices
+    assert status(folder, config().collect)["ranked"]["total"]["done"] == 1
+
+
+def test_a_log_whose_orders_are_nonsense_is_not_exported(ten):
+    folder, _ = ten
+    (folder / ballots.FILE).write_text("".join(json.dumps({"event": "decide", "annotator": "kim", "task": f"t000{number}", "at": 1, "order": order}) + "\n" for number, order in
+                                               enumerate(([["a0", "a1", "a2"]], [[1, 2, 3]], [["a0"], ["a0"], ["a1"]], [["a0"], ["a1"]], [["a2"], ["a1"], ["a0"]]))))
+    assert export(config(f"input={folder}"))["left_out"] == {"all_tie": 1, "not_decided": 8, "task_changed": 3}
+
+
+def test_what_a_full_disk_left_is_taken_off_when_there_is_room_again(ten, monkeypatch):
+    """Not even the beginning of a record could be taken off at first."""
+    folder, tasks = ten
+    at = desk(folder, tasks)
+    found, real = at.current("kim"), os.write
+
+    def full(file, data):
+        real(file, data[:5])
+        raise OSError(28, "No space left on device")
+
+    def broken(file, size):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", full)
+        patched.setattr(os, "ftruncate", broken)
+        with pytest.raises(OSError, match="No space"):
+            at.decide("kim", found.id, ORDER)
+    at.decide("kim", found.id, ORDER)
+    assert [action["event"] for action in read(folder / ballots.FILE)] == ["open", "decide"]
 
 
 # ---- who may come in ---------------------------------------------------------------------------------------------------------------

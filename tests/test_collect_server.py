@@ -7,30 +7,13 @@ import threading
 import time
 
 import pytest
-from collecting import Serving, collect, read, task, write, write_tasks
+from collecting import Serving, call, collect, read, task, write, write_tasks
 
 from rlhf.collect import ballots
 from rlhf.collect.server import PAGE, policy
 
 pytest.importorskip("fastapi", reason="pip install 'megatron-ext[collect]'")
 pytest.importorskip("uvicorn", reason="pip install 'megatron-ext[collect]'")
-
-
-def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
-    """(status, headers, what came)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
-    if method == "POST":
-        sent["Content-Type"] = "application/json"
-    sent |= {key.replace("_", "-"): value for key, value in headers.items()}
-    connection.request(method, path, raw if raw is not None else None if body is None else json.dumps(body), sent)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    try:
-        return response.status, {key.lower(): value for key, value in response.getheaders()}, json.loads(content)
-    except ValueError:
-        return response.status, {key.lower(): value for key, value in response.getheaders()}, content
 
 
 @pytest.fixture(scope="module")
