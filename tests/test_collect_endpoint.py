@@ -85,7 +85,7 @@ def test_a_reply_without_end_is_cut_off_in_time(tmp_path):
         start = time.monotonic()
         with pytest.raises(RunFailed, match="no_reply_in_time 1"):
             run(tmp_path, endpoint, "collect.timeout=0.8", "collect.retries=0")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
     assert [record["lost"] for record in read(tmp_path / "out" / "cache.log")] == [True]  # it may be paid for
 
 
@@ -153,7 +153,7 @@ def test_busy_without_a_time_is_asked_again_later(tmp_path):
     at = []
     with FakeEndpoint(lambda body, number: (at.append(time.monotonic()), error(429) if number == 0 else numbered(body, number))[1]) as endpoint:
         run(tmp_path, endpoint)
-    assert 0.2 < at[1] - at[0] < 5
+    assert 0.2 < at[1] - at[0] < 20
 
 
 def test_what_an_endpoint_says_cannot_work_a_terminal(tmp_path):

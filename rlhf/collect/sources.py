@@ -1,9 +1,10 @@
 """What is read: documents (JSON lines of datatrove's `Document`: text, id, metadata) and records of questions with answers (all formats of
 `rlhf/data/records.py`), each with where it came from.
 
-A record with a `text` (`data.text_key`) and no question is a document. Of a folder that `prepare curate=...` wrote the shards are read, and what its
-manifest says that a source's licence forbids goes with each document. What cannot be read is named by file and line, counted and skipped; more
-than `chat.max_bad_records` refuse the input. Texts are never shown.
+A record with a `text` (`data.text_key`) and no question is a document; where its lines are those of a row (`Q: ...`, `A: ...` with the names of
+`chat.prompt_key` and `chat.response_key`) it is a pair, so that questions with answers can be cleaned as documents first. Of a folder that
+`prepare curate=...` wrote the shards are read, and what its manifest says that a source's licence forbids goes with each document. What cannot be
+read is named by file and line, counted and skipped; more than `chat.max_bad_records` refuse the input. Texts are never shown.
 """
 import hashlib
 import json
@@ -152,11 +153,21 @@ def _item(value: object, file: Path, line: int, config: Config) -> Document | Pa
         if not text.strip():
             raise Bad("has an empty text")
         metadata = value.get("metadata") if isinstance(value.get("metadata"), dict) else {}
+        if row := _row(text, config.chat.prompt_key, config.chat.response_key):
+            return Pair(({"role": "user", "content": row[0]},), row[1], _source(value, metadata, file, line, text, config), value)
         title = metadata.get("title")
         return Document(text, title if isinstance(title, str) and title.strip() else None, _source(value, metadata, file, line, text, config))
     found = records.parse(value, config.chat, records.Conversation)
     text = json.dumps([dict(message) for message in found.messages], ensure_ascii=False)
     return Pair(found.messages[:-1], found.messages[-1]["content"], _source(value, value, file, line, text, config), value)
+
+
+def _row(text: str, asked: str, answered: str) -> tuple[str, str] | None:
+    """Question and answer of a row of a table that was cleaned as a document: `prepare` writes it out, `field: value` a line."""
+    cells = [line.partition(":") for line in text.strip().split("\n")]
+    found = [[value.strip() for name, _, value in cells if name == key] for key in (asked, answered)]
+    right = all(colon for _, colon, _ in cells) and all(len(one) == 1 and one[0] for one in found)
+    return (found[0][0], found[1][0]) if right else None
 
 
 def _source(value: dict, metadata: Mapping, file: Path, line: int, text: str, config: Config) -> Source:
