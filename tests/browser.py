@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+REQUIRED = os.environ.get("MEGATRON_EXT_BROWSER") == "required"  # .ci/run: what needs a browser fails where there is none, instead of being skipped
 KEYS = {"Enter": ("Enter", 13, "\r"), "Backspace": ("Backspace", 8, ""), "Tab": ("Tab", 9, ""), "Escape": ("Escape", 27, ""), " ": ("Space", 32, " ")}
 
 

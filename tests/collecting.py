@@ -1,21 +1,28 @@
 """What tests of `collect` share: documents, records, tasks, an endpoint that speaks as OpenAI's does, and the command line."""
 import contextlib
+import http.client
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Self
 
+import forked
 from small import ROOT, environment
 
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
+from rlhf.collect import ballots
+from rlhf.collect.desk import Desk
+from rlhf.collect.log import AppendLog
 from rlhf.collect.tasks import Answer, Task
 
 LAW = """시험법
@@ -66,34 +73,66 @@ def write_tasks(folder: Path, tasks: list[Task]) -> Path:
     return folder
 
 
+ORDER = [["a0"], ["a1", "a2"]]
+
+
+class Clock:
+    """Stands until it is moved."""
+
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def desk(folder: Path, tasks: Iterable[Task], *words: str, clock: Callable[[], float] | None = None) -> Desk:
+    """A desk on the folder's log, which stays open."""
+    return Desk({one.id: one for one in tasks}, AppendLog(folder / ballots.FILE, key="input"), config(*words).collect, clock or Clock(), clock or Clock())
+
+
 # ---- the command line --------------------------------------------------------------------------------------------------------------
 
-def collect(*words: str, code: int = 0, **more: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", "megatron_ext", "collect", *words], cwd=ROOT, env=environment() | more, capture_output=True, text=True, check=False, timeout=300)
+def collect(*words: str, code: int = 0, fork: bool = False, **more: str) -> subprocess.CompletedProcess:
+    """The command; its exit code must be `code`. fork: from a process that has imported torch (tests/forked.py)."""
+    if fork:
+        done = forked.run(["collect", *words], env=environment() | more, timeout=300)
+    else:
+        done = subprocess.run([sys.executable, "-m", "megatron_ext", "collect", *words], cwd=ROOT, env=environment() | more, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert code == 1 or "Traceback" not in done.stderr
     return done
 
 
 class Serving:
-    """`collect serve` as a process of its own. Attributes: url, tokens {annotator: token} (of this start and earlier ones)."""
+    """`collect serve` as a process of its own. Attributes: url, tokens {annotator: token} (of this start and earlier ones).
 
-    def __init__(self, folder: Path, *words: str, port: int = 0, tokens: dict[str, str] | None = None):
-        self.folder, self.words, self.tokens = folder, words, dict(tokens or {})
+    Args:
+        fork: from a process that has imported what it needs (tests/forked.py); False: the command as it is typed.
+    """
+
+    def __init__(self, folder: Path, *words: str, port: int = 0, tokens: dict[str, str] | None = None, fork: bool = True):
+        self.folder, self.words, self.tokens, self.fork = folder, words, dict(tokens or {}), fork
+        self._said = tempfile.TemporaryDirectory()
         self.start(port)
 
     def start(self, port: int = 0) -> None:
-        self.process = subprocess.Popen([sys.executable, "-m", "megatron_ext", "collect", "serve", f"input={self.folder}", f"collect.port={port}", *self.words], cwd=ROOT,
-                                        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        if "The page: " not in line:
-            raise AssertionError(line + self.process.communicate()[1])
-        self.url = line.rsplit(" ", 1)[1].strip()
+        words = ["-m", "megatron_ext", "collect", "serve", f"input={self.folder}", f"collect.port={port}", *self.words]
+        said = Path(tempfile.mkdtemp(dir=self._said.name))
+        if self.fork:
+            self.process = forked.start(words, env=environment(), out=said / "out", error=said / "error")
+        else:
+            with (said / "out").open("w") as outs, (said / "error").open("w") as errors:
+                self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=outs, stderr=errors)
         names = next(word for word in self.words if word.startswith("collect.annotators="))[20:-1].split(",")
-        for _ in names:
-            line = self.process.stdout.readline()
-            if "#token=" in line:
-                self.tokens[line.split()[0]] = line.strip().partition("#token=")[2]
+        deadline, lines = time.monotonic() + 60, []
+        while len(lines) < 1 + len(names):  # the address, and a line for each annotator
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError("".join(path.read_text(encoding="utf-8") for path in said.iterdir()))
+            time.sleep(0.01)
+            text = (said / "out").read_text(encoding="utf-8") if (said / "out").exists() else ""
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and not line.startswith("note: ")]
+        self.url = next(line for line in lines if "The page: " in line).rsplit(" ", 1)[1].strip()
+        self.tokens |= {line.split()[0]: line.strip().partition("#token=")[2] for line in lines if "#token=" in line}
 
     @property
     def port(self) -> int:
@@ -104,13 +143,12 @@ class Serving:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
     def stop(self) -> int:
         """As Ctrl-C. Returns the exit code."""
-        self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=30)
-        return self.process.returncode
+        os.kill(self.process.pid, signal.SIGINT)
+        return self.process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -118,12 +156,30 @@ class Serving:
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:
             self.kill()
+        self._said.cleanup()
+
+
+def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
+    """What a server answers to somebody: (status, headers, what came)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
+    if method == "POST":
+        sent["Content-Type"] = "application/json"
+    sent |= {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request(method, path, raw if raw is not None else None if body is None else json.dumps(body), sent)
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    try:
+        return response.status, {key.lower(): value for key, value in response.getheaders()}, json.loads(content)
+    except ValueError:
+        return response.status, {key.lower(): value for key, value in response.getheaders()}, content
 
 
 # ---- an endpoint -------------------------------------------------------------------------------------------------------------------
 
 class FakeEndpoint:
-    """An OpenAI-compatible server. reply(body, number) returns text, or (status, headers, bytes), or raises ConnectionError to hang up.
+    """An OpenAI-compatible server. reply(body, number) returns text, or (status, headers, bytes or an iterator of them), or raises ConnectionError to hang up.
 
     Attributes: asked: bodies in the order in which they came. headers: of each. most: requests under way at a time, at most.
     """
@@ -156,10 +212,13 @@ class FakeEndpoint:
                 status, headers, content = found if isinstance(found, tuple) else (200, {}, completion(found, body))
                 with contextlib.suppress(OSError):  # who asked may be gone
                     self.send_response(status)
-                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                    whole = isinstance(content, bytes)
+                    self.close_connection = not whole
+                    for name, value in {"Content-Type": "application/json", **({"Content-Length": str(len(content))} if whole else {}), **headers}.items():
                         self.send_header(name, value)
                     self.end_headers()
-                    self.wfile.write(content)
+                    for part in [content] if whole else content:
+                        self.wfile.write(part)
 
             def log_message(self, *_) -> None:
                 pass
@@ -178,6 +237,27 @@ class FakeEndpoint:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def passages(tmp_path: Path, count: int = 6) -> Path:
+    return write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number}은 아홉 시에 엽니다. 토요일에 쉽니다.", "title": "안내", "language": "ko", "domain": "library",
+                                                       "source": {"id": f"doc{number}", "file": "x", "line": number}} for number in range(count)])
+
+
+def augmented(tmp_path: Path, endpoint: "FakeEndpoint", *words: str, name: str = "out") -> dict:
+    """What `collect augment` makes of the passages; a later word replaces an earlier one."""
+    last = {word.split("=")[0]: word for word in (f"input={tmp_path / 'in'}", f"output={tmp_path / name}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=3", "collect.retries=2", "collect.timeout=5", *words)}
+    from rlhf.collect.augment import Augmentation, augment
+    from rlhf.collect.endpoint import Endpoint
+
+    made = config(*last.values())
+    return augment(Augmentation.of(made, tuple(last.values())), "m", lambda: Endpoint(made.collect))
+
+
+def numbered(body: dict, number: int) -> str:
+    """Other pairs for each passage."""
+    which = body["messages"][-1]["content"].split("도서관 ")[1].split("은")[0]
+    return json.dumps([{"question": f"도서관 {which}은 몇 시에 여나요?", "answer": "아홉 시에 엽니다."}], ensure_ascii=False)
 
 
 def completion(text: object, body: dict) -> bytes:

@@ -5,6 +5,7 @@ imports alone are shared. tests/test_cli.py, test_launch.py, test_run.py, test_s
 everywhere.
 """
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READ_AT_IMPORT = ("PYTHONPATH", "OMP_NUM_THREADS", "TRITON_INTERPRET", "PYTHONWARNINGS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD")
 IMPORTS = ("megatron_ext.cli.main", "megatron_ext.cli.verbs.train", "megatron_ext.cli.verbs.evaluate", "megatron_ext.cli.verbs.generate",
            "megatron_ext.train.pretrain", "megatron_ext.train.life", "megatron_ext.checkpoint", "rlhf.ppo", "rlhf.sft", "rlhf.reward", "rlhf.dpo", "rlhf.grpo")
+WHERE_INSTALLED = ("fastapi", "uvicorn", "rlhf.collect.server", "rlhf.collect.own")
 _servers: dict[tuple, "Server"] = {}
 
 
@@ -150,6 +152,9 @@ def _serve(number: int) -> None:
     quiet()
     for name in IMPORTS:
         importlib.import_module(name)
+    for name in WHERE_INSTALLED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     line = socket.socket(fileno=number).makefile("rw", encoding="utf-8")
 
     def say(**what) -> None:

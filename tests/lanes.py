@@ -10,7 +10,8 @@ RANKS = "ranks"
 NAMES = """
     adamw adamw_triton attention autocast backend bias_gelu checks dynamic_shapes fp8 fp8_linear fused gae geglu grad_norm half_products layer_norm
     linear_cross_entropy linear_cross_entropy_memory linear_cross_entropy_registered rms_norm rope swiglu wgrad_accumulate
-    chat_files chat_records chat_templates chat_tokens collect_agreement collect_augment collect_build collect_desk data_order data_read data_samples data_tokenizer
+    chat_files chat_records chat_templates chat_tokens data_order data_read data_samples data_tokenizer
+    collect_agreement collect_augment collect_build collect_ci collect_desk collect_endpoint collect_export collect_log collect_rights
     config_compose config_rlhf config_validate presets schedule static_check
     encoder encoder_decoder evaluate generate generate_text last_layer models observe_flops
     convert convert_adapters convert_families convert_megatron convert_refusals plan plan_cli plan_trace record scaling

@@ -32,6 +32,20 @@ def test_published_examples(rows, metric, published):
     assert round(alpha(units(rows), metric), 3) == published
 
 
+def test_by_hand():
+    """Every step on paper, from the definition.
+
+    Nominal, units (1 1), (1 2): o_11 = 2, o_12 = o_21 = 1; n_1 = 3, n_2 = 1, n = 4. D_o = 2/4, D_e = 2 * 3 * 1 / (4 * 3) = 1/2: alpha = 0.
+    Ordinal, (1 2), (2 3), (1 1), (3 3) and a lone 2, which does not count: n_1 = 3, n_2 = 2, n_3 = 3, n = 8. d(1,2)^2 = (3 + 2 - 5/2)^2 = 6.25 = d(2,3)^2,
+    d(1,3)^2 = (3 + 2 + 3 - 6/2)^2 = 25. 8 D_o = 4 * 6.25 = 25, 56 D_e = 2 (3 * 2 * 6.25 + 2 * 3 * 6.25 + 3 * 3 * 25) = 600: alpha = 1 - 7 * 25 / 600 = 17/24.
+    Three values of a unit, (1 1 2), count by halves: o_11 = 2 * 1 / 2 = 1, o_12 = o_21 = 2 * 1 / 2 = 1; with (2 2), o_22 = 2. n_1 = 2, n_2 = 3, n = 5:
+    5 D_o = 2, 20 D_e = 12: alpha = 1 - 4 * 2 / 12 = 1/3.
+    """
+    assert alpha([[1, 1], [1, 2]], "nominal") == pytest.approx(0, abs=1e-15)
+    assert alpha([[1, 2], [2, 3], [1, 1], [3, 3], [2]], "ordinal") == pytest.approx(17 / 24, abs=1e-15)
+    assert alpha([[1, 1, 2], [2, 2]], "nominal") == pytest.approx(1 / 3, abs=1e-15) == alpha([[1, 2, 1], [2, 2]], "ordinal")
+
+
 def test_edges():
     assert alpha([["a", "a"], ["b", "b"]], "nominal") == 1
     assert alpha([], "nominal") is None and alpha([["a"], ["b"]], "ordinal") is None

@@ -1,4 +1,4 @@
-"""Augmentation over an endpoint: templates, replies, retries, resume, cache, budget, and a key that is nowhere to be found."""
+"""Augmentation over an endpoint: templates, replies, resume, cache, and a key that is nowhere to be found. What goes wrong: test_collect_endpoint.py."""
 import json
 import subprocess
 import sys
@@ -7,39 +7,19 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
-from collecting import FakeEndpoint, collect, config, error, read, variable, write
+from collecting import FakeEndpoint, collect, error, numbered, passages, read, variable, write
+from collecting import augmented as run
 from small import ROOT, environment
 
 from megatron_ext.config.schema import CollectConfig
-from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.errors import UserError
 from rlhf.collect import replies
-from rlhf.collect.augment import Augmentation, augment
-from rlhf.collect.budget import Budget, Usage, most
-from rlhf.collect.endpoint import Endpoint, _pause, _told
+from rlhf.collect.endpoint import Endpoint
 from rlhf.collect.templates import Template
 
 CONF = Path(__file__).resolve().parent.parent / "conf" / "collect"
 KEY = "sk-test-0123456789abcdef"
 PAIRS = json.dumps([{"question": "몇 시에 여나요?", "answer": "아홉 시에 엽니다."}, {"question": "언제 쉬나요?", "answer": "토요일에 쉽니다."}], ensure_ascii=False)
-SPARE = ("collect.retries=2", "collect.timeout=5")
-
-
-def passages(tmp_path, count: int = 6) -> Path:
-    return write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number}은 아홉 시에 엽니다. 토요일에 쉽니다.", "title": "안내", "language": "ko", "domain": "library",
-                                                       "source": {"id": f"doc{number}", "file": "x", "line": number}} for number in range(count)])
-
-
-def run(tmp_path, endpoint, *words: str, name: str = "out") -> dict:
-    last = {word.split("=")[0]: word for word in (f"input={tmp_path / 'in'}", f"output={tmp_path / name}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=3", *SPARE, *words)}
-    made = config(*last.values())
-    return augment(Augmentation.of(made, tuple(last.values())), "m", lambda: Endpoint(made.collect))
-
-
-def numbered(body: dict, number: int) -> str:
-    """Other pairs for each passage."""
-    which = body["messages"][-1]["content"].split("도서관 ")[1].split("은")[0]
-    return json.dumps([{"question": f"도서관 {which}은 몇 시에 여나요?", "answer": "아홉 시에 엽니다."}], ensure_ascii=False)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------------------------------
@@ -124,99 +104,6 @@ def test_redirects_are_not_followed(tmp_path):
         with variable("OPENAI_API_KEY", KEY), pytest.raises(UserError, match="answers 307: .*it redirects"):
             run(tmp_path, endpoint)
         assert other.asked == []
-
-
-# ---- what goes wrong ---------------------------------------------------------------------------------------------------------------
-
-def test_busy_and_broken_answers_are_asked_again(tmp_path):
-    passages(tmp_path, 4)
-    tries: dict[str, int] = {}
-
-    def reply(body, number):
-        which = body["messages"][-1]["content"].split("도서관 ")[1][0]
-        tries[which] = tries.get(which, 0) + 1
-        if tries[which] == 1:
-            if which == "0":
-                return error(429, Retry_After="0")
-            if which == "1":
-                return error(503, Retry_After="0")
-            if which == "2":
-                raise ConnectionError
-        if which == "3":
-            return error(400, "maximum context length")
-        return numbered(body, number)
-
-    with FakeEndpoint(reply) as endpoint:
-        found = run(tmp_path, endpoint)
-    assert tries == {"0": 2, "1": 2, "2": 2, "3": 1}
-    assert found["left_out"] == {"refused_400": 1} and found["outputs"][0]["records"] == 3 and found["without_reply"] == 1 and not found["complete"]
-    lost = [record for record in read(tmp_path / "out" / "cache.log") if record.get("lost")]
-    assert len(lost) == 1 and found["spent"]["requests"] == 4  # the one that hung up may have been paid for
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"choices":[]}', b'{"choices":[{"message":{"content":null}}]}', b'{"choices":[{"message":{"content":"\\ud800"}}]}', b"[" * 99999,
-                                     b'{"choices":[{"message":{"content":"x"}}],"usage":{"prompt_tokens":-5,"completion_tokens":1}}'])
-def test_replies_that_are_none_are_left_out(tmp_path, content):
-    passages(tmp_path, 1)
-    with FakeEndpoint(lambda body, number: (200, {}, content)) as endpoint, pytest.raises(RunFailed, match="reply_is_no_chat_completion 1"):
-        run(tmp_path, endpoint)
-
-
-def test_an_endpoint_that_is_down_ends_the_run(tmp_path):
-    passages(tmp_path, 9)
-    write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number}"} for number in range(200)])
-    with FakeEndpoint(lambda body, number: error(500, Retry_After="0")) as endpoint:
-        with pytest.raises(RunFailed, match="10 requests in a row had no reply .status_500."):
-            run(tmp_path, endpoint, "collect.retries=0")
-        assert 10 <= len(endpoint.asked) < 20
-    with pytest.raises(RunFailed, match="no_connection"):
-        run(tmp_path, endpoint, "collect.retries=0")  # it is closed now
-
-
-def test_waits_between_tries():
-    assert _told("3") == 3 and _told("-1") == 0 and _told("99999") == 600 and _told("soon") is None and _told(None) is None and _told("nan") is None
-    assert 5 < _told(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 8))) < 9
-    waits = [_pause(attempt, "ab") for attempt in range(12)]
-    assert all(0.25 * 2**attempt <= wait <= 0.75 * 2**attempt for attempt, wait in enumerate(waits[:6])) and max(waits) <= 90 and waits[3] != _pause(3, "cd")
-
-
-# ---- budget ------------------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize(("words", "key"), [(["collect.max_requests=4"], "collect.max_requests"), (["collect.max_tokens=8000"], "collect.max_tokens"),
-                                            (["collect.max_cost=0.01", "collect.price_in=1", "collect.price_out=2"], "collect.max_cost")])
-def test_a_budget_is_never_gone_over_and_a_larger_one_goes_on(tmp_path, words, key):
-    passages(tmp_path, 40)
-    write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number % 10} {number}" + "글" * 300} for number in range(40)])
-
-    def reply(body, number):
-        text = json.dumps([{"question": f"질문 {body['messages'][-1]['content'][-60:-40]} {number}?", "answer": "답입니다."}], ensure_ascii=False)
-        content = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 800, "completion_tokens": 200}}
-        return 200, {}, json.dumps(content).encode()
-
-    with FakeEndpoint(reply) as endpoint:
-        for _ in range(2):  # also not by starting again
-            with pytest.raises(RunFailed, match=f"{key}="):
-                run(tmp_path, endpoint, *words)
-        asked = len(endpoint.asked)
-        spent = yaml.safe_load((tmp_path / "out" / "augment.yaml").read_text())["spent"]
-        assert 0 < asked < 40 and spent["requests"] == asked
-        assert {"collect.max_requests": asked <= 4, "collect.max_tokens": asked * 1000 <= 8000, "collect.max_cost": asked * (800 + 400) / 1e6 <= 0.01}[key]
-        assert len(read(tmp_path / "out" / "sft.jsonl")) == asked
-        run(tmp_path, endpoint, "collect.max_requests=400")
-        assert len(endpoint.asked) == 40
-
-
-def test_what_a_request_can_cost_at_most():
-    assert most([{"role": "user", "content": "가나"}], 10) == Usage(6 + 32, 10)
-    budget = Budget(CollectConfig(max_tokens=100))
-    one = Usage(20, 20)
-    assert budget.over(one) is None
-    budget.set_aside(one)
-    budget.set_aside(one)
-    assert budget.over(one) == "collect.max_tokens" and budget.over(one, alone=True) is None
-    budget.give_back(one)
-    budget.spend(Usage(5, 5))
-    assert budget.over(one) is None and budget.facts() == {"requests": 1, "prompt_tokens": 5, "reply_tokens": 5}
 
 
 # ---- templates and replies ---------------------------------------------------------------------------------------------------------

@@ -1,20 +1,22 @@
 """The page in a real browser: choose, order, tie, undo, reload, two people at once, a server that dies, hostile text.
 
-Debian: apt-get install --no-install-recommends chromium. Where there is no Chromium, or no FastAPI, the file is skipped.
+Debian: apt-get install --no-install-recommends chromium. Where there is no Chromium, or no FastAPI, the file is skipped; with
+MEGATRON_EXT_BROWSER=required (.ci/run) it fails.
 """
 import json
 import time
 
 import pytest
-from browser import Browser, Failed, find
+from browser import REQUIRED, Browser, Failed, find
 from collecting import HOSTILE, Serving, read, task, write_tasks
 
 from rlhf.collect import ballots
 from rlhf.collect.tasks import Answer, Task
 
-pytest.importorskip("fastapi", reason="pip install 'megatron-ext[collect]'")
-pytest.importorskip("uvicorn", reason="pip install 'megatron-ext[collect]'")
-pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium here (apt-get install --no-install-recommends chromium)")
+if not REQUIRED:
+    pytest.importorskip("fastapi", reason="pip install 'megatron-ext[collect]'")
+    pytest.importorskip("uvicorn", reason="pip install 'megatron-ext[collect]'")
+pytestmark = pytest.mark.skipif(find() is None and not REQUIRED, reason="no Chromium here (apt-get install --no-install-recommends chromium)")
 
 READY = "!document.getElementById('work').hidden && document.querySelectorAll('#answers li').length > 0"
 TASK = "state.task.id"
@@ -22,6 +24,7 @@ TASK = "state.task.id"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    assert find() is not None, "MEGATRON_EXT_BROWSER=required, and there is no Chromium (.ci/browser says why it could not be installed)"
     found = Browser(tmp_path_factory.mktemp("browser") / "profile")
     yield found
     found.close()
@@ -73,7 +76,8 @@ def test_order_tie_undo_and_skip_by_keyboard(opened, browser):
     assert page.text("#order") == "Order: 3 > 1 > 4 > 2"
     page.key("Enter")
     saved(page, first)
-    assert decisions(server)[-1] | {"at": 0, "seconds": 0} == {"event": "decide", "annotator": "kim", "task": first, "at": 0, "order": [[ids[2]], [ids[0]], [ids[3]], [ids[1]]], "shown": ids, "seconds": 0}
+    assert decisions(server)[-1] | {"at": 0, "seconds": 0} == {"event": "decide", "annotator": "kim", "task": first, "at": 0, "order": [[ids[2]], [ids[0]], [ids[3]], [ids[1]]],
+                                                               "shown": ids, "seconds": 0, "of": task(int(first[1:]), answers=4).digest}
     assert page.text("#mine") == "1 done" and "1 / 50,000" in page.text("#progress")
     # undo: the same task, with the order as it was
     page.key("u")
@@ -213,6 +217,26 @@ def test_hostile_text_is_shown_as_text(opened, browser):
     assert any("Content Security Policy" in said for said in page.complaints())
     page.key("1", "Enter")
     page.wait("!document.getElementById('none').hidden")
+
+
+def test_texts_that_are_large_or_odd_are_shown_whole_and_disturb_nothing(opened, browser):
+    """A megabyte, one word of 20,000 letters, families of emoji, stacked accents, letters that turn the reading direction and never turn it back."""
+    texts = ["길고 긴 답변입니다.\n" * 40_000, "가" * 20_000, "👨‍👩‍👧‍👦🏳️‍🌈👩🏽‍🚀 e\u0301" + "\u0300\u0316" * 300, "\u202e\u2066\u2067 reversed \u0627\u0644\u0633\u0644\u0627\u0645\n" * 3]
+    assert len(texts[0].encode()) > 1_000_000
+    one = Task("odd", ({"role": "user", "content": "\u202eWhich?"},), tuple(Answer(f"a{number}", text, "m") for number, text in enumerate(texts)), "\u202ewal", "ko", {})
+    server = opened([one])
+    page = browser.page(server.link("kim"))
+    page.wait(READY)
+    assert page.js("Object.fromEntries([...document.querySelectorAll('#answers li')].map(one => [one.dataset.id, one.querySelector('.text').textContent]))") == {f"a{number}": text for number, text in enumerate(texts)}
+    # Each stands inside its own box, no box is higher than the window or wider than the page, and what stands beside a text is read as it was.
+    boxes = page.js("[...document.querySelectorAll('#answers li, #prompt')].map(one => { const r = one.getBoundingClientRect(); return [r.left, r.right, r.height]; })")
+    width, height = page.js("[document.documentElement.clientWidth, innerHeight]")
+    assert all(left >= 0 and right <= width and tall <= height for left, right, tall in boxes) and page.js("document.documentElement.scrollWidth") <= width
+    assert page.js("['.text', '#domain', '#who', 'th'].map(one => getComputedStyle(document.querySelector(one)).unicodeBidi)") == ["isolate"] * 4
+    start = time.monotonic()
+    page.key("4", "3", "2", "Enter")
+    page.wait("!document.getElementById('none').hidden")
+    assert time.monotonic() - start < 10 and decisions(server)[-1]["event"] == "decide" and page.complaints() == []
 
 
 def test_without_a_token_and_in_korean(opened, browser):

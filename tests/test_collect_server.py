@@ -7,30 +7,13 @@ import threading
 import time
 
 import pytest
-from collecting import Serving, collect, read, task, write, write_tasks
+from collecting import Serving, call, collect, read, task, write, write_tasks
 
 from rlhf.collect import ballots
 from rlhf.collect.server import PAGE, policy
 
 pytest.importorskip("fastapi", reason="pip install 'megatron-ext[collect]'")
 pytest.importorskip("uvicorn", reason="pip install 'megatron-ext[collect]'")
-
-
-def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
-    """(status, headers, what came)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
-    if method == "POST":
-        sent["Content-Type"] = "application/json"
-    sent |= {key.replace("_", "-"): value for key, value in headers.items()}
-    connection.request(method, path, raw if raw is not None else None if body is None else json.dumps(body), sent)
-    response = connection.getresponse()
-    content = response.read()
-    connection.close()
-    try:
-        return response.status, {key.lower(): value for key, value in response.getheaders()}, json.loads(content)
-    except ValueError:
-        return response.status, {key.lower(): value for key, value in response.getheaders()}, content
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +73,17 @@ def test_one_cannot_act_for_another(served):
 
 
 def test_refusals_of_the_command(served, tmp_path):
-    assert "is in use by another process" in collect("serve", f"input={served.folder}", "collect.annotators=[kim]", "collect.port=0", code=2).stderr
+    assert "is in use by another process" in collect("serve", f"input={served.folder}", "collect.annotators=[kim]", "collect.port=0", code=2, fork=True).stderr
     other = write_tasks(tmp_path / "a", [task(0)])
-    assert f"collect.port={served.port}: cannot be listened at" in collect("serve", f"input={other}", "collect.annotators=[kim]", f"collect.port={served.port}", code=2).stderr
-    assert "tasks.jsonl: is not there" in collect("serve", f"input={tmp_path}", "collect.annotators=[kim]", code=2).stderr
+    assert f"collect.port={served.port}: cannot be listened at" in collect("serve", f"input={other}", "collect.annotators=[kim]", f"collect.port={served.port}", code=2, fork=True).stderr
+    assert "tasks.jsonl: is not there" in collect("serve", f"input={tmp_path}", "collect.annotators=[kim]", code=2, fork=True).stderr
     write(tmp_path / "b" / "tasks.jsonl", [{"id": "t", "prompt": "p", "answers": []}])
-    assert "tasks.jsonl:1: is no task" in collect("serve", f"input={tmp_path / 'b'}", "collect.annotators=[kim]", code=2).stderr
+    assert "tasks.jsonl:1: is no task" in collect("serve", f"input={tmp_path / 'b'}", "collect.annotators=[kim]", code=2, fork=True).stderr
 
 
 def test_links_are_told_once_and_interrupting_is_clean(tmp_path):
     folder = write_tasks(tmp_path, [task(0)])
-    with Serving(folder, "collect.annotators=[kim,lee]") as server:
+    with Serving(folder, "collect.annotators=[kim,lee]", fork=False) as server:
         first = dict(server.tokens)
         assert set(first) == {"kim", "lee"} and server.stop() == 130
     with Serving(folder, "collect.annotators=[kim,lee]", "collect.renew=[lee]", tokens=first) as server:

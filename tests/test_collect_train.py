@@ -1,8 +1,10 @@
 """From a source to a reward model: built, answered by a checkpoint of our own, ordered, exported, trained on."""
 import json
+from functools import partial
 
 import pytest
-from collecting import Serving, collect, config, read, write
+from collecting import collect as command
+from collecting import config, read, write
 from rlhf_small import NOUNS, VERBS, run
 from small import records
 
@@ -10,6 +12,7 @@ from rlhf.collect import ballots, tasks
 from rlhf.collect.desk import Desk
 from rlhf.collect.log import AppendLog
 
+collect = partial(command, fork=True)
 ANSWER = ("collect.template=answer", "generate.samples=3", "generate.max_tokens=12", "generate.batch_size=8", "launch.device=cpu", "collect.keep_cut=true")
 
 
@@ -26,10 +29,10 @@ def collected(tmp_path_factory):
 def test_from_a_source_to_a_reward_model(collected, rlhf_chain):
     load = f"checkpoint.load={rlhf_chain['pretrain']}"
     words = (f"input={collected / 'built'}", load, *ANSWER)
-    # In two goes, the first stopped by its budget; and in one: the same bytes.
+    # In two goes, the first stopped by its budget, the second on two ranks; and in one, with another batch: the same bytes.
     done = collect("augment", *words, f"output={collected / 'built' / 'own'}", "collect.max_requests=30", code=1)
     assert "error: collect.max_requests=30 is spent" in done.stderr and "Traceback" not in done.stderr
-    collect("augment", *words, f"output={collected / 'built' / 'own'}", "collect.max_requests=100")
+    collect("augment", *words, f"output={collected / 'built' / 'own'}", "collect.max_requests=100", "parallel.tp=2")
     collect("augment", *(word for word in words if "batch_size" not in word), f"output={collected / 'whole'}", "generate.batch_size=3")
     rows = read(collected / "built" / "own" / "answers.jsonl")
     assert (collected / "whole" / "answers.jsonl").read_bytes() == (collected / "built" / "own" / "answers.jsonl").read_bytes()
@@ -57,18 +60,3 @@ def test_from_a_source_to_a_reward_model(collected, rlhf_chain):
     # ... and the built pairs are what sft reads.
     run("sft", collected / "sft", f"checkpoint.start={rlhf_chain['pretrain']}", f"chat.path={collected / 'built' / 'sft.jsonl'}", "train.steps=2", "train.global_batch_size=4",
         "train.micro_batch_size=4", "data.sequence_length=64")
-
-
-def test_a_checkpoint_on_two_ranks_replies_the_same(collected, rlhf_chain):
-    words = (f"input={collected / 'built'}", f"checkpoint.load={rlhf_chain['pretrain']}", "collect.template=answer", "generate.max_tokens=8", "launch.device=cpu", "collect.keep_cut=true")
-    for name, layout in (("one", ()), ("two", ("parallel.tp=2",))):
-        collect("augment", *words, f"output={collected / name}", *layout)
-    assert (collected / "one" / "answers.jsonl").read_bytes() == (collected / "two" / "answers.jsonl").read_bytes()
-
-
-def test_a_page_for_what_was_built(collected):
-    pytest.importorskip("fastapi", reason="pip install 'megatron-ext[collect]'")
-    pytest.importorskip("uvicorn", reason="pip install 'megatron-ext[collect]'")
-    write(collected / "page" / "tasks.jsonl", [{"id": "t", "prompt": [{"role": "user", "content": "Q"}], "answers": [{"id": "a", "text": "x"}, {"id": "b", "text": "y"}]}])
-    with Serving(collected / "page", "collect.annotators=[kim]") as server:
-        assert server.url.startswith("http://127.0.0.1:")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_ext.config.curating import curate_files_exist, uses_are_known
 from megatron_ext.config.layouts import Rule, ranks_fit
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
@@ -85,10 +86,11 @@ def targets_are_numbers(config: Config) -> Iterator[UserError]:
             yield UserError("collect.targets", entry, "must be DOMAIN:NUMBER, such as education:10000")
 
 
+RIGHTS: tuple[Rule, ...] = (curate_files_exist, uses_are_known)  # what was removed, what licences forbid: of all that makes or shows records
 COLLECT: dict[str, tuple[Rule, ...]] = {
-    "build": (input_is_there, output_is_given),
-    "augment": (input_is_there, output_is_given, somebody_replies, prices_are_known, ranks_fit),
-    "serve": (input_is_there, input_is_a_directory, annotators_are_named, targets_are_numbers),
-    "export": (input_is_there, input_is_a_directory),
+    "build": (input_is_there, output_is_given, *RIGHTS),
+    "augment": (input_is_there, output_is_given, somebody_replies, prices_are_known, ranks_fit, *RIGHTS),
+    "serve": (input_is_there, input_is_a_directory, annotators_are_named, targets_are_numbers, *RIGHTS),
+    "export": (input_is_there, input_is_a_directory, *RIGHTS),
     "status": (input_is_there, input_is_a_directory, targets_are_numbers),
 }

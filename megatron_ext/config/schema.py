@@ -317,7 +317,7 @@ class CollectConfig:
     model: str | None = None  # augment: as the endpoint calls it
     key_env: str = "OPENAI_API_KEY"  # augment: the environment variable that holds the endpoint's key; empty = none
     concurrency: int = 8  # augment: requests under way
-    timeout: float = 120.0  # augment: seconds without a byte of a reply
+    timeout: float = 120.0  # augment: seconds in which a reply has to come whole
     retries: int = 5  # augment: of a request
     max_requests: int | None = None  # augment: budget of a directory, over all runs ...
     max_tokens: int | None = None  # ... of prompts and replies together

@@ -12,9 +12,10 @@ from typing import Protocol, Self
 
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import RunFailed, UserError
-from rlhf.collect import output, replies
+from rlhf.collect import few_shot, output, replies
 from rlhf.collect.budget import Budget
 from rlhf.collect.cache import Cache, Request
+from rlhf.collect.rights import Gate
 from rlhf.collect.sources import values
 from rlhf.collect.templates import Template
 from rlhf.data import files
@@ -58,7 +59,7 @@ class Augmentation:
         if file.is_dir():
             file = next((file / name for name in READS[template.makes] if (file / name).is_file()), file / READS[template.makes][0])
         files.find(file, key="input")
-        pool = tuple(template.examples) if config.collect.examples is None else tuple(_examples(Path(config.collect.examples), config))
+        pool = tuple(template.examples) if config.collect.examples is None else tuple(_examples(Path(config.collect.examples), config, Gate(config)))
         if len(pool) < template.shots:
             reason = f"holds {len(pool)} examples, {template.shots} are to stand before each item"
             raise UserError("collect.examples", config.collect.examples or "null", reason)
@@ -70,8 +71,8 @@ class Augmentation:
             del sampling["stop"]
         return cls(config, template, file, pool, sampling)
 
-    def items(self, left_out: Counter, bad: files.Skips) -> Iterator[dict]:
-        """Records of the input that the template can ask about."""
+    def items(self, left_out: Counter, bad: files.Skips, gate: Gate) -> Iterator[dict]:
+        """Records of the input that the template can ask about, and may."""
         needed = "passage" if self.template.makes == "pairs" else "prompt"
         seen = set()
         for _, _, value in values(self.file, bad):
@@ -84,13 +85,15 @@ class Augmentation:
                 left_out["repeated_item"] += 1
                 continue
             seen.add(item["id"])
-            yield item
+            if gate.admits(_source(item)):
+                yield item
 
     def requests(self, model: str, items: Iterator[dict]) -> Iterator[tuple[dict, list[Request]]]:
         """Each item with the replies that are wanted of it."""
         for item in items:
-            messages = self.template.render(item, self.template.choose(self.pool, item))
-            yield item, [Request.of(model, messages, draw, self.sampling) for draw in range(self.config.generate.samples)]
+            examples = self.template.choose(self.pool, item)
+            messages = self.template.render(item, examples)
+            yield item | {"source": few_shot.also_of(_source(item), examples)}, [Request.of(model, messages, draw, self.sampling) for draw in range(self.config.generate.samples)]
 
 
 def augment(work: Augmentation, model: str, backend: Callable[[], Backend]) -> dict:
@@ -105,18 +108,21 @@ def augment(work: Augmentation, model: str, backend: Callable[[], Backend]) -> d
     budget, asked = Budget(config.collect), Counter()
     with Cache(folder, budget) as cache:
         bad = files.Skips(limit=config.chat.max_bad_records)
-        missing = (request for _, wanted in work.requests(model, work.items(Counter(), bad)) for request in wanted if request.key not in cache)
+        missing = (request for _, wanted in work.requests(model, work.items(Counter(), bad, Gate(config))) for request in wanted if request.key not in cache)
         first = next(missing, None)
         before = len(cache)
         if first is not None:
             asked = backend().run(_chained(first, missing), cache, budget)
         left_out, bad = Counter(asked), files.Skips(limit=config.chat.max_bad_records)
-        outputs, open_ = _write(work, model, cache, folder, left_out, bad)
+        gate = Gate(config)
+        outputs, open_ = _write(work, model, cache, folder, left_out, bad, gate)
+        left_out += gate.left_out
         if bad.count:
             left_out["unreadable"] = bad.count
         found = output.manifest(
             folder / "augment.yaml", config, inputs=[work.file], outputs=outputs, left_out=left_out, template=work.template.name, model=model, spent=budget.facts(),
             replies=len(cache), new_replies=len(cache) - before, without_reply=open_, complete=not budget.reached and not open_,
+            **gate.facts(),
         )
     if budget.reached:
         value = getattr(config.collect, budget.reached.partition(".")[2])
@@ -128,13 +134,13 @@ def augment(work: Augmentation, model: str, backend: Callable[[], Backend]) -> d
     return found
 
 
-def _write(work: Augmentation, model: str, cache: Cache, folder: Path, left_out: Counter, bad: files.Skips) -> tuple[list[dict], int]:
+def _write(work: Augmentation, model: str, cache: Cache, folder: Path, left_out: Counter, bad: files.Skips, gate: Gate) -> tuple[list[dict], int]:
     """Records of all replies that are there; and how many are not."""
     settings, makes, missing = work.config.collect, work.template.makes, 0
     seen: set[str] = set()
     names = WRITES[makes]
     with output.Records(folder / names[0]) as first, output.Records(folder / names[-1]) if len(names) > 1 else _Nothing() as last:
-        for item, wanted in work.requests(model, work.items(left_out, bad)):
+        for item, wanted in work.requests(model, work.items(left_out, bad, gate)):
             for request in wanted:
                 if request.key not in cache:
                     missing += 1
@@ -176,8 +182,12 @@ def _chained(first: Request, rest: Iterator[Request]) -> Iterator[Request]:
     yield from rest
 
 
-def _examples(path: Path, config: Config) -> Iterator[dict]:
+def _source(record: Mapping) -> Mapping:
+    return record["source"] if isinstance(record.get("source"), Mapping) else {}
+
+
+def _examples(path: Path, config: Config, gate: Gate) -> Iterator[dict]:
     bad = files.Skips(limit=config.chat.max_bad_records)
     for _, _, value in values(path, bad, key="collect.examples"):
-        if isinstance(value.get("response"), str) and value["response"].strip():
+        if isinstance(value.get("response"), str) and value["response"].strip() and gate.admits(_source(value)):
             yield value

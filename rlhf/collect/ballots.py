@@ -3,16 +3,19 @@
 An action is {event, annotator, task, at, ...}:
 
     open      the task is on this person's screen (and stays there through reloads and restarts)
-    decide    order: groups of answers' ids, best first, ties together; shown: the ids as they stood on the screen; seconds: how long it took
+    decide    order: groups of answers' ids, best first, ties together; shown: the ids as they stood on the screen; seconds: how long it took;
+              of: a hash of the prompt and answers that were ordered
     skip      reason: one of SKIPS
     undo      takes back this person's last decide or skip, which becomes the draft of that task, now open again; what was open waits behind it
 """
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.errors import UserError
 from rlhf.collect import log
+from rlhf.collect.tasks import Task
 
 SKIPS = ("unclear", "all_bad", "harmful", "not_my_field", "other")
 FILE = "decisions.log"
@@ -20,11 +23,12 @@ FILE = "decisions.log"
 
 @dataclass(frozen=True)
 class Choice:
-    """A decision that stands. order: None where the task was skipped, and then the reason."""
+    """A decision that stands. order: None where the task was skipped, and then the reason. of: `Task.digest` of what was ordered, if the log says it."""
 
     order: tuple[tuple[str, ...], ...] | None
     reason: str = ""
     seconds: float = 0.0
+    of: str = ""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Ballots:
                 person.back.remove(task)
         elif event in ("decide", "skip"):
             order = tuple(tuple(tied) for tied in action["order"]) if event == "decide" else None
-            self.choices.setdefault(task, {})[name] = Choice(order, action.get("reason", ""), float(action.get("seconds", 0)))
+            self.choices.setdefault(task, {})[name] = Choice(order, action.get("reason", ""), float(action.get("seconds", 0)), action.get("of", ""))
             person.open = None
             person.drafts.pop(task, None)
             person.done.append(task)
@@ -70,12 +74,12 @@ class Ballots:
             if not person.done or person.done[-1] != task:
                 raise ValueError(f"undoes {task}, which is not what came last")
             person.done.pop()
-            choice = self.choices[task].pop(name)
-            if not self.choices[task]:
+            choice = self.choices.get(task, {}).pop(name, None)  # none: it did not fit its task any more (`fit`), or was taken back before
+            if not self.choices.get(task, True):
                 del self.choices[task]
             if person.open is not None:
                 person.back.append(person.open)
-            if choice.order is not None:
+            if choice is not None and choice.order is not None:
                 person.drafts[task] = choice.order
             person.open, person.since = task, float(action["at"])
         else:
@@ -87,6 +91,33 @@ class Ballots:
         wanted = self.choices if tasks is None else [task for task in tasks if task in self.choices]
         found = {task: {name: choice.order for name, choice in self.choices[task].items() if choice.order is not None} for task in wanted}
         return {task: orders for task, orders in found.items() if orders}
+
+
+def fit(ballots: Ballots, tasks: Mapping[str, Task]) -> Counter[str]:
+    """Takes off what no longer fits: decisions and drafts of tasks whose prompt or answers have changed since. Returns how many tasks are gone or
+    changed, as reasons (`task_is_gone`, whose decisions stay for a file that has them again; `task_changed`)."""
+    found: Counter[str] = Counter()
+    for task_id in list(ballots.choices):
+        if (task := tasks.get(task_id)) is None:
+            found["task_is_gone"] += 1
+            continue
+        choices, ids, digest = ballots.choices[task_id], sorted(answer.id for answer in task.answers), task.digest
+        stale = [name for name, choice in choices.items() if choice.of not in ("", digest) or choice.order is not None and not _is_of(choice.order, ids)]
+        for name in stale:
+            del choices[name]
+        if stale:
+            found["task_changed"] += 1
+        if not choices:
+            del ballots.choices[task_id]
+    for person in ballots.people.values():
+        for task_id in [one for one, order in person.drafts.items() if one in tasks and not _is_of(order, sorted(answer.id for answer in tasks[one].answers))]:
+            del person.drafts[task_id]
+    return found
+
+
+def _is_of(order: tuple[tuple[str, ...], ...], ids: list[str]) -> bool:
+    named = [one for tied in order for one in tied]
+    return all(isinstance(one, str) for one in named) and sorted(named) == ids
 
 
 def replay(records: Iterable[tuple[int, int, dict]], path: Path) -> Ballots:

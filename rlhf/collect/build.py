@@ -23,7 +23,8 @@ import yaml
 from megatron_ext.config.overrides import conf_dir
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
-from rlhf.collect import cut, few_shot, output, tasks
+from rlhf.collect import cut, few_shot, output, sources, tasks
+from rlhf.collect.rights import Gate
 from rlhf.collect.sources import Document, Pair, Source, read
 from rlhf.data import files
 
@@ -35,19 +36,22 @@ def build(config: Config) -> dict:
     if config.input is None:
         raise UserError("input", "null", "name what is read: a file or directory of documents, questions with answers, or answers")
     folder, bad = output.directory(config.output), files.Skips(limit=config.chat.max_bad_records)
-    inputs = files.find(Path(config.input), key="input")
+    inputs, gate = sources.inputs(Path(config.input)), Gate(config)
     if config.collect.builder == "tasks":
-        outputs, left_out = tasks.write(config, folder, bad)
+        outputs, left_out = tasks.write(config, folder, bad, gate)
     elif config.collect.builder == "few_shot":
-        outputs, left_out = few_shot.write(config, folder, bad)
+        outputs, left_out = few_shot.write(config, folder, bad, gate)
     else:
-        outputs, left_out = Builder(config).write(folder, bad)
+        outputs, left_out = Builder(config).write(folder, bad, gate)
+    left_out += gate.left_out
     if bad.count:
         left_out["unreadable"] = bad.count
     if not outputs:
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items()) or "it is empty"
         raise UserError("input", config.input, f"gives nothing with collect.builder={config.collect.builder}: {reasons}")
-    return output.manifest(folder / "build.yaml", config, inputs=inputs, outputs=outputs, left_out=left_out, unreadable=bad.places)
+    curated = {one.sha256 for one in sources.cleaned(inputs).values()}
+    more = gate.facts() | ({"curated": sorted(curated)} if curated else {})  # hashes of the manifests of cleaned documents
+    return output.manifest(folder / "build.yaml", config, inputs=inputs, outputs=outputs, left_out=left_out, unreadable=bad.places, **more)
 
 
 class Builder:
@@ -59,9 +63,9 @@ class Builder:
         self._phrases = phrases(config.collect.phrases)
         self._seen: set[bytes] = set()
 
-    def write(self, folder: Path, bad: files.Skips) -> tuple[list[dict], Counter]:
+    def write(self, folder: Path, bad: files.Skips, gate: Gate) -> tuple[list[dict], Counter]:
         with output.Records(folder / "sft.jsonl") as sft, output.Records(folder / "passages.jsonl") as passages:
-            for item in read(Path(self.config.input), self.config, bad):
+            for item in read(Path(self.config.input), self.config, bad, gate):
                 for record in self.records(item):
                     (passages if "passage" in record else sft).write(record)
         return [one for one in (sft.facts(), passages.facts()) if one], self.left_out

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_ext.errors import UserError
 from rlhf.collect.budget import Budget, Usage
 from rlhf.collect.log import AppendLog
 
@@ -41,16 +42,21 @@ class Reply:
 
 
 class Cache:
-    """Replies in a directory. Raises UserError where another process writes into it."""
+    """Replies in a directory. Raises UserError: another process writes into it, or a line is no reply."""
 
     def __init__(self, folder: Path, budget: Budget):
         self._log = AppendLog(folder / FILE, key="output")
         self._places: dict[bytes, tuple[int, int]] = {}
         self._budget = budget
-        for offset, size, record in self._log.records():
-            budget.spend(Usage(int(record.get("prompt_tokens", 0)), int(record.get("reply_tokens", 0)), int(record.get("requests", 1))))
-            if isinstance(record.get("text"), str):
-                self._places[bytes.fromhex(record["key"])] = (offset, size)
+        for number, (offset, size, record) in enumerate(self._log.records(), start=1):
+            try:
+                budget.spend(Usage(*(int(record[name]) for name in ("prompt_tokens", "reply_tokens", "requests"))))
+                if "lost" not in record:
+                    Reply(record["text"].strip(), record["stop"].strip(), Usage())
+                    self._places[bytes.fromhex(record["key"])] = (offset, size)
+            except (KeyError, TypeError, ValueError, AttributeError):
+                self._log.close()
+                raise UserError("output", f"{self._log.path}:{number}", "is no reply that was kept: take the line out by hand, and it is asked for anew") from None
 
     def __contains__(self, key: str) -> bool:
         return bytes.fromhex(key) in self._places

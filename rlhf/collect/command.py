@@ -92,4 +92,4 @@ def _lines(manifest: dict, folder: Path) -> Sequence[str]:
         from rlhf.collect.progress import sentence
 
         found.append(f"agreement: {sentence(manifest['agreement'])}")
-    return found
+    return found + [f"warning: {line}" for line in manifest.get("warnings", ())]

@@ -2,8 +2,9 @@
 late.
 
 A task is to be ordered by `collect.votes` people; a share of them, chosen by a hash (`collect.shared`), by `collect.shared_votes`, so that
-agreement is known. Whoever asks gets what is open on their screen; else what they put aside by undoing; else a task that others have begun; else one of the domain that is
-furthest behind its target. A task on somebody's screen is kept for them for `collect.lease` seconds; afterwards others may have it too.
+agreement is known. Whoever asks gets what is open on their screen; else what they put aside by undoing; else a task that others have begun;
+else one of the domain that is furthest behind its target. A task on somebody's screen is kept for them for `collect.lease` seconds; afterwards
+others may have it too.
 
 No web in here: `server.py` asks, one call at a time.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.schema import CollectConfig
 from rlhf.collect import agreement
-from rlhf.collect.ballots import SKIPS, Person, replay
+from rlhf.collect.ballots import SKIPS, Person, fit, replay
 from rlhf.collect.log import AppendLog
 from rlhf.collect.progress import Targets
 from rlhf.collect.tasks import Task
@@ -40,14 +41,20 @@ class _Agreement:
 
 class Desk:
     """Args:
-        tasks: by id, in the order in which they are handed out. log: of the actions, open. now: the clock, seconds of the epoch.
+        tasks: by id, in the order in which they are handed out. log: of the actions, open. now: the clock, seconds of the epoch, which may be set back
+            or forward at any time. ticks: seconds since any moment, which only go on: how long somebody has had a task is measured by it.
+    Attributes: misfits: decisions that no longer fit their tasks, by reason (`ballots.fit`).
     Raises:
         UserError: a log that is not one.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], log: AppendLog, settings: CollectConfig, now: Callable[[], float] = time.time):
-        self.tasks, self.settings, self._log, self._now = tasks, settings, log, now
+    def __init__(self, tasks: Mapping[str, Task], log: AppendLog, settings: CollectConfig, now: Callable[[], float] = time.time,
+                 ticks: Callable[[], float] = time.monotonic):
+        self.tasks, self.settings, self._log, self._now, self._ticks = tasks, settings, log, now, ticks
         self.ballots = replay(log.records(), log.path)
+        self.misfits = fit(self.ballots, tasks)
+        # Since when a person has had their task, by `ticks`; an earlier server's clock is believed as far as it lies in the past.
+        self._since = {name: ticks() - max(0.0, now() - person.since) for name, person in self.ballots.people.items() if person.open is not None}
         self.targets = Targets.of(settings)
         self._sizes: dict[str, int] = {}
         # Tasks that want more votes, as ordered sets: untouched ones by domain, and those that somebody has voted on.
@@ -72,7 +79,7 @@ class Desk:
         if self._again(name, person, task, groups):
             return
         self._must_be_open(person, task)
-        self._act("decide", name, task, order=groups, shown=self.shown(name, task), seconds=round(self._now() - person.since, 1))
+        self._act("decide", name, task, order=groups, shown=self.shown(name, task), seconds=self._seconds(name), of=task.digest)
 
     def skip(self, name: str, task_id: object, reason: object) -> None:
         """Raises as `decide`."""
@@ -82,7 +89,7 @@ class Desk:
         if self._again(name, person, task, None):
             return
         self._must_be_open(person, task)
-        self._act("skip", name, task, reason=reason, seconds=round(self._now() - person.since, 1))
+        self._act("skip", name, task, reason=reason, seconds=self._seconds(name), of=task.digest)
 
     def undo(self, name: str) -> None:
         """Takes back the last decision or skip; again: the one before. Raises Refused where there is none."""
@@ -127,7 +134,7 @@ class Desk:
 
     def agreement(self) -> dict:
         """See `agreement.of_orders`, without names."""
-        held, now = self._agreement, self._now()
+        held, now = self._agreement, self._ticks()
         if held is None or held.actions != self.ballots.actions and (held.found["tasks"] <= OFTEN or now - held.at > AGE):
             found = agreement.of_orders(self.ballots.orders(self._several))
             held = self._agreement = _Agreement(self.ballots.actions, now, {key: value for key, value in found.items() if key != "people"})
@@ -142,7 +149,7 @@ class Desk:
         return task
 
     def _again(self, name: str, person: Person, task: Task, groups: list | None) -> bool:
-        if person.done[-1:] != [task.id] or person.open == task.id:
+        if person.done[-1:] != [task.id] or person.open == task.id or name not in self.ballots.choices.get(task.id, {}):
             return False
         order = self.ballots.choices[task.id][name].order
         return (None if order is None else [list(tied) for tied in order]) == groups
@@ -156,9 +163,15 @@ class Desk:
         was = self._is_ranked(task.id)
         self._log.append(action)
         self.ballots.apply(action)
+        if event in ("open", "undo"):
+            self._since[name] = self._ticks()
         if event != "open":
             self._ranked[task.domain] += self._is_ranked(task.id) - was
             self._place(task)
+
+    def _seconds(self, name: str) -> float:
+        """For how long this person has had the task on their screen."""
+        return round(self._ticks() - self._since[name], 1)
 
     def _is_ranked(self, task: str) -> bool:
         return any(choice.order is not None for choice in self.ballots.choices.get(task, {}).values())
@@ -199,7 +212,7 @@ class Desk:
         """task -> how many others have it on their screens, or put it aside."""
         found: dict[str, int] = {}
         for other, person in self.ballots.people.items():
-            if other != name and person.open is not None and self._now() - person.since < self.settings.lease:
+            if other != name and person.open is not None and self._seconds(other) < self.settings.lease:
                 for task in (person.open, *person.back):
                     found[task] = found.get(task, 0) + 1
         return found

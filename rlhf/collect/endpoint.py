@@ -7,7 +7,7 @@ it, in 200 characters.
     408, 409, 425, 429, 5xx, no connection, no reply in time     asked again: after Retry-After, or 0.5 s, 1 s, 2 s, ... with jitter, up to 60 s
     400, 413, 422                                                this item is left out and counted (too long, refused by a filter)
     401, 403, 404, other                                         the run ends: every request would meet it
-    10 items in a row without a reply                            the run ends: the endpoint is down
+    10 items in a row without a reply that is one                the run ends: the endpoint is down, or is none
 """
 import asyncio
 import email.utils
@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from json import JSONDecodeError, loads
@@ -32,6 +33,7 @@ IN_A_ROW = 10  # items without a reply after which the endpoint counts as down
 LONGEST_WAIT = 60.0  # seconds between two tries, where the endpoint does not say
 LONGEST_TOLD_WAIT = 600.0
 LARGEST = 8 << 20  # bytes of a reply
+MOST_TOKENS = 1 << 40  # that a reply can say it used
 
 
 class _Left(Exception):
@@ -101,8 +103,8 @@ class Endpoint:
                         freed.notify_all()
 
         limits = self._httpx.Limits(max_connections=self._settings.concurrency)
-        timeout = self._httpx.Timeout(self._settings.timeout, connect=min(30.0, self._settings.timeout), pool=None)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        timeout = self._httpx.Timeout(self._settings.timeout, connect=min(30.0, self._settings.timeout / 2), pool=None)
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         async with self._httpx.AsyncClient(limits=limits, timeout=timeout, headers=headers, follow_redirects=False) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(self._settings.concurrency)]
             try:
@@ -122,17 +124,18 @@ class Endpoint:
                 status, headers, content = await self._post(client, body)
             except (self._httpx.ConnectError, self._httpx.ConnectTimeout, self._httpx.PoolTimeout):
                 reason = "no_connection"
-            except self._httpx.TransportError as error:  # sent, perhaps answered, perhaps paid for
-                reason = "no_reply_in_time" if isinstance(error, self._httpx.TimeoutException) else "connection_lost"
+            except (self._httpx.RequestError, TimeoutError) as error:  # sent, perhaps answered, perhaps paid for
+                reason = "no_reply_in_time" if isinstance(error, self._httpx.TimeoutException | TimeoutError) else "connection_lost"
                 cache.lose(request, usage)
                 if budget.over(Usage(0, 0, 0)):  # this request is still set aside: the limit counts it twice now
                     raise _Left(reason) from None
             else:
                 if status == 200:
                     try:
-                        return self._reply(content, usage)
+                        return self._reply(content, headers, usage)
                     except _Left:
                         cache.lose(request, usage)
+                        self._failed_in_a_row += 1
                         raise
                 if status in ITEM:
                     raise _Left(f"refused_{status}")
@@ -145,40 +148,56 @@ class Endpoint:
         raise _Left(reason)
 
     async def _post(self, client, body: dict) -> tuple[int, object, bytes]:
-        async with client.stream("POST", self._url, json=body) as response:
+        """(status, headers, what came as it came, at most a byte more than LARGEST). Raises httpx.RequestError; TimeoutError: it did not end in time."""
+        async with asyncio.timeout(self._settings.timeout), client.stream("POST", self._url, json=body) as response:
             content = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():  # not decompressed: a small reply may be a large text
                 content += chunk
                 if len(content) > LARGEST:
-                    raise _Left("reply_too_large")
-            return response.status_code, response.headers, bytes(content)
+                    break
+            return response.status_code, response.headers, bytes(content[: LARGEST + 1])
 
-    def _reply(self, content: bytes, usage: Usage) -> Reply:
+    def _reply(self, content: bytes, headers, usage: Usage) -> Reply:
+        """Raises _Left: it is too large, or no completion. What it says of usage is believed as far as it can be."""
         try:
+            content = _plain(content, headers.get("content-encoding", ""))
             found = loads(content)
             choice = found["choices"][0]
             text = choice["message"]["content"]
             told = found.get("usage") or {}
             spent = Usage(int(told.get("prompt_tokens", usage.prompt)), int(told.get("completion_tokens", usage.reply)))
             text.encode("utf-8")
-        except (JSONDecodeError, RecursionError, UnicodeError, KeyError, IndexError, TypeError, AttributeError, ValueError):
+            stop = choice.get("finish_reason")
+        except (JSONDecodeError, RecursionError, UnicodeError, KeyError, IndexError, TypeError, AttributeError, ValueError, ArithmeticError, zlib.error):
             raise _Left("reply_is_no_chat_completion") from None
-        if min(spent.prompt, spent.reply) < 0:
+        if not (0 <= spent.prompt < MOST_TOKENS and 0 <= spent.reply < MOST_TOKENS):
             raise _Left("reply_is_no_chat_completion")
-        return Reply(text, str(choice.get("finish_reason") or ""), spent)
+        return Reply(text, stop[:32] if isinstance(stop, str) else "", spent)
 
     def _ends(self, status: int, content: bytes) -> UserError:
-        said = " ".join(content[:4096].decode("utf-8", "replace").split())
+        said = content[:4096].decode("utf-8", "replace")
         try:
             error = loads(content).get("error")
             said = str(error.get("message") if isinstance(error, dict) else error or said)
         except (ValueError, AttributeError, RecursionError):
             pass
-        said = redact_text(said.replace(self._key, MARK) if self._key else said)[:200]
+        said = redact_text(said.replace(self._key, MARK) if self._key else said)
+        said = " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())[:200]  # a terminal obeys what is not printed
         key, value = {401: ("collect.key_env", self._settings.key_env), 403: ("collect.key_env", self._settings.key_env),
                       404: ("collect.model", self._settings.model)}.get(status, ("collect.endpoint", self._settings.endpoint))
         hint = "; it redirects: name the address it leads to" if 300 <= status < 400 else ""
         return UserError(key, value, f"the endpoint answers {status}: {said}{hint}")
+
+
+def _plain(content: bytes, encoding: str) -> bytes:
+    """A reply's text, where somebody on the way packed it although nobody asked for that. Raises zlib.error; _Left: too large, or packed in another way."""
+    if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
+        content = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(content, LARGEST + 1)
+    elif encoding.strip().lower() not in ("", "identity"):
+        raise _Left("reply_is_no_chat_completion")
+    if len(content) > LARGEST:
+        raise _Left("reply_too_large")
+    return content
 
 
 def _told(header: str | None) -> float | None:

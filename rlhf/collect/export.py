@@ -1,8 +1,8 @@
 """`collect export`: what people decided, as the reward stage reads it (`ranking` of `rlhf/data/records.py`), as pairs, or as SFT examples.
 
 Several people's orders of one task become one by the mean of the ranks they gave (`collect.merge=mean`; equal means tie), or stay records
-of their own (`each`). A task that was only skipped, or whose answers all tie, teaches nothing and is left out and counted. Names of
-annotators are not exported.
+of their own (`each`). A task that was only skipped, or whose answers all tie, teaches nothing and is left out and counted, as is a decision
+of a task that has changed or gone since. Names of annotators are not exported.
 """
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from rlhf.collect import agreement, ballots, output
 from rlhf.collect import tasks as task_files
+from rlhf.collect.rights import Gate
 from rlhf.collect.tasks import DEMONSTRATION, Task
 
 Order = tuple[tuple[str, ...], ...]
@@ -30,10 +31,14 @@ def export(config: Config) -> dict:
     source, wanted = Path(config.input), config.collect.format
     tasks, decided = task_files.load(source / "tasks.jsonl"), ballots.load(source)
     folder = output.directory(config.output or source)
-    left_out: Counter[str] = Counter()
+    left_out, gate = ballots.fit(decided, tasks), Gate(config)
     origins: dict[str, Counter] = {}
+    used: list[str] = []
     with output.Records(folder / FILES[wanted]) as records:
         for task in tasks.values():
+            if not gate.admits(task.source):
+                continue
+            used.append(task.id)
             choices = decided.choices.get(task.id, {})
             orders = [choice.order for choice in choices.values() if choice.order is not None]
             if not orders:
@@ -46,15 +51,15 @@ def export(config: Config) -> dict:
                     continue
                 for record in FORMS[wanted](task, order):
                     records.write(record | {"votes": votes, "domain": task.domain or None, "language": task.language or None, "source": task.source})
-    if gone := len(set(decided.choices) - set(tasks)):
-        left_out["task_is_gone"] = gone
+    left_out += gate.left_out
     if not records.count:
         reasons = ", ".join(f"{reason} {count}" for reason, count in left_out.items())
         raise UserError("input", config.input, f"holds no decision to export: {reasons or 'none'}")
-    found = agreement.of_orders(decided.orders(tasks))
+    found = agreement.of_orders(decided.orders(used))
     return output.manifest(
         folder / "export.yaml", config, inputs=[source / "tasks.jsonl", source / ballots.FILE], outputs=[records.facts()], left_out=left_out,
         agreement={key: value for key, value in found.items() if key != "people"}, origins={name: _told(one) for name, one in sorted(origins.items())},
+        **gate.facts(),
     )
 
 

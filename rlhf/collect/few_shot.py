@@ -5,12 +5,13 @@ moves few, and no example has the source of the question it helps with.
 """
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from rlhf.collect import output
+from rlhf.collect.rights import Gate
 from rlhf.collect.sources import Pair, read
 from rlhf.data import files
 
@@ -18,14 +19,14 @@ POOL = 16  # examples of a domain and language, or four times the shots
 LONGEST = 500  # characters of an example: the short ones, since each stands before many questions
 
 
-def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], Counter]:
+def write(config: Config, folder: Path, bad: files.Skips, gate: Gate) -> tuple[list[dict], Counter]:
     """few_shot.jsonl (prompts with a reference, docs/rlhf.md) and examples.jsonl (the pool). Raises UserError: collect.shots is 0."""
     shots, left_out = config.collect.shots, Counter()
     if not shots:
         raise UserError("collect.shots", 0, "must be at least 1 with collect.builder=few_shot: solved examples before each question")
     groups: dict[tuple, list[dict]] = {}
     seen = set()
-    for item in read(Path(config.input), config, bad):
+    for item in read(Path(config.input), config, bad, gate):
         if not isinstance(item, Pair) or len(item.messages) != 1:
             left_out["no_single_question"] += 1
             continue
@@ -51,7 +52,7 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
                 shown = [one["id"] for one in before]
                 prompts.write({"id": output.identity("few_shot", record["id"], shown), "prompt": messages(before, record["prompt"]),
                                "reference": record["response"], "shots": shown, "language": record["language"],
-                               "domain": record["domain"], "source": record["source"]})
+                               "domain": record["domain"], "source": also_of(record["source"], before)})
     return [one for one in (examples.facts(), prompts.facts()) if one], left_out
 
 
@@ -65,6 +66,14 @@ def choose(pool: Sequence[dict], asked: str, source: str, count: int) -> list[di
     """`count` examples for the question with the id `asked`, none from its source; fewer where there are not so many."""
     others = [record for record in pool if record.get("source", {}).get("id") != source and record.get("id") != asked]
     return sorted(others, key=lambda record: digest("shot", f"{asked}\0{record.get('id')}"))[:count]
+
+
+def also_of(source: Mapping, examples: Sequence[Mapping]) -> dict:
+    """The source of a record that other records helped to make: it comes of theirs too (what is removed takes along what was made with it)."""
+    known = {source.get("id"), *(source.get("derived_from") or ())}
+    others = [one for example in examples for of in [example.get("source")] if isinstance(of, Mapping) for one in (of.get("id"), *(of.get("derived_from") or ()))]
+    more = [one for one in dict.fromkeys(others) if isinstance(one, str) and one not in known]
+    return dict(source) | ({"derived_from": [*(source.get("derived_from") or ()), *more]} if more else {})
 
 
 def messages(examples: Sequence[dict], question: str) -> list[dict]:

@@ -56,7 +56,7 @@ class AppendLog:
         except OSError:
             os.close(self._file)
             raise UserError(key, path, "is in use by another process; end that one, or name another directory") from None
-        self._end = self._mend()
+        self._end, self._spoilt = self._mend(), False
         # The directory's entry of a new file has to reach the disk too.
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -73,13 +73,18 @@ class AppendLog:
         line = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
         written = 0
         try:
+            if self._spoilt:  # what was left of a record could not be taken off at the time
+                os.ftruncate(self._file, self._end)
+            self._spoilt = True
             while written < len(line):
                 written += os.write(self._file, line[written:])
             os.fsync(self._file)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
+                self._spoilt = False
             raise
+        self._spoilt = False
         offset, self._end = self._end, self._end + len(line)
         return offset, len(line)
 

@@ -61,6 +61,7 @@ def status(folder: Path, settings: CollectConfig) -> dict:
         counts[file.name] += domains_of(file)
         if file.name == "tasks.jsonl" and (file.parent / ballots.FILE).is_file():
             held, found = tasks.load(file), ballots.load(file.parent)
+            ballots.fit(found, held)
             mine = found.orders(held)
             ranked += Counter(held[task].domain for task in mine)
             orders |= {f"{file.parent}\0{task}": of for task, of in mine.items()}

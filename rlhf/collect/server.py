@@ -22,9 +22,14 @@ from megatron_ext.errors import UserError
 from rlhf.collect import ballots, links, tasks
 from rlhf.collect.desk import Desk, Refused
 from rlhf.collect.log import AppendLog
+from rlhf.collect.patience import MOST, PATIENCE, protocol
+from rlhf.collect.rights import Gate
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST = 1 << 16  # bytes of a call
+SAID = {"removed": "{count:,} tasks are not shown: their sources were removed", "licence": "{count:,} tasks are not shown: a licence forbids it",
+        "task_is_gone": "{count:,} tasks that people decided are not in tasks.jsonl any more; their decisions stay in the log",
+        "task_changed": "{count:,} tasks have changed since people decided them; they are asked again"}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -37,10 +42,13 @@ def serve(config: Config) -> int:
     settings, folder = config.collect, Path(config.input)
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError("collect", "serve", f"needs {error.name}: pip install 'megatron-ext[collect]'") from None
-    found = tasks.load(folder / "tasks.jsonl")
+    gate = Gate(config)
+    found = {name: task for name, task in tasks.load(folder / "tasks.jsonl").items() if gate.admits(task.source)}
+    if not found:
+        raise UserError("input", config.input, f"holds no task that may be shown: {', '.join(f'{reason} {count}' for reason, count in gate.left_out.items())}")
     listening = _listen(settings)
     port = listening.getsockname()[1]
     with listening, AppendLog(folder / ballots.FILE, key="input") as log:
@@ -48,6 +56,8 @@ def serve(config: Config) -> int:
         allowed, made = links.ready(folder, settings.annotators, settings.renew)
         address = f"http://{_in_url(settings.host)}:{port}/"
         print(f"{len(found):,} tasks; {desk.progress()['total']['done']:,} are ordered. The page: {address}", flush=True)
+        for reason, count in (gate.left_out + desk.misfits).items():
+            print(f"note: {SAID[reason].format(count=count)}", flush=True)
         if settings.host not in LOOPBACK:
             print(f"note: {address} speaks plain HTTP: put it behind TLS, or listen at 127.0.0.1 and reach it by ssh -L {port}:127.0.0.1:{port}",
                   flush=True)
@@ -56,10 +66,16 @@ def serve(config: Config) -> int:
         for name in settings.annotators:
             if name not in made:
                 print(f"{name:<20}has a link already (another: collect.renew=[{name}])", flush=True)
-        app = application(desk, allowed, hosts=(settings.host,))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5))
-        server.run(sockets=[listening])
+        over_http(application(desk, allowed, hosts=(settings.host,))).run(sockets=[listening])
     return 0
+
+
+def over_http(app, *, patience: float = PATIENCE, most: int = MOST):
+    """A uvicorn.Server of the application: HTTP/1.1 alone, no header of a proxy believed, nothing logged but what is broken (`patience.py`)."""
+    import uvicorn
+
+    return uvicorn.Server(uvicorn.Config(app, http=protocol(patience, most), ws="none", lifespan="off", proxy_headers=False, log_level="error", access_log=False,
+                                         server_header=False, timeout_graceful_shutdown=5))
 
 
 def application(desk: Desk, allowed: Mapping[str, str], *, hosts: tuple[str, ...] = ()):
@@ -79,7 +95,7 @@ def application(desk: Desk, allowed: Mapping[str, str], *, hosts: tuple[str, ...
         "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     }
     known = None if {"0.0.0.0", "::"} & {*hosts} else {*LOOPBACK, *hosts}
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)  # their pages load scripts from elsewhere
 
     @app.middleware("http")
     async def guard(request: Request, call_next):
@@ -98,15 +114,17 @@ def application(desk: Desk, allowed: Mapping[str, str], *, hosts: tuple[str, ...
         return name
 
     def answered(request: Request, act=None) -> Response:
+        failed = "it could not be saved"
         try:
             name = name_of(request)
             if act is not None:
                 act(name)
+                failed = "this was saved, but what comes next could not be opened"
             return JSONResponse(desk.state(name))
         except Refused as error:
             return JSONResponse({"error": str(error)}, error.code)
-        except OSError as error:  # the disk is full, or gone: nothing was taken
-            return JSONResponse({"error": f"it could not be saved ({error.strerror}); try again"}, 507)
+        except OSError as error:  # the disk is full, or gone; what was saved and is sent again is taken once
+            return JSONResponse({"error": f"{failed} ({error.strerror}); try again"}, 507)
 
     async def called(request: Request, act) -> Response:
         try:
@@ -153,11 +171,16 @@ async def _body(request) -> dict:
     """Raises Refused: no JSON object, or too large."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "a call is application/json")
+    from starlette.requests import ClientDisconnect
+
     content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > LARGEST:
-            raise Refused(413, "the call is too large")
+    try:
+        async for chunk in request.stream():
+            content += chunk
+            if len(content) > LARGEST:
+                raise Refused(413, "the call is too large")
+    except ClientDisconnect:
+        raise Refused(400, "the call did not come whole") from None
     try:
         value = json.loads(bytes(content))
     except (ValueError, RecursionError):

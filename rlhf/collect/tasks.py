@@ -6,11 +6,13 @@ then marked as the demonstration. Records with `responses` are tasks by themselv
 """
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from megatron_ext.config.schema import ChatConfig, Config
 from megatron_ext.errors import UserError
 from rlhf.collect import few_shot, output
+from rlhf.collect.rights import Gate
 from rlhf.collect.sources import values
 from rlhf.data import fields, files
 from rlhf.data.fields import Bad
@@ -39,6 +41,11 @@ class Task:
     language: str = ""
     source: dict = field(default_factory=dict)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of what a person orders: the prompt and the answers."""
+        return output.identity([dict(message) for message in self.prompt], [[one.id, one.text] for one in self.answers])
+
     def record(self) -> dict:
         alone = len(self.prompt) == 1 and self.prompt[0]["role"] == "user"
         prompt = self.prompt[0]["content"] if alone else [dict(message) for message in self.prompt]
@@ -52,6 +59,7 @@ class _Group:
     record: dict
     answers: dict[str, str] = field(default_factory=dict)  # text -> origin
     known: set[str] = field(default_factory=set)
+    sources: list[dict] = field(default_factory=list)
 
     def learn(self, value: dict) -> None:
         """Source, domain and language of the first record that says them: in some files only a few do."""
@@ -61,7 +69,7 @@ class _Group:
                 self.known.add(name)
 
 
-def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], Counter]:
+def write(config: Config, folder: Path, bad: files.Skips, gate: Gate) -> tuple[list[dict], Counter]:
     """tasks.jsonl, in the order in which prompts first stand in the input."""
     groups: dict[str, _Group] = {}
     left_out: Counter[str] = Counter()
@@ -78,8 +86,14 @@ def write(config: Config, folder: Path, bad: files.Skips) -> tuple[list[dict], C
             continue
         name = output.identity([dict(message) for message in prompt])
         here = {"id": f"{config.collect.source or file.name}:{line}", "file": file.name, "line": line}
+        here |= {"licence": config.collect.licence} if config.collect.licence else {}
+        given = value["source"] if isinstance(value.get("source"), dict) and value["source"] else None
+        if not gate.admits(given or here):
+            continue
         group = groups.setdefault(name, _Group(prompt, {"source": here, "domain": config.collect.domain or "", "language": ""}))
         group.learn(value)
+        if given is not None:
+            group.sources.append(given)
         for text, origin in found:
             if text in group.answers:
                 left_out["repeated_answer"] += 1
@@ -102,7 +116,8 @@ def _task(group: _Group, most: int) -> Task:
     ordered.sort(key=lambda item: few_shot.digest("answer", item[0]))
     answers = tuple(Answer(f"a{number}", text, origin) for number, (text, origin) in enumerate(ordered))
     prompt = [dict(message) for message in group.prompt]
-    return Task(output.identity("task", prompt, [one.text for one in answers]), group.prompt, answers, **group.record)
+    source = few_shot.also_of(group.record["source"], [{"source": one} for one in group.sources])  # of all answers, not of the first alone
+    return Task(output.identity("task", prompt, [one.text for one in answers]), group.prompt, answers, **group.record | {"source": source})
 
 
 def _answers(value: dict, chat: ChatConfig) -> tuple[tuple[fields.Message, ...], list[tuple[str, str]]]:
