@@ -145,7 +145,8 @@ class Page:
 
 def test_the_step_gives_reasons_counts_and_flags(tmp_path):
     fit([KOREAN, f"{KOREAN} 끝.", f"{KOREAN} 더.", ENGLISH], order=4).save(tmp_path / "model.npz")
-    settings = QualityConfig(language_model=LanguageModelConfig(path=str(tmp_path / "model.npz"), max_perplexity=50, min_word_order=0.1))
+    limits = LanguageModelConfig(path=str(tmp_path / "model.npz"), max_perplexity=50, min_word_order=0.1, order_characters=100)
+    settings = QualityConfig(language_model=limits)
     step = Quality(settings)
     page = Page(f"{KOREAN}\n이용약관", language="ko")
     verdict = step.process(page)

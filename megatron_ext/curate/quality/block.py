@@ -10,6 +10,7 @@ from megatron_ext.curate.quality.config import QualityConfig
 from megatron_ext.curate.quality.decontaminate import Index, cut
 from megatron_ext.curate.quality.duplicates import without
 from megatron_ext.curate.quality.heuristics import judge
+from megatron_ext.curate.quality.judge import Judge
 from megatron_ext.curate.quality.language_model import NgramModel
 from megatron_ext.curate.quality.repetition import repeated
 from megatron_ext.curate.quality.text import is_korean, solid
@@ -17,7 +18,7 @@ from megatron_ext.curate.quality.text import is_korean, solid
 
 class Quality:
     """Boilerplate lines out, then heuristics, repetition, word lists, perplexity: the cheap ones first. Metadata that it writes: `flags`
-    (list), `perplexity`.
+    (list), `perplexity`, `word_order`.
 
     Raises:
         UserError: a model or list that cannot be read.
@@ -26,8 +27,7 @@ class Quality:
     def __init__(self, settings: QualityConfig):
         self.settings = settings
         path = settings.language_model.path
-        self.model = NgramModel.load(path) if path is not None else None
-        self.limit = _limit(settings, self.model)
+        self.judge = Judge(NgramModel.load(path), settings.language_model) if path is not None else None
         self.lists = {name: lists.opened(*getattr(settings.lists, name)) for name in ("toxic", "bias") if getattr(settings.lists, name)}
 
     def process(self, document: Document) -> Verdict:
@@ -43,22 +43,20 @@ class Quality:
         flags = []
         if reason is None:
             reason, flags = self._listed(text)
-        score = None
-        if reason is None and self.model is not None and len(text) >= settings.language_model.min_characters:
-            score, least = self.model.score(text), settings.language_model.min_word_order
-            if score.perplexity > self.limit:
-                reason = "perplexity"
-            elif least is not None and self.model.word_order(text, score) < least:
-                reason = "word_order"
+        judged = self.judge.look(text) if reason is None and self.judge is not None else None
+        if judged is not None:
+            reason = judged.reason
         if reason is not None:
             return dropped(reason, **counts)
         if flags:
             document.metadata["flags"] = sorted({*document.metadata.get("flags", ()), *flags})
             counts |= {f"flag_{flag}": 1 for flag in flags}
-        if score is not None:
-            document.metadata["perplexity"] = round(score.perplexity, 2)
+        if judged is not None:
+            document.metadata["perplexity"] = round(judged.perplexity, 2)
+            if judged.word_order is not None:
+                document.metadata["word_order"] = round(judged.word_order, 3)
         document.text = text
-        return Verdict(CHANGE, counts=counts) if lines or flags or score is not None else KEPT
+        return Verdict(CHANGE, counts=counts) if lines or flags or judged is not None else KEPT
 
     def _listed(self, text: str) -> tuple[str | None, list[str]]:
         settings, flags = self.settings.lists, []
@@ -69,13 +67,6 @@ class Quality:
                     return name, []
                 flags.append(name)
         return None, flags
-
-
-def _limit(settings: QualityConfig, model: NgramModel | None) -> float:
-    given = settings.language_model.max_perplexity
-    if given is not None or model is None:
-        return given or float("inf")
-    return settings.language_model.slack * model.about["held_out"]["perplexity"]["95"]
 
 
 class Decontaminate:

@@ -4,8 +4,10 @@
     model.score(text).perplexity
 
 The logarithm of the probability of a unit after its history is that of the longest n-gram that was seen, with the back-off weights of the
-longer histories
-that were seen without it added: the ARPA form of an interpolated model.
+longer histories that were seen without it added: the ARPA form of an interpolated model.
+
+Two things are judged, each against what the trainer measured on text that its models had not seen (`about["held_out"]`): how far a text is
+from the corpus (perplexity), and, of a text that is near enough for the model to know, whether its words stand in an order (word_order).
 
 The file is numpy's .npz without pickle: keys, probabilities and back-off weights of each order, the vocabulary, and `about` (JSON: kind of
 units, order, discounts, sizes, the hash of the text, quantiles of perplexity on held-out text).
@@ -23,7 +25,9 @@ from megatron_ext.curate.quality.kneser_ney import Order
 from megatron_ext.curate.quality.units import END, START, UNKNOWN, Vocabulary
 from megatron_ext.errors import UserError
 
-FORMAT = "megatron_ext.ngram/1"
+FORMAT = "megatron_ext.ngram/2"
+PASSAGE = 1000  # characters of the held-out passages that limits come from
+SHUFFLED = 2000  # characters in random orders that the order of a short text is compared with
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class NgramModel:
         """Natural logarithms, float64 [units + 1], of each unit of the text and of END after all that stands before; the units, int64."""
         words = np.concatenate(([START], self.vocabulary.encode(text), [END]))
         size = self.vocabulary.size
-        log_p, at = self.orders[0].log_p[words].astype(np.float64), words  # at: the n-gram of the current order that ends at each place, -1 where the model has none
+        # at: the n-gram of the current order that ends at each place, -1 where the model has none
+        log_p, at = self.orders[0].log_p[words].astype(np.float64), words
         backoff = self.orders[0].log_backoff
         for order in self.orders[1:]:
             if not len(order.keys):  # all pruned
@@ -81,18 +86,33 @@ class NgramModel:
         return Score(len(words), float(log_p.sum()), float((words == UNKNOWN).mean()))
 
     def word_order(self, text: str, score: Score | None = None) -> float:
-        """Bits a unit that the order of the words is worth: how much less probable the same words are in a random order, which follows from the text.
+        """Bits a unit that the order of the words is worth: how much less probable the same words are in a random order.
 
-        Perplexity says first of all how far a text is from the corpus; this compares a text with itself. Texts whose words are in no order, whatever
-        their subject, are near 0; a text as far from the corpus as talk is from statutes is near 0 too, so that the corpus has to be of its kind.
+        Perplexity says first of all how far a text is from the corpus; this compares a text with itself. Texts whose words are in no order,
+        whatever their subject, are near 0. A text as far from the corpus as talk is from statutes is near 0 too: `order_is_known`. The
+        random orders follow from the text; of a short one, several are taken, SHUFFLED characters in all, since one alone says much about
+        chance.
 
         Args:
             score: of the text, where that is known.
         """
-        words = text.split()
-        random.Random(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()).shuffle(words)
-        given, mixed = score or self.score(text), self.score(" ".join(words))
-        return (given.log_p - mixed.log_p) / given.units / float(np.log(2))
+        words, given = text.split(), score or self.score(text)
+        draw = random.Random(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        mixed = []
+        for _ in range(min(max(1, SHUFFLED // max(len(text), 1)), 8)):
+            draw.shuffle(words)
+            mixed.append(self.score(" ".join(words)).log_p)
+        return (given.log_p - sum(mixed) / len(mixed)) / given.units / float(np.log(2))
+
+    def order_is_known(self, score: Score) -> bool:
+        """Whether a text is nearly as near the corpus as held-out passages with their words shuffled are (1.5 times the perplexity of 99 of
+        100), so that the order of its words is worth something if it has one."""
+        return score.perplexity <= 1.5 * self.about["held_out"]["shuffled"]["perplexity"]["99"]
+
+    def least_word_order(self, characters: int) -> float:
+        """Below this, the words of a text of this length stand in no order: 99 of 100 held-out passages with their words shuffled are
+        below. Chance counts more in shorter texts, by the root of their length."""
+        return self.about["held_out"]["least_word_order"] * max(1.0, PASSAGE / max(characters, 1)) ** 0.5
 
     def save(self, path: str | Path) -> None:
         names = ("keys", "log_p", "log_backoff")

@@ -2,19 +2,26 @@
 import hashlib
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ext.curate.quality import kneser_ney, units
-from megatron_ext.curate.quality.language_model import NgramModel
+from megatron_ext.curate.quality.config import LanguageModelConfig
+from megatron_ext.curate.quality.judge import Judge
+from megatron_ext.curate.quality.language_model import PASSAGE, NgramModel
 from megatron_ext.data.read import BadRecords, find_files, read_documents
 from megatron_ext.errors import UserError
 
-PASSAGE = 1000  # characters of the held-out passages whose perplexity is noted
+FEWEST = 100  # held-out passages that limits can be taken from; a corpus whose held-out share has fewer is measured in folds
+FOLDS = 5
+MOST = 5000  # passages of one measurement
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+COLUMNS = ("perplexity", "word_order", "unknown")
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,9 @@ class TrainSettings:
         output: the model to write, .npz.
         units, order: see units.py; docs/curate_quality.md has the measurements that the defaults come from.
         least: raw counts below which n-grams of order 1, 2, ... are left out: 1,1,2 halves a model of order 5 or 6.
-        held_out: share of the documents (at least one) that the model is not fitted on; their perplexities are the yardstick for others.
+        held_out: share of the documents (at least one) that the model is not fitted on; what it makes of them is the yardstick for others.
+            Where they are few (FEWEST passages), the corpus is cut into folds instead, each measured by a model of the others, and the
+            model that is written has them all.
     """
 
     input: str
@@ -41,10 +50,12 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """`score model=FILE input=PATH`: quantiles over the documents, to choose limits by."""
+    """`score model=FILE input=PATH [output=FILE]`: quantiles over the documents, to choose limits by, and what each limit of the model's
+    own would drop. `output`: a JSONL file to write, of each document its perplexity, word_order, unknown (share) and reason."""
 
     model: str
     input: str
+    output: str | None = None
     text_key: str = "text"
     max_bad_lines: int = 100
 
@@ -67,18 +78,56 @@ def fit(
     if len(hashed) < 2:
         raise UserError("input", f"{len(hashed)} documents with text", "a model needs at least 2, one of them to measure on")
     aside = min(max(1, math.floor(held_out * len(hashed))), len(hashed) - 1)
-    kept = [text for _, text in hashed[aside:]]
-    vocabulary = units.build(kind, kept)
-    documents = [vocabulary.encode(text) for text in kept]
-    orders, discounts = kneser_ney.estimate(documents, vocab_size=vocabulary.size, order=order, least=least)
-    about = {
-        "documents": len(kept), "units": sum(map(len, documents)), "characters": sum(map(len, kept)),
-        "sha256": hashlib.sha256(b"".join(digest for digest, _ in hashed)).hexdigest(), "least": list(least),
-        "ngrams": [len(one.keys) for one in orders], "discounts": [list(one) for one in discounts],
+    documents = [text for _, text in hashed]
+    passages = [cut(" ".join(text.split())) for text in documents]
+    folds = 1
+    if sum(map(len, passages[:aside])) >= FEWEST:
+        model = _fit(documents[aside:], kind, order, least)
+        found = [_measured(model, passages[:aside])]
+    else:
+        model, aside = _fit(documents, kind, order, least), len(documents)
+        folds = min(FOLDS, len(documents))
+        found = [
+            _measured(_fit([text for at, text in enumerate(documents) if at % folds != fold], kind, order, least), passages[fold::folds])
+            for fold in range(folds)
+        ]
+    true, mixed = (np.concatenate([one[which] for one in found]) for which in (0, 1))
+    held = {
+        "documents": aside, "folds": folds, **summary(true), "shuffled": summary(mixed), "apart": _apart(mixed[:, 1], true[:, 1]),
+        "least_word_order": float(np.percentile(mixed[:, 3], 99)),
     }
-    model = NgramModel(vocabulary, tuple(orders), about)
-    passages = [passage for _, text in hashed[:aside] for passage in cut(text)]
-    return NgramModel(vocabulary, tuple(orders), {**about, "held_out": {"documents": aside, **quantiles(model, passages)}})
+    digest = hashlib.sha256(b"".join(digest for digest, _ in hashed)).hexdigest()
+    return NgramModel(model.vocabulary, model.orders, {**model.about, "sha256": digest, "held_out": held})
+
+
+def _fit(texts: list[str], kind: str, order: int, least: tuple[int, ...]) -> NgramModel:
+    vocabulary = units.build(kind, texts)
+    documents = [vocabulary.encode(text) for text in texts]
+    orders, discounts = kneser_ney.estimate(documents, vocab_size=vocabulary.size, order=order, least=least)
+    return NgramModel(vocabulary, tuple(orders), {
+        "documents": len(texts), "units": sum(map(len, documents)), "characters": sum(map(len, texts)), "least": list(least),
+        "ngrams": [len(one.keys) for one in orders], "discounts": [list(one) for one in discounts],
+    })
+
+
+def _measured(model: NgramModel, passages: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the passages as they are, and with their words shuffled (not in an order that word_order compares with): `rows`, and word_order as
+    it would be of PASSAGE characters where chance alone decides."""
+    every = [passage for one in passages for passage in one][:MOST]
+    mixed = []
+    for number, passage in enumerate(every):
+        words = passage.split()
+        random.Random(number).shuffle(words)
+        mixed.append(" ".join(words))
+    scale = np.sqrt([min(len(passage), PASSAGE) / PASSAGE for passage in every])
+    true, shuffled = rows(model, every), rows(model, mixed)
+    return tuple(np.column_stack([one, one[:, 1] * scale]) for one in (true, shuffled))
+
+
+def _apart(low: np.ndarray, high: np.ndarray) -> float:
+    """AUC: how often one of `high` is above one of `low`; ties count half."""
+    both = np.sort(low)
+    return float((np.searchsorted(both, high, "left") + np.searchsorted(both, high, "right")).mean() / 2 / len(both))
 
 
 def cut(text: str, size: int = PASSAGE) -> list[str]:
@@ -92,14 +141,18 @@ def cut(text: str, size: int = PASSAGE) -> list[str]:
     return found[:-1] if len(found) > 1 and len(found[-1]) < size // 4 else found
 
 
-def quantiles(model: NgramModel, texts: Iterable[str]) -> dict:
-    """`passages`, and of `perplexity`, `word_order` (bits a unit) and `unknown` the quantiles {"50": ...}."""
+def rows(model: NgramModel, texts: Iterable[str]) -> np.ndarray:
+    """float64 [texts, 3]: perplexity, word_order (bits a unit), share of unknown units."""
     found = [(score.perplexity, model.word_order(text, score), score.unknown) for text in texts for score in (model.score(text),)]
     if not found:
         raise UserError("input", "no documents with text", "there is nothing to measure")
+    return np.asarray(found)
+
+
+def summary(found: np.ndarray) -> dict:
+    """`passages`, and of the columns of `rows` the quantiles {"50": ...}."""
     return {"passages": len(found), **{
-        name: {str(q): float(np.percentile(values, q)) for q in QUANTILES}
-        for name, values in zip(("perplexity", "word_order", "unknown"), zip(*found))
+        name: {str(q): float(np.percentile(found[:, at], q)) for q in QUANTILES} for at, name in enumerate(COLUMNS)
     }}
 
 
@@ -109,14 +162,24 @@ def train(settings: TrainSettings) -> None:
     model.save(settings.output)
     about, held = model.about, model.about["held_out"]
     print(f"wrote {settings.output} ({Path(settings.output).stat().st_size / 1e6:.1f} MB): order {model.order} over {settings.units}, "
-          f"{about['documents']} documents, {about['units']:,} units, {sum(about['ngrams']):,} n-grams; held-out perplexity "
-          f"{held['perplexity']['50']:.1f} (median of {held['passages']} passages of {held['documents']} documents), 95th percentile "
-          f"{held['perplexity']['95']:.1f}")
+          f"{about['documents']} documents, {about['units']:,} units, {sum(about['ngrams']):,} n-grams; of {held['passages']} held-out "
+          f"passages ({held['documents']} documents, {held['folds']} folds): perplexity {held['perplexity']['50']:.1f} (median), 95th "
+          f"percentile {held['perplexity']['95']:.1f}; told from their words shuffled by word order with AUC {held['apart']:.3f}")
 
 
 def score(settings: ScoreSettings) -> None:
-    model = NgramModel.load(settings.model, key="model")
-    print(json.dumps(quantiles(model, _read(settings)), indent=1))
+    """Prints quantiles over the documents, and how many a step `quality` with this model and its own limits keeps and drops, by reason."""
+    judge = Judge(NgramModel.load(settings.model, key="model"), LanguageModelConfig(min_characters=1))
+    found = [judge.look(text, always=True) for text in _read(settings) if text]
+    if not found:
+        raise UserError("input", settings.input, "has no documents with text")
+    if settings.output:
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"document": number, **asdict(one)}) for number, one in enumerate(found))
+        Path(settings.output).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    table = np.asarray([(one.perplexity, one.word_order, one.unknown) for one in found])
+    verdicts = Counter(one.reason or "kept" for one in found)
+    print(json.dumps({**summary(table), "max_perplexity": judge.max_perplexity, "verdicts": dict(sorted(verdicts.items()))}, indent=1))
 
 
 def _read(settings: TrainSettings | ScoreSettings) -> list[str]:
