@@ -95,7 +95,7 @@ def test_killed_anywhere_and_the_same_bytes(raw, built):
     output = raw.parent / "three"
     build = Build.start(SMALL, raw, output)
     phase = build.phases()[0]
-    executor = PhaseExecutor(build, phase, workers=1, progress=Progress(False))
+    executor = PhaseExecutor(build, phase, progress=Progress(False))
     for rank in (build.tasks - 1, 0, 3):
         executor.task(rank)
     (build.out / "shards" / ".000001.jsonl.zst.dead").write_bytes(b"half")

@@ -23,6 +23,7 @@ from megatron_ext.config.build import from_dict
 from megatron_ext.curate.blocks import Phase, Shards, entry, opened
 from megatron_ext.curate.config import CurateConfig
 from megatron_ext.curate.documents import write_json
+from megatron_ext.curate.index import ids_at
 from megatron_ext.curate.ingest.catalogue import Source, read_catalogue
 from megatron_ext.curate.ingest.licences import forbidden, warnings
 from megatron_ext.curate.ingest.records import Reading
@@ -187,7 +188,7 @@ class Build:
         from megatron_ext.curate.steps import ShardReader
 
         folder = self.folder(group) / "shards"
-        return Shards(folder, self.tasks, functools.partial(ShardReader, folder), self.work / "steps" / step)
+        return Shards(folder, self.tasks, functools.partial(ShardReader, folder), self.work / "steps" / step, functools.partial(ids_at, self.folder(group) / "index"))
 
     def _group(self, number: int, steps: Sequence[str], last: bool) -> list[Any]:
         from megatron_ext.curate.steps import BlockStep, Fingerprint, RawReader, ShardReader, ShardWriter

@@ -29,6 +29,7 @@ from megatron_ext.curate.tally import Tally
 from megatron_ext.errors import RunFailed, UserError
 
 READ = "read"
+SHARED = "shared"  # a folder: documents that stayed, and which others hold the paragraphs that were taken out of them
 
 
 class StepFailed(RunFailed):
@@ -145,7 +146,7 @@ class BlockStep(PipelineStep):
         self.name = step
         super().__init__()
         self._settings, self._shards = settings, shards
-        self.tally, self.dropped, self.report = Tally(step), [], None
+        self.tally, self.dropped, self.shared, self.report = Tally(step), [], [], None
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         block: Any = opened(self.name, self._settings)
@@ -158,9 +159,11 @@ class BlockStep(PipelineStep):
             with self.track_time():
                 verdict = self._decide(block, document)
             if verdict.action == DROP:
-                self.dropped.append(_gone(document, self.name, verdict.reason))
-            else:
-                yield document
+                self.dropped.append(_gone(document, self.name, verdict.reason) | ({"duplicate_of": list(verdict.of)} if verdict.of else {}))
+                continue
+            if verdict.of:
+                self.shared.append({"id": document.id, "step": self.name, "shared_with": list(verdict.of)})
+            yield document
         self.report = None if take is None else take()
 
     def _decide(self, block: Any, document: Document) -> Verdict:
@@ -236,6 +239,10 @@ class ShardWriter(PipelineStep):
             for step in steps:
                 for entry in getattr(step, "dropped", ()):
                     gone.write(canonical(entry) + b"\n")
+        if parts := [entry for step in steps for entry in getattr(step, "shared", ())]:
+            with LineWriter(self._dropped.with_name(SHARED) / shard_name(rank)) as writer:
+                for entry in parts:
+                    writer.write(canonical(entry) + b"\n")
         reader = self._before[0]
         write_json(self._counts / f"{rank:06d}.json", {
             "tallies": [step.tally.to_json() for step in steps if hasattr(step, "tally")],
