@@ -35,3 +35,78 @@ def write(path: Path, count: int, length: int = 1000, copies: float = 0.05, seed
             last = last if last and draw.random() < copies else text(draw, number % 2 == 0, length)
             stream.write(json.dumps({"text": last}, ensure_ascii=False) + "\n")
     return path.stat().st_size
+
+
+# ---- a corpus of which everything is known ------------------------------------------------------------------------------------------------
+
+BROKEN, SHORT, DIGITS, AGAIN, EXACT, NEAR, PERSONAL, PLAIN = "broken", "too_short", "letters", "repeated_lines", "exact", "near", "personal", "plain"
+OF_THOUSAND = {BROKEN: 1, SHORT: 10, DIGITS: 10, AGAIN: 10, EXACT: 30, NEAR: 20, PERSONAL: 100}  # the rest is plain
+_ORDER = [kind for kind, count in OF_THOUSAND.items() for _ in range(count)]
+_ORDER += [PLAIN] * (1000 - len(_ORDER))
+random.Random(8).shuffle(_ORDER)
+_LETTERS = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+
+
+def serial(number: int) -> str:
+    """A word that no other number has and that is nothing personal: qbabebi..."""
+    found = ""
+    for _ in range(5):
+        number, digit = divmod(number, len(_LETTERS))
+        found += _LETTERS[digit]
+    return f"q{found}"
+
+
+def _resident(draw: random.Random) -> str:
+    """A resident registration number with its check digit, of someone born in the 20th century."""
+    digits = f"{draw.randrange(50, 100):02d}{draw.randrange(1, 13):02d}{draw.randrange(1, 29):02d}{draw.choice('12')}{draw.randrange(10**5):05d}"
+    check = (11 - sum(int(digit) * weight for digit, weight in zip(digits, (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5))) % 11) % 10
+    return f"{digits[:6]}-{digits[6:]}{check}"
+
+
+def personal(draw: random.Random, korean: bool) -> tuple[str, dict[str, int]]:
+    """A line with a phone number and an e-mail address, in Korean with a resident registration number too; and how many of each kind."""
+    phone, mail = f"010-{draw.randrange(1000, 10000)}-{draw.randrange(1000, 10000)}", f"{serial(draw.randrange(10**8))}{draw.randrange(100)}@example.kr"
+    if korean:
+        return f"연락처는 {phone}, 전자우편은 {mail}, 주민등록번호는 {_resident(draw)}이다.", {"PHONE": 1, "EMAIL": 1, "KR_RRN": 1}
+    return f"Please call {phone} or write to {mail} about it.", {"PHONE": 1, "EMAIL": 1}
+
+
+def planted(folder: Path, count: int, length: int, files: int = 8, seed: int = 8) -> dict:
+    """`count` records (a multiple of 1,000 * files) as JSON lines. Returns what is in them: of each kind how many, bytes, and personal data by kind."""
+    folder.mkdir(parents=True)
+    found: dict = {"kinds": dict.fromkeys((*OF_THOUSAND, PLAIN), 0), "personal": {}, "bytes": 0}
+    for file in range(files):
+        draw, last = random.Random(f"{seed} {file}"), ""
+        path = folder / f"{file:02d}.jsonl"
+        with path.open("w", encoding="utf-8") as stream:
+            for number in range(file * count // files, (file + 1) * count // files):
+                kind, korean = _ORDER[number % 1000], number % 2 == 0
+                if kind in (EXACT, NEAR) and not last:
+                    kind = PLAIN
+                found["kinds"][kind] += 1
+                if kind == BROKEN:
+                    stream.write('{"text": "cut off\n')
+                    continue
+                if kind == EXACT:
+                    made = last.replace("\n", " \n") if korean else last.replace("\n", "  ")
+                elif kind == NEAR:
+                    made = last + (" 끝" if korean else " x")
+                elif kind == SHORT:
+                    made = " ".join(draw.choices(KOREAN if korean else ENGLISH, k=12)) + f" {serial(number)}."
+                elif kind == DIGITS:
+                    made = " ".join(str(draw.randrange(100, 1000)) for _ in range(90))
+                elif kind == AGAIN:
+                    line = " ".join(draw.choices(KOREAN, k=10) if korean else [*STOPS, *draw.choices(ENGLISH, k=8)]) + "."
+                    made = "\n".join([f"{serial(number)} {line}", *[line] * 9])
+                else:
+                    made = f"{serial(number)} {text(draw, korean, length)}"
+                    if kind == PERSONAL:
+                        said, of = personal(draw, korean)
+                        made = f"{made}\n{said}"
+                        for name, times in of.items():
+                            found["personal"][name] = found["personal"].get(name, 0) + times
+                    else:
+                        last = made
+                stream.write(json.dumps({"text": made}, ensure_ascii=False) + "\n")
+        found["bytes"] += path.stat().st_size
+    return found

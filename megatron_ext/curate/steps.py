@@ -56,7 +56,7 @@ class RawReader(PipelineStep):
         readers = Readers()
         try:
             for unit in units:
-                yield from self._unit(readers, unit)
+                yield from _timed(self, self._unit(readers, unit))
         finally:
             readers.close()
 
@@ -129,8 +129,8 @@ class ShardReader(PipelineStep):
         self._folder = folder
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for record in read_records(self._folder / shard_name(rank)):
-            yield Document(record["text"], record["id"], [], record["metadata"])
+        records = (Document(record["text"], record["id"], [], record["metadata"]) for record in read_records(self._folder / shard_name(rank)))
+        yield from _timed(self, records)
 
 
 class BlockStep(PipelineStep):
@@ -193,9 +193,10 @@ class Fingerprint(PipelineStep):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in data:
-            document.metadata["text_sha256"] = digest = text_sha256(document.text)
-            verdict = dropped("removed") if self._removals.covers(digest) else KEPT
-            self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
+            with self.track_time():
+                document.metadata["text_sha256"] = digest = text_sha256(document.text)
+                verdict = dropped("removed") if self._removals.covers(digest) else KEPT
+                self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
             if verdict.action == DROP:
                 self.dropped.append(_gone(document, self.name, verdict.reason))
             else:
@@ -227,12 +228,13 @@ class ShardWriter(PipelineStep):
                     self.tally.add(document.metadata["source"], dropped("empty"), 0, 0)
                     self.dropped.append(_gone(document, self.name, "empty"))
                     continue
-                named = licence(document.metadata["licence"])
-                counts = {f"licence {named.name if named else UNKNOWN}": 1}
-                self.tally.add(document.metadata["source"], Verdict(counts=counts), len(document.text), len(document.text))
-                shard.write(to_line(document))
-                entries.add(document)
-                characters += len(document.text)
+                with self.track_time():
+                    named = licence(document.metadata["licence"])
+                    counts = {f"licence {named.name if named else UNKNOWN}": 1}
+                    self.tally.add(document.metadata["source"], Verdict(counts=counts), len(document.text), len(document.text))
+                    shard.write(to_line(document))
+                    entries.add(document)
+                    characters += len(document.text)
         index = entries.close()
         steps = [*self._before, self]
         with LineWriter(self._dropped / f"{'last' if self._group is None else self._group}-{shard_name(rank)}") as gone:
@@ -252,6 +254,16 @@ class ShardWriter(PipelineStep):
             "reports": {step.name: step.report for step in steps if getattr(step, "report", None) is not None},
         })
         yield from ()
+
+
+def _timed(step: PipelineStep, documents: Iterator[Document]) -> Iterator[Document]:
+    """The same documents; the time that each took is in the step's statistics, without what others do between them."""
+    while True:
+        with step.track_time():
+            document = next(documents, None)
+        if document is None:
+            return
+        yield document
 
 
 def _gone(document: Document, step: str, reason: str) -> dict[str, str]:
