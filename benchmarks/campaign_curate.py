@@ -73,7 +73,7 @@ def holds(pair: list) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", type=int, default=1_000_000)
-    parser.add_argument("--length", type=int, default=300)
+    parser.add_argument("--length", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "curate_campaign.json")
