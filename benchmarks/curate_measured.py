@@ -27,7 +27,7 @@ def _field(pid: int, name: str) -> int:
 
 
 class Measured:
-    """Runs `python -m megatron_ext WORDS`.
+    """Runs `python -m megatron_ext WORDS`, or a program of one line with these words.
 
     Attributes:
         peaks: MiB that each process held at most: "main", and "worker", the largest of the others. together: of all at one moment.
@@ -36,14 +36,14 @@ class Measured:
         processor: seconds that all processes used.
     """
 
-    def __init__(self, words: list[str], work: Path, out: Path):
+    def __init__(self, words: list[str], work: Path, out: Path, program: str | None = None):
         self.peaks: dict[str, float] = {"main": 0, "worker": 0}
         self.together, self.processor, self.work = 0.0, 0.0, work
         self.phases: dict[str, list[float]] = {}
         self.steps: dict[str, dict[str, float]] = {}
         self.begin = time.perf_counter()
         self._out = out.open("w+")
-        self.process = subprocess.Popen([sys.executable, "-m", "megatron_ext", *words], cwd=ROOT, stdout=self._out, stderr=subprocess.STDOUT,
+        self.process = subprocess.Popen([sys.executable, *(["-m", "megatron_ext"] if program is None else ["-c", program]), *words], cwd=ROOT, stdout=self._out, stderr=subprocess.STDOUT,
                                         env={**os.environ, "PYTHONPATH": str(ROOT)})
         self._stop = threading.Event()
         self._seen: set[Path] = set()
@@ -88,8 +88,8 @@ class Measured:
 
     def end(self) -> tuple[int, float, str]:
         """Exit code, seconds and what it printed."""
-        _, _, usage = os.wait4(self.process.pid, 0)
-        self.process.returncode = 0 if (code := os.waitstatus_to_exitcode(_)) is None else code
+        _, status, usage = os.wait4(self.process.pid, 0)
+        self.process.returncode = code = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - self.begin
         self._stop.set()
         self._thread.join()

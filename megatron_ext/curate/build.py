@@ -92,6 +92,10 @@ class Build:
         return cls(from_dict(asked["settings"], CurateConfig, "curate."), Path(asked["input"]), Path(asked["output"]), plan["tasks"],
                    tuple(SetAside(**one) for one in plan["set_aside"]))
 
+    def fingerprint(self) -> str:
+        """The input's, as it was planned."""
+        return json.loads((self.work / "build.json").read_text(encoding="utf-8"))["fingerprint"]
+
     def _same(self, asked: dict) -> None:
         found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
         words = {"input": "another input", "settings": "other settings", "settings_files": "another catalogue, list or model", "code": "another version of this program",
