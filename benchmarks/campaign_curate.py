@@ -1,122 +1,119 @@
-"""Curation over the real data of ../shared/data, end to end: writes docs/curate_campaign.md. Exit code 1 when anything is not as it should be.
+"""A million made documents through every step of `standard` and into tokens, killed twice on the way; everything that comes out is counted against what went in.
 
-    python benchmarks/campaign_curate.py [--kills 10] [--seed 1] [--page docs/curate_campaign.md]
+    python benchmarks/campaign_curate.py [--documents 1000000] [--workers 2] [--folder DIR] [--out benchmarks/results/curate_campaign.json]
 
-Korean statutes and bills, Korean questions and answers, English text and dialogues, in several formats and encodings, go through every step of `standard`. One build is left alone; one runs with
-two workers; one is killed at seeded random moments and goes on each time. All three must be the same bytes. Then `train stage=pretrain`, `adapt` and `sft` run on what came out, and the ledger is asked.
+What is planted (curate_made.py): personal data, exact and near copies, rubbish of three kinds, lines that are no JSON. Each document has a serial word of its own, so that it can be said that
+none was lost and none came twice. The command is killed (SIGKILL, with its workers) when half of the reading tasks are done and again among the near duplicates. Exit code 1 if a number is wrong.
 """
 import argparse
-import gzip
 import json
-import os
-import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-SMALL = ("model=micro_llama", "data.sequence_length=128", "train.global_batch_size=8", "train.micro_batch_size=8", "optim.warmup_steps=2", "validation.every=0",
-         "validation.at_end=true", "checkpoint.best=false", "log.wandb=disabled", "launch.ranks=1")
-CATALOGUE = """\
-sources:
-- {name: statutes, path: statutes/**, owner: 대한민국, licence: no-copyright, domain: law, language: ko}
-- {name: talk, path: talk.csv, owner: songys, licence: MIT, language: ko, text: [Q, A]}
-- {name: plays, path: plays.txt.gz, licence: public-domain, language: en}
-- {name: dialogues, path: dialogues.jsonl, owner: Anthropic, licence: MIT, text: [chosen]}
-"""
+import curate_made as made
+from curate_measured import ROOT, Measured
+
+sys.path.insert(0, str(ROOT))
+PERSONAL = re.compile(r"01\d-\d{3,4}-\d{4}|\d{6}-[1-8]\d{6}|@example\.kr")
 
 
-def raw(folder: Path) -> None:
-    """The files as they might be delivered: CP949, a zip-like mix, a line a dialogue."""
-    (folder / "statutes").mkdir(parents=True)
-    for number, path in enumerate(sorted((SHARED / "ko_public").glob("*.txt"))):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        content = text.encode("cp949", "replace") if number % 2 else text.encode("utf-8")
-        (folder / "statutes" / path.name).write_bytes(content)
-    (folder / "talk.csv").write_bytes((SHARED / "chatbot_ko.csv").read_text(encoding="utf-8").encode("cp949", "replace"))
-    parts = (SHARED / "tinyshakespeare.txt").read_bytes()
-    (folder / "plays.txt.gz").write_bytes(gzip.compress(parts, mtime=0))
-    with gzip.open(SHARED / "hh_harmless_test.jsonl.gz", "rb") as stream:
-        (folder / "dialogues.jsonl").write_bytes(stream.read())
+def killed(words: list[str], work: Path, phase: str, tasks: int, log: Path) -> dict:
+    """Runs the command until `tasks` of the phase are done, and kills it."""
+    running = Measured(words, work, log)
+    while running.process.poll() is None and running.done(phase) < tasks:
+        time.sleep(0.2)
+    if running.process.poll() is not None:
+        raise SystemExit(f"it ended before it could be killed:\n{log.read_text()[-3000:]}")
+    running.process.send_signal(signal.SIGKILL)
+    _, seconds, _ = running.end()
+    return {"seconds": round(seconds, 1), "tasks_done": len(list(work.glob("phases/*/completions/*"))), "running": running}
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "megatron_ext", *map(str, words)]
+def checked(found: dict, output: Path, text: Path) -> dict[str, list]:
+    """What should be and what is, by name; both must be equal unless a range is given."""
+    from megatron_ext.curate.documents import read_records
+
+    fields = json.loads((text / "manifest.json").read_text(encoding="utf-8"))
+    kinds, rows = found["kinds"], {row["step"]: row for row in fields["steps"]}
+    serials: Counter[str] = Counter()
+    leaks = 0
+    for path in sorted((text / "shards").iterdir()):
+        for record in read_records(path):
+            serials[record["text"].split(None, 1)[0]] += 1
+            leaks += len(PERSONAL.findall(record["text"]))
+    expected = kinds[made.PLAIN] + kinds[made.PERSONAL]
+    near = kinds[made.NEAR]
+    tokens = json.loads((output / "prepared.json").read_text(encoding="utf-8"))
+    return {
+        "documents read": [sum(kinds.values()) - kinds[made.BROKEN], rows["read"]["in"]],
+        "set aside": [kinds[made.BROKEN], fields["set_aside"]["entries"]],
+        **{f"rubbish: {kind}": [kinds[kind], rows["quality"]["dropped"].get(kind, 0)] for kind in (made.SHORT, made.DIGITS, made.AGAIN)},
+        "other rubbish": [0, sum(count for reason, count in rows["quality"]["dropped"].items() if reason not in (made.SHORT, made.DIGITS, made.AGAIN))],
+        "exact copies": [kinds[made.EXACT], rows["exact"]["dropped"].get("exact_duplicate", 0)],
+        "near copies": [[round(0.999 * near), round(1.001 * near) + 1], rows["near"]["dropped"].get("near_duplicate", 0)],
+        "different documents that came out": [expected, len(serials)],
+        "documents that came out twice (near copies that were not found)": [[0, near // 1000 + 1], sum(count - 1 for count in serials.values())],
+        **{f"personal: {kind}": [count, rows["privacy"]["counts"].get(kind, 0)] for kind, count in sorted(found["personal"].items())},
+        "personal data that was left": [0, leaks],
+        "documents in the tokens": [sum(serials.values()), sum(split["documents"] for split in tokens["splits"].values())],
+    }
 
 
-def run(*words: object) -> str:
-    done = subprocess.run(command(*words), cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, words))}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def killed(words: list[str], output: Path, kills: int, seed: int) -> int:
-    """Runs a `prepare` that is killed again and again; how many kills found it at work."""
-    draw, hits = random.Random(seed), 0
-    for _ in range(kills):
-        process = subprocess.Popen(command("prepare", *words, f"output={output}"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + draw.uniform(2, 12)
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        if process.poll() is None:
-            hits += 1
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run("prepare", *words, f"output={output}")
-    return hits
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def holds(pair: list) -> bool:
+    should, is_ = pair
+    return should[0] <= is_ <= should[1] if isinstance(should, list) else should == is_
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "curate_campaign.md")
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--length", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "curate_campaign.json")
     options = parser.parse_args()
-    if not SHARED.is_dir():
-        raise SystemExit(f"{SHARED} is not here")
-    folder = Path(tempfile.mkdtemp(prefix="curate"))
-    raw(folder / "raw")
-    (folder / "sources.yaml").write_text(CATALOGUE, encoding="utf-8")
-    words = [f"input={folder / 'raw'}", "curate=standard", f"curate.ingest.catalogue={folder / 'sources.yaml'}", "curate.task_bytes=100000", "data.vocab_size=2000",
-             f"curate.removals={folder / 'removals.jsonl'}"]
-    (folder / "removals.jsonl").write_text("")
+    folder = options.folder or Path(tempfile.mkdtemp(prefix="curate"))
     begin = time.perf_counter()
-    said = run("prepare", *words, "curate.workers=1", f"output={folder / 'one'}")
-    seconds = time.perf_counter() - begin
-    run("prepare", *words, "curate.workers=2", f"output={folder / 'two'}")
-    hits = killed([*words, "curate.workers=2"], folder / "killed", options.kills, options.seed)
-    same = content(folder / "one-text") == content(folder / "two-text") == content(folder / "killed-text")
-    manifest = json.loads((folder / "one-text/manifest.json").read_text())
-    train = [
-        run("train", "stage=pretrain", *SMALL, f"data.path={folder / 'one'}", "train.steps=30", f"run.dir={folder / 'runs/pretrain'}"),
-        run("train", "stage=adapt", *SMALL, f"data.path={folder / 'one'}", "train.steps=10", f"run.dir={folder / 'runs/adapt'}", f"checkpoint.start={folder / 'runs/pretrain'}"),
-        run("train", "stage=sft", *SMALL, f"data.path={folder / 'one'}", "train.steps=10", f"run.dir={folder / 'runs/sft'}", f"checkpoint.start={folder / 'runs/adapt'}",
-            f"chat.path={SHARED / 'chatbot_ko.csv'}", "chat.prompt_key=Q", "chat.response_key=A"),
-    ]
-    asked = run("ledger", "seen", "--document", "statutes:statutes/constitution.txt", f"run.dir={folder / 'runs'}")
-    rows = [f"| {row['step']} | {row['in']:,} | {row['out']:,} | {row['changed']:,} | "
-            + ", ".join(f"{count:,} {reason}" for reason, count in sorted(row["dropped"].items())) + " |" for row in manifest["steps"] if not row["step"].startswith("write_")]
-    tokens = [f"| {row['split']} | {row['source']} | {row['domain'] or ''} | {row['documents']:,} | {row['tokens']:,} |"
-              for row in json.loads((folder / "one/curation.json").read_text())["tokens"]]
-    options.page.write_text("\n".join([
-        "# Curation of the real data", "", f"`python benchmarks/campaign_curate.py --kills {options.kills} --seed {options.seed}` writes this page.", "",
-        f"{manifest['input']['files']} files, {manifest['input']['bytes']:,} bytes, in {seconds:.0f} s with one worker.",
-        f"One worker, two workers, and {hits} SIGKILLs at random moments: {'the same bytes' if same else 'NOT the same bytes'}.", "",
-        "| step | in | out | changed | dropped |", "|---|---|---|---|---|", *rows, "", "| split | source | domain | documents | tokens |", "|---|---|---|---|---|", *tokens, "",
-        f"Then pretrain, adapt and sft ran on it ({len(train)} stages).", "", "```", *asked.replace(str(folder), "").strip().splitlines(), "```", ""]), encoding="utf-8")
-    print(said, asked, f"same bytes: {same}, kills that hit: {hits}", sep="\n")
-    shutil.rmtree(folder)
-    sys.exit(0 if same and "saw it" in asked else 1)
+    found = made.planted(folder / "raw", options.documents, options.length)
+    print(f"made in {time.perf_counter() - begin:.0f} s: {found}", flush=True)
+    output, text = folder / "tokens", folder / "tokens-text"
+    work = folder / "tokens-text.work"
+    words = ["prepare", f"input={folder / 'raw'}", f"output={output}", "curate=standard", f"curate.workers={options.workers}", "curate.task_bytes=4000000",
+             "data.vocab_size=8000", "data.workers=1"]
+    half = found["bytes"] // 4_000_000 // 2
+    parts = [killed(words, work, "00_", half, folder / "first.log")]
+    print(f"killed: {parts[-1]['seconds']} s, {parts[-1]['tasks_done']} tasks done", flush=True)
+    parts.append(killed(words, work, "near_buckets", 1, folder / "second.log"))
+    print(f"killed: {parts[-1]['seconds']} s, {parts[-1]['tasks_done']} tasks done", flush=True)
+    running = Measured(words, work, folder / "third.log")
+    code, seconds, said = running.end()
+    print(said, flush=True)
+    if code:
+        raise SystemExit(f"exit code {code}")
+    runs = [*(part["running"] for part in parts), running]
+    total = sum(part["seconds"] for part in parts) + seconds
+    rows = checked(found, output, text)
+    wrong = [name for name, pair in rows.items() if not holds(pair)]
+    for name, (should, is_) in rows.items():
+        print(f"{'WRONG ' if name in wrong else ''}{name}: {should} -> {is_}", flush=True)
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps({
+        "command": f"python benchmarks/campaign_curate.py --documents {options.documents} --length {options.length} --workers {options.workers}",
+        "documents": options.documents, "bytes": found["bytes"], "workers": options.workers, "seconds": round(total, 1), "documents_a_second": round(options.documents / total),
+        "megabytes_a_second": round(found["bytes"] / 1e6 / total, 2), "killed_after": [{key: part[key] for key in ("seconds", "tasks_done")} for part in parts],
+        "last_run_seconds": round(seconds, 1), "peak_MiB": {kind: round(max(one.peaks[kind] for one in runs)) for kind in ("main", "worker")},
+        "together_MiB": round(max(one.together for one in runs)), "checks": {name: {"should": should, "is": is_} for name, (should, is_) in rows.items()}, "wrong": wrong,
+    }, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    print(f"{options.documents:,} documents in {total:.0f} s; wrong: {', '.join(wrong) or 'nothing'}", flush=True)
+    if options.folder is None:
+        shutil.rmtree(folder)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """Builds: the same bytes whatever the workers and wherever they were killed, nothing lost, nothing told; and the ledger's numbers against the tokens themselves."""
 import json
-import os
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import curate_bad_readers
 import curate_files as made
 import numpy as np
 import pytest
@@ -27,10 +22,8 @@ pytest.importorskip("datatrove")
 
 from megatron_ext.curate import blocks, command, removals
 from megatron_ext.curate.build import Build
-from megatron_ext.curate.executor import PhaseExecutor, run_phases
-from megatron_ext.curate.manifest import Curated, finish
+from megatron_ext.curate.manifest import Curated
 from megatron_ext.curate.tally import Tally, added
-from megatron_ext.data.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("normalise", "language")
@@ -83,59 +76,6 @@ def test_the_manifest_adds_up(built):
     assert "nothing is known of its licence" in built.describe()
     text = (built.folder / "manifest.json").read_text()
     assert str(built.folder.parent) not in text and "20" + time.strftime("%y-%m") not in text, "no place and no time"
-
-
-def test_the_same_bytes_whatever_the_workers(raw, built):
-    other = command.curate(replace(SMALL, workers=2), raw, raw.parent / "two", progress=False)
-    assert content(other.folder) == content(built.folder)
-
-
-def test_killed_anywhere_and_the_same_bytes(raw, built):
-    """Tasks in any order, some done, some half written, by any process: the end is the same."""
-    output = raw.parent / "three"
-    build = Build.start(SMALL, raw, output)
-    phase = build.phases()[0]
-    executor = PhaseExecutor(build, phase, workers=1, progress=Progress(False))
-    for rank in (build.tasks - 1, 0, 3):
-        executor.task(rank)
-    (build.out / "shards" / ".000001.jsonl.zst.dead").write_bytes(b"half")
-    (build.out / "index" / "000002.idx").write_bytes(b"x" * 64)  # written, and killed before the counts were
-    again = Build.start(replace(SMALL, workers=2), raw, output)
-    assert again.tasks == build.tasks and again.settings.workers == 2
-    run_phases(again, progress=Progress(False))
-    stopped = finish(again)
-    assert content(stopped.folder) == content(built.folder)
-    again.work.mkdir()  # killed between giving the result its name and clearing up
-    assert command.curate(SMALL, raw, output, progress=False).sha256 == built.sha256 and not again.work.exists()
-
-
-def test_a_real_kill(tmp_path):
-    """The whole program by SIGKILL, in the middle, twice; its workers end with it."""
-    (tmp_path / "raw").mkdir()
-    lines = [json.dumps({"text": f"{made.KOREAN} 문서 {number}"}, ensure_ascii=False) for number in range(3000)]
-    (tmp_path / "raw/a.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    words = [f"input={tmp_path / 'raw'}", "curate=read", "curate.task_bytes=20000", "curate.workers=2", "data.vocab_size=300", "data.workers=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def start(output: str) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, "-m", "megatron_ext", "prepare", *words, f"output={tmp_path / output}"], cwd=ROOT, env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    work = tmp_path / "killed-text.work"
-    for done in (1, 4):
-        process = start("killed")
-        while process.poll() is None and len(list(work.glob("phases/*/completions/*"))) < done:
-            time.sleep(0.02)
-        assert process.poll() is None, process.communicate()[1]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "killed-text").exists()
-    for output in ("killed", "whole"):
-        out, error = start(output).communicate(timeout=120)
-        assert "3,000 documents" in out, error
-    assert content(tmp_path / "killed-text") == content(tmp_path / "whole-text")
-    tokens = content(tmp_path / "killed"), content(tmp_path / "whole")
-    assert {name: tokens[0][name] for name in tokens[0] if name != "prepared.json"} == {name: tokens[1][name] for name in tokens[1] if name != "prepared.json"}
 
 
 def test_a_finished_build_is_taken_as_it_is_and_another_refused(raw, built, tmp_path):
@@ -231,13 +171,6 @@ def test_a_step_that_sees_all_documents(raw, built, tmp_path, own_steps):
     assert row["dropped"] == {"copy": len(texts) - len(documents(found))}
     gone = [record for path in sorted((found.folder / "dropped").iterdir()) for record in read_records(path)]
     assert [record["step"] for record in gone] == ["first"] * row["dropped"]["copy"] and all("text" not in record for record in gone)
-
-
-def test_a_worker_that_is_killed_does_not_hang_the_build(raw, tmp_path, monkeypatch):
-    build = Build.start(replace(SMALL, workers=2), raw, tmp_path / "out")
-    monkeypatch.setattr("megatron_ext.curate.executor.run_task", curate_bad_readers.leave)
-    with pytest.raises(UserError, match="a worker was killed"):
-        run_phases(build, progress=Progress(False))
 
 
 # ---- images, licences, removals -----------------------------------------------------------------------------------------------------

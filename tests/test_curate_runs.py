@@ -1,15 +1,14 @@
 """From raw files to a trained and exported model: which samples held a document, who else saw it, and what the licences say at the end of the chain."""
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import curate_files as made
+import forked
 import pytest
-from small import ROOT, environment
+from small import environment
 
 from megatron_ext.config.compose import load_config
-from megatron_ext.curate.documents import read_records
+from megatron_ext.curate.documents import document_id, read_records
 
 pytest.importorskip("datatrove")
 WORDS = ("model=micro_llama", "data.sequence_length=32", "train.global_batch_size=4", "train.micro_batch_size=4", "optim.warmup_steps=1", "validation.every=0",
@@ -17,7 +16,7 @@ WORDS = ("model=micro_llama", "data.sequence_length=32", "train.global_batch_siz
 
 
 def run(*words: object, code: int = 0) -> str:
-    done = subprocess.run([sys.executable, "-m", "megatron_ext", *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    done = forked.run([*map(str, words)], env=environment(), timeout=200)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 
@@ -73,6 +72,46 @@ def test_a_removal_reaches_the_next_build(chain):
     assert "error: --document=" in run("ledger", "seen", "--document", "what", code=2)
     assert "error: curate.removals=null" in run("ledger", "remove", "--document", "0" * 32, code=2)
     assert "error: ledger=" in run("ledger", code=2)
+
+
+def test_no_copy_of_a_removed_document_comes_back(tmp_path):
+    """An exact copy, a near copy of that, a document of which only a paragraph was left, and one that shares a paragraph: a removal of any of the cluster takes the cluster."""
+    secret = "김 아무개는 1번 병동에서 치료를 받았고 그 비용은 전부 공단이 부담하였다고 한다."
+    body = [f"{number}번째 조항은 {word}에 관하여 정하며 {word}의 기준과 절차는 대통령령이 따로 정하는 바에 따른다." for number, word in enumerate(
+        ("교육", "복지", "보건", "예산", "환경", "도로", "항만", "주택", "소방", "통계", "방송", "체육"))]
+    common = "이 문단은 여러 문서에 함께 있는 문단이며 서른 자보다 훨씬 길어서 되풀이된 문단으로 여겨진다. 그래서 한 번만 남는다."
+    whole = " ".join([*body, secret])
+    texts = {"first": f"{whole}\n\n{common}", "exact": f"{whole}\n\n{common}".replace(" ", "  "), "near": f"{whole} 끝.\n\n{common}", "paragraph": f"{common}\n\n짧다",
+             "shares": f"{'전혀 다른 이야기로 채워진 문서이고 위와 같은 말은 하나도 없다. ' * 3}\n\n{common}", "other": "아무 상관이 없는 문서 하나가 여기에 있다. 이것은 늘 남아야 한다."}
+    (tmp_path / "raw").mkdir()
+    for number, (name, text) in enumerate(texts.items()):
+        (tmp_path / f"raw/{number}_{name}.txt").write_text(text, encoding="utf-8")
+    words = [f"input={tmp_path}/raw", "curate=read", "curate.steps=[normalise,language,exact,near,paragraphs]", "curate.task_bytes=1", "curate.workers=1", "data.vocab_size=300",
+             "data.workers=1", "data.split=[1,0,0]"]
+
+    def left(output: str, *more: str) -> dict[str, str]:
+        run("prepare", *words, *more, f"output={tmp_path}/{output}")
+        records = [record for path in sorted((tmp_path / f"{output}-text/shards").iterdir()) for record in read_records(path)]
+        return {record["metadata"]["origin"][2:-4]: record["text"] for record in records}
+
+    before = left("tokens")
+    assert list(before) == ["first", "shares", "other"] and common in before["first"] and common not in before["shares"]
+    gone = {record["reason"]: record for path in sorted((tmp_path / "tokens-text/dropped").iterdir()) for record in read_records(path)}
+    first = document_id("raw", "0_first.txt", "")
+    assert sorted(gone) == ["exact_duplicate", "near_duplicate", "paragraphs_only"] and all(record["duplicate_of"] == [first] for record in gone.values())
+    for asked in (f"raw:{0}_first.txt", "raw:1_exact.txt", gone["near_duplicate"]["text_sha256"], str(tmp_path / "raw/2_near.txt")):
+        said = json.loads(run("ledger", "remove", "--json", "--document", asked, f"curate.removals={tmp_path}/{asked[-9:]}.jsonl", f"output={tmp_path}/tokens", f"run.dir={tmp_path}/none"))
+        assert len(said["copies"]) == 3 and len(said["shared"]) == 1 and [len(one["entries"]) for one in said["documents"]] == [1], asked
+    naive = tmp_path / "naive.jsonl"
+    naive.write_text(json.dumps({"id": first}) + "\n")
+    assert secret in " ".join(left("naive", f"curate.removals={naive}")["exact"].split()), "what this is about: without its copies the content comes back"
+    after = left("again", f"curate.removals={tmp_path}/exact.txt.jsonl")
+    assert list(after) == ["shares", "other"] and common in after["shares"] and not any(secret[:9] in text for text in after.values())
+    said = run("ledger", "remove", "--shared", "--document", "raw:0_first.txt", f"curate.removals={tmp_path}/all.jsonl", f"output={tmp_path}/tokens", f"run.dir={tmp_path}/none")
+    assert "3 documents that builds dropped as copies go with it" in said and "1 documents hold paragraphs of it, and lost them to it; they are removed" in said
+    assert list(left("least", f"curate.removals={tmp_path}/all.jsonl")) == ["other"]
+    (tmp_path / "tokens-text").rename(tmp_path / "elsewhere")
+    assert "which copies were dropped there cannot be told" in run("ledger", "seen", "--document", "raw:0_first.txt", f"output={tmp_path}/tokens", f"run.dir={tmp_path}/none")
 
 
 def test_licences_reach_the_checkpoints_and_the_model_card(chain):

@@ -21,7 +21,8 @@ VERBS = {
     "report": "writes report.md again, of a run that goes on or has ended: report run.dir=DIR",
     "doctor": "what serves each op here, and why not something better; versions",
 }
-FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "submit: print the script and the placement, submit nothing; plan: build and step ranks without memory, and count"}
+FLAGS = {"--json": "print one JSON object instead of text", "--dry-run": "submit: print the script and the placement, submit nothing; plan: build and step ranks without memory, and count",
+         "--shared": "ledger remove: also documents that only lost paragraphs to it, as copies of these"}
 VALUES = {"--prompt": "a prompt (repeatable)", "--prompt-file": "a file with one prompt a line",
           "--document": "ledger: a file, SOURCE:PATH[#POSITION], an id or a sha256 (repeatable)",
           "--rank": "a rank to dry-run (repeatable); default: the first of the first and of the last pipeline stage",
@@ -38,7 +39,7 @@ TAKES = {
     "run": (),
     "train": (),
     "prepare": (),
-    "ledger": ("--json", "--document"),
+    "ledger": ("--json", "--document", "--shared"),
     "convert": (),
 }
 # Words that stand right after a verb.
@@ -56,6 +57,7 @@ class Options:
     overrides: tuple[str, ...] = ()
     json: bool = False
     dry_run: bool = False
+    shared: bool = False
     sweeps: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None

@@ -32,11 +32,14 @@ class Verdict:
         action: KEEP (nothing was touched), CHANGE (the block wrote into the document), DROP.
         reason: of a DROP a short constant word, such as "too_short"; the ledger counts them for each source. Of a CHANGE it may be empty.
         counts: what else is to be added up for each source, such as {"email": 2}: names are constant words too.
+        of: of a copy the ids of the documents that stay in its place; of a CHANGE those of the documents that hold what was taken out. A removal of these
+            reaches it (ledger.py).
     """
 
     action: str = KEEP
     reason: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)
+    of: tuple[str, ...] = ()
 
 
 KEPT = Verdict()
@@ -91,12 +94,14 @@ class Shards:
         reader: makes a datatrove step that yields the documents of shard `rank` (`world_size` is `count`).
         work: a folder for the step's own files. It is removed with the build's other working files: no text and nothing personal may lie there
             that could not lie in the shards themselves.
+        ids: of (shard, number of a document in it) the ids, in the order asked for; None where nobody keeps an index.
     """
 
     folder: Path
     count: int
     reader: Callable[[], Any]
     work: Path
+    ids: Callable[[Sequence[tuple[int, int]]], list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from megatron_ext.config.build import from_dict
 from megatron_ext.curate.blocks import Phase, Shards, entry, opened
 from megatron_ext.curate.config import CurateConfig
 from megatron_ext.curate.documents import write_json
+from megatron_ext.curate.index import ids_at
 from megatron_ext.curate.ingest.catalogue import Source, read_catalogue
 from megatron_ext.curate.ingest.licences import forbidden, warnings
 from megatron_ext.curate.ingest.records import Reading
@@ -90,6 +91,10 @@ class Build:
             raise UserError("curate.output", work, f"is no working folder of a build ({type(error).__name__}); remove it") from None
         return cls(from_dict(asked["settings"], CurateConfig, "curate."), Path(asked["input"]), Path(asked["output"]), plan["tasks"],
                    tuple(SetAside(**one) for one in plan["set_aside"]))
+
+    def fingerprint(self) -> str:
+        """The input's, as it was planned."""
+        return json.loads((self.work / "build.json").read_text(encoding="utf-8"))["fingerprint"]
 
     def _same(self, asked: dict) -> None:
         found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
@@ -187,7 +192,7 @@ class Build:
         from megatron_ext.curate.steps import ShardReader
 
         folder = self.folder(group) / "shards"
-        return Shards(folder, self.tasks, functools.partial(ShardReader, folder), self.work / "steps" / step)
+        return Shards(folder, self.tasks, functools.partial(ShardReader, folder), self.work / "steps" / step, functools.partial(ids_at, self.folder(group) / "index"))
 
     def _group(self, number: int, steps: Sequence[str], last: bool) -> list[Any]:
         from megatron_ext.curate.steps import BlockStep, Fingerprint, RawReader, ShardReader, ShardWriter

@@ -28,12 +28,47 @@ from megatron_ext.errors import RunFailed, UserError
 logger.disable("datatrove")  # its messages would go to standard error, some with names of files
 
 
-class PhaseExecutor(PipelineExecutor):
-    """One phase of a build. `workers` processes; 1 = this one."""
+class Workers:
+    """Processes that do tasks of any phase of a build, started when there is work for them: what they load (a model, a dictionary) is loaded once.
 
-    def __init__(self, build: Build, phase: Phase, *, workers: int, progress: Progress):
+    With one worker, tasks run in this process.
+    """
+
+    def __init__(self, build: Build, number: int):
+        self._build, self.number = build, number
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def run(self, executor: "PhaseExecutor", ranks: list[int]) -> Iterator[None]:
+        """Yields when a task is done. Raises UserError, RunFailed: the first failure; the other tasks end with it."""
+        if self.number <= 1 or self._pool is None and len(ranks) == 1:
+            yield from map(executor.task, ranks)
+            return
+        if self._pool is None:  # spawn: the parent may have torch and threads, which a fork would not survive
+            self._pool = concurrent.futures.ProcessPoolExecutor(self.number, mp_context=multiprocessing.get_context("spawn"), initializer=die_with,
+                                                                initargs=(os.getpid(),))
+        try:
+            name, work = executor.phase.name, str(self._build.work)
+            for done in concurrent.futures.as_completed([self._pool.submit(run_task, work, name, rank) for rank in ranks]):
+                yield done.result()
+        except BrokenProcessPool:
+            raise UserError("curate.workers", self.number, "a worker was killed, perhaps for want of memory; the same command goes on from what is done "
+                                                           "(fewer workers, or a smaller curate.task_bytes, take less memory)") from None
+
+    def close(self, kill: bool) -> None:
+        """kill: without waiting for tasks that are under way: what they have not ended begins again."""
+        if self._pool is None:
+            return
+        for process in list((self._pool._processes or {}).values()) if kill else ():
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class PhaseExecutor(PipelineExecutor):
+    """One phase of a build."""
+
+    def __init__(self, build: Build, phase: Phase, *, progress: Progress):
         super().__init__([], str(build.work / "phases" / phase.name), skip_completed=True)
-        self.build, self.phase, self.workers, self.progress = build, phase, workers, progress
+        self.build, self.phase, self.progress = build, phase, progress
 
     @property
     def world_size(self) -> int:
@@ -43,14 +78,14 @@ class PhaseExecutor(PipelineExecutor):
         return DistributedEnvVars(datatrove_node_ips="localhost", datatrove_cpus_per_task="1", datatrove_mem_per_cpu="-1", datatrove_gpus_on_node="0",
                                   datatrove_executor="LOCAL")
 
-    def run(self) -> None:
-        """All tasks that are not done. Raises UserError, RunFailed."""
+    def run(self, workers: Workers | None = None) -> None:
+        """All tasks that are not done; without workers, in this process. Raises UserError, RunFailed."""
         left = self.get_incomplete_ranks()
         if not left:
             return
         with self.progress.items(self.phase.name, self.world_size, "tasks") as bar:
             bar.update(self.world_size - len(left))
-            for _ in self._in_processes(left) if self.workers > 1 and len(left) > 1 else map(self.task, left):
+            for _ in map(self.task, left) if workers is None else workers.run(self, left):
                 bar.update(1)
 
     def task(self, rank: int) -> None:
@@ -73,23 +108,6 @@ class PhaseExecutor(PipelineExecutor):
         write_json(Path(self.logging_dir.path) / "stats" / f"{rank:05d}.json", [stat.to_dict() for stat in PipelineStats(steps).stats])
         self.mark_rank_as_completed(rank)
 
-    def _in_processes(self, ranks: list[int]) -> Iterator[None]:
-        # spawn: the parent may have torch and threads, which a fork would not survive
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(min(self.workers, len(ranks)), mp_context=context, initializer=die_with, initargs=(os.getpid(),))
-        try:
-            for done in concurrent.futures.as_completed([pool.submit(run_task, str(self.build.work), self.phase.name, rank) for rank in ranks]):
-                yield done.result()
-        except BaseException as error:  # the other tasks are not worth waiting for: what they have not ended begins again
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError("curate.workers", self.workers, "a worker was killed, perhaps for want of memory; the same command goes on from what is "
-                                                                "done (fewer workers, or a smaller curate.task_bytes, take less memory)") from None
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
 
 @functools.lru_cache(maxsize=2)
 def _phases(work: str) -> tuple[Build, dict[str, Phase]]:
@@ -100,14 +118,19 @@ def _phases(work: str) -> tuple[Build, dict[str, Phase]]:
 def run_task(work: str, phase: str, rank: int) -> None:
     """One task of a phase, in this process. Raises UserError, RunFailed."""
     build, phases = _phases(work)
-    PhaseExecutor(build, phases[phase], workers=1, progress=Progress(False)).task(rank)
+    PhaseExecutor(build, phases[phase], progress=Progress(False)).task(rank)
 
 
 def run_phases(build: Build, *, progress: Progress) -> None:
     """All phases, one after the other, on this machine. Raises UserError, RunFailed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for phase in build.phases():
-        PhaseExecutor(build, phase, workers=build.settings.workers or cores, progress=progress).run()
+    workers, done = Workers(build, build.settings.workers or cores), False
+    try:
+        for phase in build.phases():
+            PhaseExecutor(build, phase, progress=progress).run(workers)
+        done = True
+    finally:
+        workers.close(kill=not done)
 
 
 def main(argv: list[str]) -> None:

@@ -13,6 +13,7 @@ from megatron_ext.config.build import from_dict
 from megatron_ext.config.schema import Config
 from megatron_ext.config.spans import spans_of
 from megatron_ext.config.stages import CHAT
+from megatron_ext.curate.copies import copies
 from megatron_ext.curate.documents import document_id, text_sha256
 from megatron_ext.curate.index import find, read_index, split_codes
 from megatron_ext.curate.ingest.block import normalised
@@ -133,6 +134,32 @@ def held(directory: Path, asked: Wanted) -> Held | None:
         numbers.setdefault(SPLITS[code], []).append(int(np.count_nonzero(codes[:row] == code)))
     entries = tuple({"id": bytes(row["id"]).hex(), "sha256": bytes(row["raw"]).hex(), "text_sha256": bytes(row["text"]).hex()} for row in rows[found])
     return Held(directory, numbers, entries)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What copies.py found, over several builds. `unknown`: builds of which it cannot be told."""
+
+    entries: tuple[dict[str, str], ...] = ()
+    stay: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, directories: Iterable[Path], asked: Wanted) -> "Copied":
+        """Of what lies behind prepared directories. Raises UserError: a file that cannot be read."""
+        texts = {Prepared.load(directory).fields["curation"]["text"]: directory for directory in directories}
+        entries: dict[str, dict[str, str]] = {}
+        stay, shared, unknown = set(), set(), []
+        for text, directory in texts.items():
+            if not (Path(text) / "dropped").is_dir():
+                unknown.append(f"{text}, from which {directory} was made, is gone: which copies were dropped there cannot be told")
+                continue
+            found = copies(Path(text), asked.by_name())
+            entries |= {entry["id"]: entry for entry in found.entries}
+            stay |= found.stay
+            shared |= found.shared
+        return cls(tuple(entries.values()), frozenset(stay), frozenset(shared), tuple(unknown))
 
 
 # ---- runs ---------------------------------------------------------------------------------------------------------------------------

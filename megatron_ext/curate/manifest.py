@@ -78,14 +78,16 @@ class Curated:
 
 def finish(build: Build) -> Curated:
     """Writes the manifest of a build whose phases are all done, and gives the result its name. Raises UserError."""
-    out = build.out
+    out, seen = build.out, build.fingerprint()
+    if fingerprint(build.input, list_files(build.input)) != seen:
+        raise UserError("input", build.input, f"changed while it was read; remove {build.work} and start again when nothing writes to it")
     try:
         _reports(build)
         write_json(out / FILE, _fields(build, _set_aside(build)))
         for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
             for draft in folder.glob(".*"):  # of tasks that were killed
                 draft.unlink()
-        write_json(out / ORIGIN, {"input": str(build.input), "fingerprint": fingerprint(build.input, list_files(build.input))})
+        write_json(out / ORIGIN, {"input": str(build.input), "fingerprint": seen})
         if not publish(out, build.output):
             raise UserError("curate.output", build.output, "exists already and was not made by this build; give another one or remove it")
     except OSError as error:

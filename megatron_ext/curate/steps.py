@@ -29,6 +29,7 @@ from megatron_ext.curate.tally import Tally
 from megatron_ext.errors import RunFailed, UserError
 
 READ = "read"
+SHARED = "shared"  # a folder: documents that stayed, and which others hold the paragraphs that were taken out of them
 
 
 class StepFailed(RunFailed):
@@ -55,7 +56,7 @@ class RawReader(PipelineStep):
         readers = Readers()
         try:
             for unit in units:
-                yield from self._unit(readers, unit)
+                yield from _timed(self, self._unit(readers, unit))
         finally:
             readers.close()
 
@@ -128,8 +129,8 @@ class ShardReader(PipelineStep):
         self._folder = folder
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        for record in read_records(self._folder / shard_name(rank)):
-            yield Document(record["text"], record["id"], [], record["metadata"])
+        records = (Document(record["text"], record["id"], [], record["metadata"]) for record in read_records(self._folder / shard_name(rank)))
+        yield from _timed(self, records)
 
 
 class BlockStep(PipelineStep):
@@ -145,7 +146,7 @@ class BlockStep(PipelineStep):
         self.name = step
         super().__init__()
         self._settings, self._shards = settings, shards
-        self.tally, self.dropped, self.report = Tally(step), [], None
+        self.tally, self.dropped, self.shared, self.report = Tally(step), [], [], None
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         block: Any = opened(self.name, self._settings)
@@ -158,9 +159,11 @@ class BlockStep(PipelineStep):
             with self.track_time():
                 verdict = self._decide(block, document)
             if verdict.action == DROP:
-                self.dropped.append(_gone(document, self.name, verdict.reason))
-            else:
-                yield document
+                self.dropped.append(_gone(document, self.name, verdict.reason) | ({"duplicate_of": list(verdict.of)} if verdict.of else {}))
+                continue
+            if verdict.of:
+                self.shared.append({"id": document.id, "step": self.name, "shared_with": list(verdict.of)})
+            yield document
         self.report = None if take is None else take()
 
     def _decide(self, block: Any, document: Document) -> Verdict:
@@ -190,9 +193,10 @@ class Fingerprint(PipelineStep):
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in data:
-            document.metadata["text_sha256"] = digest = text_sha256(document.text)
-            verdict = dropped("removed") if self._removals.covers(digest) else KEPT
-            self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
+            with self.track_time():
+                document.metadata["text_sha256"] = digest = text_sha256(document.text)
+                verdict = dropped("removed") if self._removals.covers(digest) else KEPT
+                self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
             if verdict.action == DROP:
                 self.dropped.append(_gone(document, self.name, verdict.reason))
             else:
@@ -224,18 +228,23 @@ class ShardWriter(PipelineStep):
                     self.tally.add(document.metadata["source"], dropped("empty"), 0, 0)
                     self.dropped.append(_gone(document, self.name, "empty"))
                     continue
-                named = licence(document.metadata["licence"])
-                counts = {f"licence {named.name if named else UNKNOWN}": 1}
-                self.tally.add(document.metadata["source"], Verdict(counts=counts), len(document.text), len(document.text))
-                shard.write(to_line(document))
-                entries.add(document)
-                characters += len(document.text)
+                with self.track_time():
+                    named = licence(document.metadata["licence"])
+                    counts = {f"licence {named.name if named else UNKNOWN}": 1}
+                    self.tally.add(document.metadata["source"], Verdict(counts=counts), len(document.text), len(document.text))
+                    shard.write(to_line(document))
+                    entries.add(document)
+                    characters += len(document.text)
         index = entries.close()
         steps = [*self._before, self]
         with LineWriter(self._dropped / f"{'last' if self._group is None else self._group}-{shard_name(rank)}") as gone:
             for step in steps:
                 for entry in getattr(step, "dropped", ()):
                     gone.write(canonical(entry) + b"\n")
+        if parts := [entry for step in steps for entry in getattr(step, "shared", ())]:
+            with LineWriter(self._dropped.with_name(SHARED) / shard_name(rank)) as writer:
+                for entry in parts:
+                    writer.write(canonical(entry) + b"\n")
         reader = self._before[0]
         write_json(self._counts / f"{rank:06d}.json", {
             "tallies": [step.tally.to_json() for step in steps if hasattr(step, "tally")],
@@ -245,6 +254,16 @@ class ShardWriter(PipelineStep):
             "reports": {step.name: step.report for step in steps if getattr(step, "report", None) is not None},
         })
         yield from ()
+
+
+def _timed(step: PipelineStep, documents: Iterator[Document]) -> Iterator[Document]:
+    """The same documents; the time that each took is in the step's statistics, without what others do between them."""
+    while True:
+        with step.track_time():
+            document = next(documents, None)
+        if document is None:
+            return
+        yield document
 
 
 def _gone(document: Document, step: str, reason: str) -> dict[str, str]:

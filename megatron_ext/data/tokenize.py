@@ -5,9 +5,11 @@ processes do (100 MB of text: 34 s against 38 s), so they are started by default
 results come back in the order of the documents, and the files are the same.
 """
 import os
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from megatron_ext.data.mcore import indexed_dataset
 from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.tokenizer import Tokenizer
 
-BATCH = 1 << 21  # characters encoded at once
+BATCH = 1 << 19  # characters encoded at once: the library takes some hundred bytes a token while it works
 PROCESSES_FROM = 1 << 28  # bytes of input from which starting processes pays
 
 _tokenizer: Tokenizer | None = None  # of a worker process
@@ -60,26 +62,38 @@ def encoded(documents: Iterable[tuple[str, str]], tokenizer_path: Path, *, worke
     processes = workers or (cores if cores > 2 and size >= PROCESSES_FROM else 1)
     if processes <= 1:
         tokenizer = Tokenizer.from_file(tokenizer_path)
-        for splits, texts in _batches(documents):
-            yield from zip(splits, _arrays(tokenizer.encode_batch(texts)))
+        # One thread waits for the library, which needs no lock of Python's, while this one reads and writes: else a core stands still meanwhile.
+        with ThreadPoolExecutor(1) as thread:
+            yield from _in_order(documents, lambda texts: thread.submit(lambda: _arrays(tokenizer.encode_batch(texts))), ahead=1)
         return
     yield from _in_processes(documents, tokenizer_path, processes)
 
 
 def _in_processes(documents: Iterable[tuple[str, str]], path: Path, processes: int) -> Iterator[tuple[str, np.ndarray]]:
     import multiprocessing
-    from collections import deque
 
     # spawn: the parent has torch and the library's threads, which a fork would not survive
     with multiprocessing.get_context("spawn").Pool(processes, initializer=_start_worker, initargs=(str(path),)) as pool:
-        waiting: deque = deque()
-        for splits, texts in _batches(documents):
-            waiting.append((splits, pool.apply_async(_encode, (texts,))))
-            if len(waiting) > 2 * processes:  # bounds the text and tokens in flight
-                splits, result = waiting.popleft()
-                yield from zip(splits, result.get())
-        for splits, result in waiting:
-            yield from zip(splits, result.get())
+        yield from _in_order(documents, lambda texts: _Result(pool.apply_async(_encode, (texts,))), ahead=2 * processes)
+
+
+class _Result:
+    """A pool's result, asked as a future is."""
+
+    def __init__(self, inner):
+        self.result = inner.get
+
+
+def _in_order(documents: Iterable[tuple[str, str]], begin: Callable[[list[str]], Any], *, ahead: int) -> Iterator[tuple[str, np.ndarray]]:
+    """`begin` starts a batch and gives its future; at most `ahead` are under way beside the one that is waited for."""
+    waiting: deque = deque()
+    for splits, texts in _batches(documents):
+        waiting.append((splits, begin(texts)))
+        if len(waiting) > ahead:  # bounds the text and tokens in flight
+            splits, future = waiting.popleft()
+            yield from zip(splits, future.result())
+    for splits, future in waiting:
+        yield from zip(splits, future.result())
 
 
 def _start_worker(path: str) -> None:

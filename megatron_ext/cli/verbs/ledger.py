@@ -1,6 +1,7 @@
 """`ledger seen` and `ledger remove`: which runs saw a document, and that it must not come in again. No torch."""
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_ext.chain import key_of
 from megatron_ext.cli.options import Options
@@ -25,10 +26,16 @@ def ledger(config: Config, options: Options) -> int:
     for text in options.documents:
         asked |= look_up.wanted(text)
     runs = list(look_up.runs_in(folder))
-    held = [found for place in look_up.directories(runs, config.output) if (found := look_up.held(place, asked)) is not None and found.entries]
-    entries = {json.dumps(entry, sort_keys=True): entry for found in held for entry in found.entries}
+    places = [(place, found) for place in look_up.directories(runs, config.output) if (found := look_up.held(place, asked)) is not None]
+    asked |= look_up.Wanted(ids=frozenset(entry["id"] for _, found in places for entry in found.entries))
+    copied = look_up.Copied.of([place for place, _ in places], asked)
+    if options.action == "remove":  # a copy of it that was dropped would come back, and one that stays in its place says what it says
+        asked |= look_up.Wanted(ids=copied.stay | (copied.shared if options.shared else frozenset()))
+        places = [(place, look_up.held(place, asked)) for place, _ in places]
+    held = [found for _, found in places if found.entries]
+    entries = {json.dumps(entry, sort_keys=True): entry for entry in (*(one for found in held for one in found.entries), *copied.entries)}
     asked |= look_up.Wanted(ids=frozenset(entry["id"] for entry in entries.values()))
-    seen = look_up.look(runs, asked)
+    seen = look_up.look(runs, asked if options.action == "remove" else asked | look_up.Wanted(ids=copied.stay))
     added = None
     if options.action == "remove":
         from megatron_ext.curate import removals
@@ -37,19 +44,30 @@ def ledger(config: Config, options: Options) -> int:
         plain = [{"id": one} for one in sorted(asked.ids - {entry["id"] for entry in entries.values()})]
         plain += [{name: one} for name, ones in (("sha256", asked.raw), ("text_sha256", asked.texts)) for one in sorted(ones)]
         added = removals.add(config.curate.removals, [*entries.values(), *plain])
-    _tell(config, options, folder, held, seen, added)
+    _tell(config, options, folder, held, copied, seen, added)
     return 0
 
 
-def _tell(config: Config, options: Options, folder: Path, held: list, seen: list, added: int | None) -> None:
+def _tell(config: Config, options: Options, folder: Path, held: list, copied: Any, seen: list, added: int | None) -> None:
     if options.json:
         print(json.dumps({
             "documents": [{"directory": str(found.directory), "splits": found.numbers, "entries": list(found.entries)} for found in held],
+            "copies": list(copied.entries), "stay": sorted(copied.stay), "shared": sorted(copied.shared), "unknown": copied.unknown,
             "runs": [{"run": str(one.run), "stage": one.stage, "step": one.step, "seen": one.seen, "samples": one.samples, "reasons": one.reasons,
                       "unknown": one.unknown} for one in seen], "added": added}))
         return
     for found in held:
         print(f"{found.directory} holds {len(found.entries)} of them: " + ", ".join(f"{len(numbers)} in {split}" for split, numbers in found.numbers.items()))
+    if copied.stay and options.action == "seen":
+        print(f"builds dropped it as a copy: {', '.join(sorted(copied.stay))} stayed in its place, and the runs below are told with that")
+    if copied.entries:
+        print(f"{len(copied.entries)} documents that builds dropped as copies "
+              + ("belong to it: ledger remove takes them too" if added is None else "go with it: with it gone they would come back"))
+    if copied.shared:
+        print(f"{len(copied.shared)} documents hold paragraphs of it, and lost them to it"
+              + ("" if added is None else "; they are removed" if options.shared else "; they get them back in the next build. --shared removes these documents as well"))
+    for line in copied.unknown:
+        print(f"warning: {line}")
     if not held:
         print(f"no prepared directory of the runs in {folder} holds any of them")
     for one in seen:

@@ -8,10 +8,10 @@ import re
 SAMPLE = 20_000  # characters: the first and the last half of these
 UNKNOWN = "und"  # ISO 639-2's undetermined
 _SCRIPTS = {
-    "hangul": re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]"), "kana": re.compile("[\u3041-\u30ff\u31f0-\u31ff]"), "han": re.compile("[\u3400-\u9fff\uf900-\ufaff]"),
-    "latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]"), "cyrillic": re.compile("[\u0400-\u04ff]"), "arabic": re.compile("[\u0600-\u06ff]"),
-    "hebrew": re.compile("[\u05d0-\u05ea]"), "greek": re.compile("[\u0370-\u03ff]"), "thai": re.compile("[\u0e00-\u0e7f]"),
-    "devanagari": re.compile("[\u0900-\u097f]"), "khmer": re.compile("[\u1780-\u17ff]"),
+    "hangul": re.compile("[\u1100-\u11ff\u3131-\u318e\uac00-\ud7a3]+"), "kana": re.compile("[\u3041-\u30ff\u31f0-\u31ff]+"), "han": re.compile("[\u3400-\u9fff\uf900-\ufaff]+"),
+    "latin": re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]+"), "cyrillic": re.compile("[\u0400-\u04ff]+"), "arabic": re.compile("[\u0600-\u06ff]+"),
+    "hebrew": re.compile("[\u05d0-\u05ea]+"), "greek": re.compile("[\u0370-\u03ff]+"), "thai": re.compile("[\u0e00-\u0e7f]+"),
+    "devanagari": re.compile("[\u0900-\u097f]+"), "khmer": re.compile("[\u1780-\u17ff]+"),
 }
 _BY_SCRIPT = {"cyrillic": "ru", "arabic": "ar", "hebrew": "he", "greek": "el", "thai": "th", "devanagari": "hi", "khmer": "km"}
 # A syllable of Hangul, kana or a sign says as much as two or three Latin letters.
@@ -34,7 +34,8 @@ _WORDS = {language: frozenset(words.split()) for language, words in _FUNCTION.it
 def identify(text: str) -> str:
     """ISO 639-1 code, or UNKNOWN for text without letters or in a language that is not told."""
     sample = text if len(text) <= SAMPLE else text[: SAMPLE // 2] + text[-SAMPLE // 2:]
-    counts = {name: len(pattern.findall(sample)) * _WEIGHT.get(name, 1.0) for name, pattern in _SCRIPTS.items()}
+    present = ("latin",) if sample.isascii() else _SCRIPTS
+    counts = dict.fromkeys(_SCRIPTS, 0.0) | {name: sum(map(len, _SCRIPTS[name].findall(sample))) * _WEIGHT.get(name, 1.0) for name in present}
     total = sum(counts.values())
     if total < 1:
         return UNKNOWN

@@ -3,6 +3,7 @@
 Uses: `commercial` (the model earns money), `redistribute` (text or model is given to others), `adapt` (works made from it; a model is taken for one here).
 """
 import fnmatch
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,7 @@ LICENCES = (
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def licence(name: str) -> Licence | None:
     """The licence that a catalogue means; None for one that is not known here."""
     word = " ".join(name.lower().split())

@@ -3,7 +3,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from megatron_ext.curate.blocks import CHANGE, KEPT, Document, Phase, Shards, Verdict, dropped
+from megatron_ext.curate.blocks import CHANGE, DROP, KEPT, Document, Phase, Shards, Verdict, dropped
 from megatron_ext.curate.quality import clusters, keep_first, lists
 from megatron_ext.curate.quality.boilerplate import clean
 from megatron_ext.curate.quality.config import QualityConfig
@@ -90,19 +90,26 @@ class Decontaminate:
 
 
 class _Numbered:
-    """Decides by the document's number in its shard."""
+    """Decides by the document's number in its shard.
 
-    def __init__(self, gone: Mapping[int, set[int]], reason: str):
+    Args:
+        gone: document -> paragraphs that go. firsts: document -> where they stay, (shard, document).
+    """
+
+    def __init__(self, gone: Mapping[int, set[int]], firsts: Mapping[int, list[tuple[int, int]]], shards: Shards, reason: str):
         self.gone, self.reason, self.number = gone, reason, -1
+        places = sorted({place for of in firsts.values() for place in of}) if shards.ids is not None else []
+        ids = dict(zip(places, shards.ids(places))) if shards.ids is not None else {}
+        self.of = {number: tuple(ids[place] for place in of if place in ids) for number, of in firsts.items()}
 
     def process(self, document: Document) -> Verdict:
         self.number += 1
-        return dropped(self.reason) if self.number in self.gone else KEPT
+        return Verdict(DROP, self.reason, of=self.of.get(self.number, ())) if self.number in self.gone else KEPT
 
 
 class _Paragraphs(_Numbered):
-    def __init__(self, gone: Mapping[int, set[int]], least: int):
-        super().__init__(gone, "paragraphs_only")
+    def __init__(self, gone: Mapping[int, set[int]], firsts: Mapping[int, list[tuple[int, int]]], shards: Shards, least: int):
+        super().__init__(gone, firsts, shards, "paragraphs_only")
         self.least = least
 
     def process(self, document: Document) -> Verdict:
@@ -111,9 +118,8 @@ class _Paragraphs(_Numbered):
         if not gone:
             return KEPT
         document.text = without(document.text, gone)
-        if len(solid(document.text)) < max(self.least, 1):
-            return dropped(self.reason, repeated_paragraphs=len(gone))
-        return Verdict(CHANGE, counts={"repeated_paragraphs": len(gone)})
+        counts, of = {"repeated_paragraphs": len(gone)}, self.of.get(self.number, ())
+        return Verdict(DROP, self.reason, counts, of) if len(solid(document.text)) < max(self.least, 1) else Verdict(CHANGE, counts=counts, of=of)
 
 
 class ExactDuplicates:
@@ -140,7 +146,8 @@ class ExactDuplicates:
         return [Phase(f"{self.kind}_keys", shards.count, keys), Phase(f"{self.kind}_firsts", parts, firsts)]
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
-        return _Numbered(keep_first.removals(Path(shards.work), rank, self.settings.parts), "exact_duplicate")
+        where = Path(shards.work), rank, self.settings.parts
+        return _Numbered(keep_first.removals(*where), keep_first.firsts(*where), shards, "exact_duplicate")
 
 
 class ParagraphDuplicates(ExactDuplicates):
@@ -150,7 +157,8 @@ class ParagraphDuplicates(ExactDuplicates):
     kind = "paragraphs"
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
-        return _Paragraphs(keep_first.removals(Path(shards.work), rank, self.settings.parts), self.settings.min_characters)
+        where = Path(shards.work), rank, self.settings.parts
+        return _Paragraphs(keep_first.removals(*where), keep_first.firsts(*where), shards, self.settings.min_characters)
 
 
 class NearDuplicates:
@@ -182,4 +190,5 @@ class NearDuplicates:
         ]
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
-        return _Numbered(clusters.removals(Path(shards.work), rank), "near_duplicate")
+        work = Path(shards.work)
+        return _Numbered(clusters.removals(work, rank), clusters.firsts(work, rank), shards, "near_duplicate")

@@ -20,8 +20,19 @@ def _pattern(name: str) -> re.Pattern:
     return re.compile("|".join([*texts, *whole]), re.IGNORECASE | re.MULTILINE)
 
 
+@functools.lru_cache(maxsize=4)
+def _first_words(name: str) -> tuple[str, ...]:
+    """Words of which one is in every text that the pattern is found in."""
+    fields = read_yaml(name)
+    words = {text.split()[0].lower() for text in (*fields["contains"], *fields["whole"])}
+    return tuple(sorted(word for word in words if not any(other != word and other in word for other in words)))
+
+
 def clean(text: str, *, name: str = "boilerplate") -> tuple[str, int]:
     """The text without such lines, and how many there were. A text without any comes back as it is."""
+    small = text.lower()
+    if not any(word in small for word in _first_words(name)):  # a tenth of the time that the pattern takes
+        return text, 0
     pattern = _pattern(name)
     if not pattern.search(text):
         return text, 0

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 PAIRS, GONE = "pairs", "gone"
+PLACE = np.dtype([("place", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
 
 
 def resolve(work: Path) -> int:
-    """Reads all pairs (pairs/*.dups: little-endian uint32 shard, document, shard, document) and writes gone/SHARD.npy, uint32 documents;
-    returns how many go."""
+    """Reads all pairs (pairs/*.dups: little-endian uint32 shard, document, shard, document) and writes gone/SHARD.npy: the documents
+    that go and which one stays for each; returns how many go."""
     files = sorted((work / PAIRS).glob("*.dups"))
     found = [np.fromfile(file, dtype="<u4").reshape(-1, 4).astype(np.int64) for file in files]
     pairs = np.concatenate([np.zeros((0, 4), dtype=np.int64), *found])
@@ -29,19 +30,26 @@ def resolve(work: Path) -> int:
         root = root[root]
         if np.array_equal(root, before):
             break
-    gone = nodes[root != np.arange(len(nodes))]
-    shards, documents = gone >> 32, (gone & 0xFFFFFFFF).astype("<u4")
+    goes = root != np.arange(len(nodes))
+    gone, stays = nodes[goes], nodes[root[goes]]
+    shards, places = gone >> 32, np.empty(len(gone), dtype=PLACE)
+    places["place"], places["first_shard"], places["first_place"] = gone & 0xFFFFFFFF, stays >> 32, stays & 0xFFFFFFFF
     for shard in np.unique(shards).tolist():
         path = work / GONE / f"{shard:05d}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         with open(beside, "wb") as file:
-            np.save(file, documents[shards == shard], allow_pickle=False)
+            np.save(file, places[shards == shard], allow_pickle=False)
         os.replace(beside, path)
     return len(gone)
 
 
 def removals(work: Path, shard: int) -> dict[int, set[int]]:
     """Of one shard the documents that go, as keep_first.removals gives them."""
+    return {place: {0} for place in firsts(work, shard)}
+
+
+def firsts(work: Path, shard: int) -> dict[int, list[tuple[int, int]]]:
+    """Of one shard the documents that go, each with the one (shard, document) that stays of its cluster."""
     path = work / GONE / f"{shard:05d}.npy"
-    return {place: {0} for place in np.load(path, allow_pickle=False).tolist()} if path.exists() else {}
+    return {place: [(*first,)] for place, *first in np.load(path, allow_pickle=False).tolist()} if path.exists() else {}

@@ -13,7 +13,7 @@ attaches particles to words and varies in spacing, so that one change of an endi
 word two of them. `benchmarks/study_curate_quality.py near` compares both on edited pairs.
 """
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,8 @@ import numpy as np
 from megatron_ext.curate.quality.config import DuplicatesConfig
 from megatron_ext.curate.quality.hashing import mix, windows
 from megatron_ext.curate.quality.text import code_points, fold, paragraphs, solid
+
+_AT_ONCE = 1024  # shingles times hash functions in one array: what a core's cache holds
 
 
 def exact_key(text: str) -> int:
@@ -59,7 +61,7 @@ def collision(similarity: float, *, buckets: int, hashes: int) -> float:
 class MinHash:
     """Signatures with one configuration."""
 
-    config: DuplicatesConfig = DuplicatesConfig()
+    config: DuplicatesConfig = field(default_factory=DuplicatesConfig)
 
     def shingles(self, text: str) -> np.ndarray:
         """uint64 [shingles], sorted, each once. A text shorter than one shingle has a single one, itself; one without letters and digits
@@ -73,11 +75,13 @@ class MinHash:
 
     def signature(self, shingles: np.ndarray) -> np.ndarray:
         """uint32 [buckets, hashes]: of each hash function the smallest value over the shingles (at least one)."""
-        found = np.empty(self._seeds.size, dtype=np.uint32)
-        for number, (seed, factor) in enumerate(zip(self._seeds, self._factors)):
+        smallest = np.full(self._seeds.size, np.iinfo(np.uint64).max, dtype=np.uint64)
+        for start in range(0, len(shingles), _AT_ONCE):
             # multiply-shift (Dietzfelbinger et al. 1997) on numbers that are mixed already; the high half of the product is the hash
-            found[number] = np.min((shingles ^ seed) * factor) >> np.uint64(32)
-        return found.reshape(self.config.buckets, self.config.hashes)
+            values = shingles[start : start + _AT_ONCE] ^ self._seeds[:, None]
+            values *= self._factors[:, None]
+            np.minimum(smallest, values.min(axis=1), out=smallest)
+        return (smallest >> np.uint64(32)).astype(np.uint32).reshape(self.config.buckets, self.config.hashes)
 
     @cached_property
     def _seeds(self) -> np.ndarray:

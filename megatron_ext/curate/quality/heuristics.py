@@ -103,7 +103,7 @@ def judge(text: str, *, korean: bool, rules: Rules | None = None) -> str | None:
         return "word_length"
     if len(_SYMBOL.findall(text)) / count > rules.max_symbols:
         return "symbols"
-    if sum(1 for word in words if _HAS_LETTER.search(word)) / count < rules.min_letters:
+    if sum(map(bool, map(_HAS_LETTER.search, words))) / count < rules.min_letters:
         return "letters"
     if _stop_words(words, rules, korean) < rules.min_stop_words:
         return "stop_words"

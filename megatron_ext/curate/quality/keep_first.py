@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 ENTRY = np.dtype([("key", "<u8"), ("place", "<u4"), ("part", "<u4")])
-PLACE = np.dtype([("place", "<u4"), ("part", "<u4")])
+PLACE = np.dtype([("place", "<u4"), ("part", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
 
 
 def collect(entries: Iterable[tuple[int, int, int]], folder: Path, shard: int) -> int:
@@ -42,10 +42,13 @@ def resolve(folder: Path, part: int, parts: int, shards: int) -> int:
     again = np.zeros(len(keys), dtype=bool)
     again[1:] = keys[1:] == keys[:-1]
     gone, whose = entries[order[again]], owner[order[again]]
+    first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(keys))))][again]  # where each key that goes stands first
     for shard in range(shards):
-        mine = gone[whose == shard]
+        here = whose == shard
+        mine = gone[here]
         places = np.empty(len(mine), dtype=PLACE)
         places["place"], places["part"] = mine["place"], mine["part"]
+        places["first_shard"], places["first_place"] = owner[first[here]], entries["place"][first[here]]
         _write(folder / "gone" / f"{shard:05d}_{part:04d}.npy", np.sort(places))
     return len(gone)
 
@@ -54,9 +57,19 @@ def removals(folder: Path, shard: int, parts: int) -> dict[int, set[int]]:
     """Of one shard: document -> paragraphs that go (0 where keys were of documents)."""
     found: dict[int, set[int]] = defaultdict(set)
     for part in range(parts):
-        for place, number in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
+        for place, number, *_ in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
             found[place].add(number)
     return dict(found)
+
+
+def firsts(folder: Path, shard: int, parts: int) -> dict[int, list[tuple[int, int]]]:
+    """Of one shard: document -> where what goes from it stands first, (shard, document), ascending, each once. Not the document itself."""
+    found: dict[int, set[tuple[int, int]]] = defaultdict(set)
+    for part in range(parts):
+        for place, _, *first in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
+            if tuple(first) != (shard, place):
+                found[place].add((first[0], first[1]))
+    return {place: sorted(of) for place, of in found.items()}
 
 
 def _write(path: Path, array: np.ndarray) -> None:

@@ -68,7 +68,9 @@ def repeated(text: str, *, korean: bool, limits: Limits | None = None) -> str | 
         if len(words) < n + 1:
             break
         # places among the distinct (n - 1)-grams, times the words: n-grams as numbers without overflow
-        _, grams = np.unique(grams[:-1] * len(numbers) + ids[n - 1 :], return_inverse=True)
+        distinct, grams = np.unique(grams[:-1] * len(numbers) + ids[n - 1 :], return_inverse=True)
+        if len(distinct) == len(grams):  # none occurs twice, so no longer one does
+            break
         if n in dict(limits.top) and _top(grams, sizes, n) > wanted[n] * total:
             return f"top_{n}_gram"
         if n in dict(limits.repeated) and _covered(grams, sizes, n) > wanted[n] * total:
