@@ -8,8 +8,13 @@ run does not pull away:
 
     min_theta  sum_i huber(log L(theta; x_i) - log L_i),    log L = logsumexp(a - alpha log N, b - beta log D, e),    A = exp a, ...
 
-from a grid of starts, each followed down by Levenberg and Marquardt's method on the weighted squares that Huber's loss is near each point
-(weights min(1, delta / |r|)). All starts, and all resamples, go down together: a batch of 5 x 5 systems. numpy alone.
+with delta = `noise`, how far runs lie apart that differ in their seed alone (the paper's 1e-3 is less than small runs have, and would pass
+through some of them exactly). It begins at a grid of starts, each followed down by Levenberg and Marquardt's method on the weighted squares that Huber's
+loss is near each point (weights min(1, delta / |r|)). All starts, and all resamples, go down together: a batch of 5 x 5 systems. numpy alone.
+
+Few runs tell the floor E and the exponents badly apart: half a percent of noise turns an alpha of 0.5 into 1.7. So exponents of `chinchilla` far from those
+that language models show pay for it: their logarithms are taken to be normal, to 0.5 (a factor of 1.65), around the corrected fit of Hoffmann's runs (Besiroglu
+et al. 2024, arXiv 2404.10102). That far off costs as much as one run off by its noise: many runs, or a wide range of them, decide for themselves.
 
 Uncertainty is that of a parametric bootstrap: losses are drawn anew around the fit, with the spread that the residuals show (and never less than two
 runs of different seeds show), and fitted again. The spread of what those fits predict, with a fresh run's own noise added, is the interval.
@@ -20,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DELTA = 1e-3  # of Huber's loss, as in the paper
 COARSE, FINE = 25, 200  # iterations: of all starts, and of those that are best then
 KEPT = 24
 KINDS = ("chinchilla", "power")
@@ -30,6 +34,8 @@ STARTS = {  # how large each term is in the middle of the runs, log E, exponents
 }
 LEAST = {"chinchilla": 6, "power": 3}  # runs
 EXPONENT = (0.01, 3.0)  # beyond, a term is flat or a step
+KNOWN = {"chinchilla": (0.35, 0.37), "power": ()}  # alpha, beta of Besiroglu et al., table 1, rounded
+KNOWN_TO = 0.5  # standard deviation of their logarithms
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Law:
         theta: [a, b, e, alpha, beta] or [a, e, alpha].
         spread: standard deviation of a run's log loss around the law.
         resamples: theta of each bootstrap fit, [m, len(theta)].
-        objective: Huber's loss of the fit.
+        objective: Huber's loss of the fit, with what its exponents cost.
     """
 
     kind: str
@@ -132,8 +138,9 @@ def fit(points: Points, kind: str, *, noise: float = 0.005, resamples: int = 200
     if np.ptp(x, axis=0).min() < 1e-9:
         raise ValueError("all runs have the same size, tokens or compute")
     starts = _starts(kind, x, y)
-    found, values = _descend(starts, x, np.broadcast_to(y, (len(starts), len(y))), COARSE)
-    found, values = _descend(found[np.argsort(values)[:KEPT]], x, np.broadcast_to(y, (min(KEPT, len(starts)), len(y))), FINE)
+    goal = _Goal(noise, np.log(KNOWN[kind]))
+    found, values = _descend(starts, x, np.broadcast_to(y, (len(starts), len(y))), COARSE, goal)
+    found, values = _descend(found[np.argsort(values)[:KEPT]], x, np.broadcast_to(y, (min(KEPT, len(starts)), len(y))), FINE, goal)
     theta = found[values.argmin()]
     residuals = y - _log_loss(theta[None], x)[0]
     free = max(1, len(y) - len(theta))
@@ -141,7 +148,7 @@ def fit(points: Points, kind: str, *, noise: float = 0.005, resamples: int = 200
     drawn = (y - residuals) + spread * np.random.default_rng(seed).standard_normal((resamples, len(y)))
     # From the fit and from another good end: a resample's best one need not be next to it.
     others = found[np.argsort(values)][8::8]
-    ends, costs = zip(*(_descend(np.broadcast_to(start, (resamples, len(start))), x, drawn, 60) for start in (theta, *others)))
+    ends, costs = zip(*(_descend(np.broadcast_to(start, (resamples, len(start))), x, drawn, 60, goal) for start in (theta, *others)))
     best = np.argmin(costs, axis=0)
     return Law(kind, theta, spread, np.stack(ends)[best, np.arange(resamples)], float(values.min()))
 
@@ -177,30 +184,51 @@ def _log_loss(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
     return (np.log(np.exp(parts - top).sum(-1, keepdims=True)) + top)[..., 0]
 
 
-def _huber(residuals: np.ndarray) -> np.ndarray:
-    size = np.abs(residuals)
-    return np.where(size <= DELTA, 0.5 * size**2, DELTA * (size - 0.5 * DELTA)).sum(-1)
+@dataclass(frozen=True)
+class _Goal:
+    """What is made small: Huber's loss of the residuals, and what exponents far from known ones cost, both in units of (log loss)^2.
+
+    Attributes:
+        delta: of Huber's loss. centre: logarithms of the known exponents; empty where none are.
+    """
+
+    delta: float
+    centre: np.ndarray
+
+    @property
+    def weight(self) -> float:
+        return (self.delta / KNOWN_TO) ** 2
+
+    def __call__(self, residuals: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+        """residuals [batch, n], exponents [batch, terms] -> [batch]."""
+        size = np.abs(residuals)
+        cost = np.where(size <= self.delta, 0.5 * size**2, self.delta * (size - 0.5 * self.delta)).sum(-1)
+        return cost + 0.5 * self.weight * ((np.log(exponents) - self.centre) ** 2).sum(-1) if len(self.centre) else cost
 
 
-def _descend(theta: np.ndarray, x: np.ndarray, y: np.ndarray, iterations: int) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg-Marquardt from each row of theta [batch, p] to its own y [batch, n]; the ends and Huber's loss there [batch]."""
+def _descend(theta: np.ndarray, x: np.ndarray, y: np.ndarray, iterations: int, goal: _Goal) -> tuple[np.ndarray, np.ndarray]:
+    """Levenberg-Marquardt from each row of theta [batch, p] to its own y [batch, n]; the ends and the objective there [batch]."""
     terms, damping = x.shape[1], np.full(len(theta), 1e-2)
     theta = theta.copy()
     residuals = _log_loss(theta, x) - y
-    cost = _huber(residuals)
+    cost = goal(residuals, theta[:, terms + 1 :])
     for _ in range(iterations):
         shares = np.exp(_parts(theta, x) - (residuals + y)[..., None])  # of each term in the loss
         jacobian = np.concatenate((shares, -shares[..., :terms] * x), axis=2)
-        weights = np.minimum(1.0, DELTA / np.maximum(np.abs(residuals), 1e-300))
+        weights = np.minimum(1.0, goal.delta / np.maximum(np.abs(residuals), 1e-300))
         normal = np.einsum("bni,bn,bnj->bij", jacobian, weights, jacobian)
         gradient = np.einsum("bni,bn->bi", jacobian, weights * residuals)
+        if len(goal.centre):
+            exponents, places = theta[:, terms + 1 :], range(terms + 1, theta.shape[1])
+            gradient[:, terms + 1 :] += goal.weight * (np.log(exponents) - goal.centre) / exponents
+            normal[:, places, places] += goal.weight / exponents**2
         diagonal = np.einsum("bii->bi", normal)
         scaled = normal + (damping[:, None] * np.maximum(diagonal, 1e-12) + 1e-14)[:, :, None] * np.eye(theta.shape[1])
         tried = theta - np.linalg.solve(scaled, gradient[..., None])[..., 0]
         tried[:, terms + 1 :] = tried[:, terms + 1 :].clip(*EXPONENT)
         tried[:, : terms + 1] = tried[:, : terms + 1].clip(-30.0, 80.0)
         there = _log_loss(tried, x) - y
-        value = _huber(there)
+        value = goal(there, tried[:, terms + 1 :])
         better = value < cost
         theta[better], residuals[better] = tried[better], there[better]
         moved = np.where(better, cost - value, 0.0)
