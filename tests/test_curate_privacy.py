@@ -246,15 +246,16 @@ HOSTILE = ["1" * 60_000, "1 " * 30_000, "1-" * 30_000, "010-" * 15_000, "0 1 0 "
 
 
 def test_time_is_linear(plain):
-    """Twice the text takes about twice the time, whatever it is made of; and none takes more than a second for 60 kB."""
+    """Twice the text takes about twice the time, whatever it is made of; and none takes more than two seconds for 40 kB."""
     slow = []
     for text in HOSTILE:
+        text = text[:40_000]
         start = time.process_time()
         plain.find(text[:len(text) // 4])
         quarter = time.process_time() - start
         plain.find(text)
         whole = time.process_time() - start - quarter
-        if whole > 3 or whole > 0.4 and whole > 8 * quarter:
+        if whole > 2 or whole > 0.4 and whole > 8 * quarter:
             slow.append((text[:12], quarter, whole))
     assert not slow
 

@@ -90,7 +90,10 @@ class Build:
             plan = json.loads((work / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError("curate.output", work, f"is no working folder of a build ({type(error).__name__}); remove it") from None
-        return cls(from_dict(asked["settings"], CurateConfig, "curate."), Path(asked["input"]), Path(asked["output"]), plan["tasks"],
+        settings = from_dict(asked["settings"], CurateConfig, "curate.")
+        if key_name(settings) != asked["settings_files"].get("privacy.key"):  # of a job on another machine
+            raise UserError("curate.privacy.key_env", settings.privacy.key_env, "does not hold the key that this build was begun with")
+        return cls(settings, Path(asked["input"]), Path(asked["output"]), plan["tasks"],
                    tuple(SetAside(**one) for one in plan["set_aside"]))
 
     def _same(self, asked: dict) -> None:
@@ -251,9 +254,15 @@ def settings_files(settings: CurateConfig) -> dict[str, str]:
                 found[key] = hashlib.file_digest(stream, "sha256").hexdigest()
 
     walk(asdict(settings), "")
-    actions = (settings.privacy.action, *(entry.partition(":")[2] for entry in settings.privacy.actions))
-    if "privacy" in settings.steps:
-        key = Key.read(settings.privacy) if "pseudonym" in actions else Key.found(settings.privacy)  # ids and hashes are of it, too
-        if key is not None:
-            found["privacy.key"] = key.pseudonym("build", "megatron_ext")  # which key it was, and not what it is
+    if (name := key_name(settings)) is not None:
+        found["privacy.key"] = name
     return found
+
+
+def key_name(settings: CurateConfig) -> str | None:
+    """Which key pseudonyms, ids and hashes are of, and not what it is. None: the build has none. Raises UserError: it needs one, or it cannot be read."""
+    if "privacy" not in settings.steps:
+        return None
+    actions = (settings.privacy.action, *(entry.partition(":")[2] for entry in settings.privacy.actions))
+    key = Key.read(settings.privacy) if "pseudonym" in actions else Key.found(settings.privacy)
+    return None if key is None else key.pseudonym("build", "megatron_ext")
