@@ -43,8 +43,9 @@ _BROADWAY = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[ \n]{{1,3}}(?:(?:[NSEW])\.?
 _BOX = re.compile(rf"P\.?[ ]?O\.?[ ]?Box[ \n]{{1,2}}\d{{1,6}}{_TAIL}")
 # Whatever the street is called, a state and a ZIP, or a postcode, end an address: 61 Lee Manor, East Sophie, SL0 9QQ.
 _PIECE = r"(?:[A-Z][A-Za-z'.-]{0,19}|\d{1,5}[A-Za-z]?|#\d{1,5}|of|the|de|la|and)"
-_BY_CODE = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[A-Za-z]?(?:-\d{{1,4}})?(?:,?[ \n]{{1,2}}{_PIECE}){{1,10}}?,?[ \n]{{1,2}}(?:{_STATE},?[ \n]{{1,2}}\d{{5}}(?:-\d{{4}})?(?!\d)|{_POSTCODE})")
+_BY_CODE = re.compile(rf"\d(?<![\d.,/-]\d)\d{{0,4}}[A-Za-z]?(?:-\d{{1,4}})?,?[ \n]{{1,2}}(?=[A-Z#]){_PIECE}(?:,?[ \n]{{1,2}}{_PIECE}){{0,9}}?,?[ \n]{{1,2}}(?:{_STATE},?[ \n]{{1,2}}\d{{5}}(?:-\d{{4}})?(?!\d)|{_POSTCODE})")
 _MILITARY = re.compile(r"(?:PSC|Unit|USS|USNS|USNV|USCGC|CMR)[ ][A-Za-z0-9 ,\n]{2,40}?(?:APO|FPO|DPO),?[ \n]A[AEP][ \n]\d{5}(?!\d)")
+_CODED = re.compile(r"\d(?:\d{4}(?!\d)|[A-Z]{2}(?![A-Za-z0-9]))")  # a ZIP, or the end of a postcode
 _NUMBER_OF = re.compile(r"(?:Flat|Apartment|Apt|Unit|Studio|Suite|Room)\.?[ \n]{1,2}$")
 # Behind words that only an address follows a street may be called anything: lives at 644 Luna Spring.
 _CAPITAL = r"(?!Apt|Apartment|Suite|Ste|Unit|Flat)[A-Z][a-z'-]{1,19}"
@@ -59,7 +60,7 @@ _POST_LABEL = re.compile(rf"[PpZz](?:ost ?code|IP(?: code)?|ip ?code)[ \n:]{{1,4
 
 def addresses(text: str) -> Iterator[Span]:
     """English addresses in a normalised text."""
-    for pattern in (_STREET, _BROADWAY, _BOX, _BY_CODE, _MILITARY):
+    for pattern in [_STREET, *(_BROADWAY,) * ("Broadway" in text), *(_BOX,) * ("Box" in text), *(_BY_CODE,) * bool(_CODED.search(text)), *(_MILITARY,) * ("PO" in text)]:
         for match in pattern.finditer(text):
             start, end = match.span()
             if _NOT_HOUSE.search(text, max(0, start - 14), start) and not re.search(r"\d{5}|\d[A-Z]{2}$|,", match[0]):

@@ -50,7 +50,7 @@ def find(text: str) -> Iterator[Span]:
     for match in _NINO.finditer(text):
         if match[0][:2] not in _NOT_NINO and not Around(text, *match.span()).is_another():
             yield Span(*match.span(), kinds.NINO, 0.95)
-    if "N" in text:
+    if "NI" in text or "nsurance" in text:
         yield from (Span(*match.span("number"), kinds.NINO, 0.9) for match in _NINO_LABELLED.finditer(text))
     for match in _PLATE_UK.finditer(text):
         around = Around(text, *match.span())

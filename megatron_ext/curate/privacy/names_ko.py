@@ -29,6 +29,7 @@ _ONE = re.compile(rf"{_CLASS}[가-힣]{{1,3}}")
 _BESIDE = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?=[ \n]{{0,2}}[(,:/|\-·\[][ \n(\[]{{0,2}}$|[ \n]{{1,2}}$)")
 _BEHIND = re.compile(rf"[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")
 _BEHIND_ACCOUNT = re.compile(rf"(?:[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}|[ ]{{1,3}})(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")  # 302-12-345678 홍길동
+_HAN = re.compile("[一-鿿]")
 _HANJA = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}[ ]?\((?P<hanja>[{words.HANJA}][一-鿿]{{1,3}})(?=[),·: ])")
 _HANJA_ALONE = re.compile(rf"(?:한자|漢字)[ ]?[):=|]{{1,2}}[ ]{{0,3}}(?P<hanja>[{words.HANJA}][一-鿿]{{1,3}})(?![一-鿿])")
 _OFFICE = re.compile(rf"(?:{words.OFFICES})[ \n]{{1,3}}(?={_CLASS})")
@@ -73,7 +74,7 @@ class Names:
     def find(self, text: str, others: Iterable[Span]) -> list[Span]:
         """Names in a normalised text; `others` are what else was found in it."""
         found = [*self._labelled(text), *self._lists(text), *self._runs(text), *self._beside(text, others)]
-        found += self._hanja(text)
+        found += self._hanja(text) if _HAN.search(text) else ()
         found += [Span(*match.span(), kinds.PERSON, 0.8) for match in _SPACED_TITLE.finditer(text) if _given(_BLANK.sub("", match[0])[1:3])]
         return found + list(self._neighbours(text, found))
 

@@ -120,11 +120,6 @@ def card(written: Written, around: Around) -> float:
     return 0.75 if len(number) >= 15 else 0
 
 
-def card_announced(written: Written, around: Around) -> float:
-    """Twelve to nineteen digits of any issuer, behind the word."""
-    return 0.85 if 0 <= around.labelled(kinds.CARD) <= 8 and checks.luhn(written.digits) else 0
-
-
 def account(written: Written, around: Around) -> float:
     """No check digits anywhere: the words around decide."""
     label = around.labelled(kinds.ACCOUNT)
@@ -179,7 +174,6 @@ PATTERNS = (
     Pattern(kinds.DRIVER, re.compile(rf"{_START}{_joined(2, 2, 6, 2)}{_END}"), driver, 12),
     Pattern(kinds.CARD, re.compile(rf"{_START}{_joined(4, 4, 4, 4)}(?:{_J}{digits(3)})?{_END}"), card, 16),
     Pattern(kinds.CARD, re.compile(rf"{_START}3[0-9 ]{{0,3}}\d(?:{_J}\d){{11,12}}{_END}"), card, 14),
-    Pattern(kinds.CARD, re.compile(rf"{_START}\d(?:{_J}\d){{11,18}}{_END}"), card_announced, 12),
     Pattern(kinds.BUSINESS, re.compile(rf"{_START}{_joined(3, 2, 5)}{_END}"), business, 10),
     Pattern(kinds.ACCOUNT, re.compile(r"(?<!\d)(?<![\d][-.])\d{2,8}(?:-\d{1,8}){1,5}(?!\d)(?!-\d)"), account, 9),
     Pattern(kinds.ACCOUNT, re.compile(r"(?<!\d)(?<![\d][-.])\d{10,16}(?!\d)(?!-\d)"), account, 10),
@@ -189,6 +183,7 @@ PATTERNS = (
     Pattern(kinds.SSN, re.compile(rf"{_START}{_joined(3, 2, 4)}{_END}"), ssn, 9),
     Pattern(kinds.NHS, re.compile(rf"{_START}{_joined(3, 3, 4)}{_END}"), nhs, 10),
 )
+_CARD = re.compile(rf"(?:카드|[Cc]ard|CARD|[Vv]isa|VISA|[Mm]aster(?:[Cc]ard)?|[Aa]mex|AMEX)(?:번호|[ ]?(?:number|[Nn]o\.?|#))?(?:은|는)?[ \n:=#(|]{{0,6}}(?:is )?(?P<number>\d(?:{_J}\d){{11,18}}){_END}")
 _HALF = re.compile(rf"(?:주{S}민|주민등록|등록)[가-힣 \n]{{0,8}}(?:앞|뒷|뒤){S}(?:번호|자리)[ \n:=(는은이]{{0,4}}(?P<half>\d{{6,7}})(?!\d)"
                    rf"|(?:앞|뒷|뒤){S}자리[ \n:=(는은이]{{0,4}}(?P<other>\d{{7}})(?!\d)")
 _STARS = re.compile(r"\d(?<!\d\d)\d{5}[ ]?-[ ]?[1-8](?:\d{0,5}[*●○xX]{1,6})(?![\d*])")  # 850101-1******: the date of birth is a person's too
@@ -227,8 +222,11 @@ def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, 
 def find(text: str, found: list[tuple[int, int, int]]) -> Iterator[Span]:
     """Everything of this file in a normalised text."""
     yield from tried(text, PATTERNS, found)
+    for match in _CARD.finditer(text) if found else ():  # twelve to nineteen digits of any issuer, behind the word
+        if checks.luhn("".join(_DIGIT.findall(match["number"]))):
+            yield Span(*match.span("number"), kinds.CARD, 0.85)
     if "자리" in text or "뒷번호" in text or "앞번호" in text:
         yield from (Span(*match.span("half" if match["half"] else "other"), kinds.RRN, 0.9) for match in _HALF.finditer(text))
-    yield from (Span(*match.span(), kinds.RRN, 0.9) for match in _STARS.finditer(text) if checks.birth(match[0][:6] + match[0].partition("-")[2].lstrip()[0]))
+    yield from (Span(*match.span(), kinds.RRN, 0.9) for match in (_STARS.finditer(text) if "-" in text else ()) if checks.birth(match[0][:6] + match[0].partition("-")[2].lstrip()[0]))
     if "ort" in text:
         yield from (Span(*match.span("code"), kinds.ACCOUNT, 0.9) for match in _SORT_CODE.finditer(text))

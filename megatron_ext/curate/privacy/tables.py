@@ -22,11 +22,11 @@ _COLUMNS = (
     (re.compile(r"e-?mail(?: ?address)?|이메일|메일|전자우편"), "mail: "), (re.compile(r"ssn|social ?security(?: ?(?:no|number))?"), "SSN "), (re.compile(r"ni(?:no)?(?: ?number)?|national ?insurance(?: ?(?:no|number))?"), "National Insurance number "),
     (re.compile(r"ip(?: ?(?:주소|address))?|접속ip"), "IP "),
 )
-_DIGIT = re.compile("[0-9]")
+_SENTENCE = re.compile("[0-9?!]")
 _CELL = re.compile(r'"[^"\n]{0,400}"|[^,\n"]{0,400}')
 _NAME = re.compile(r"[가-힣]{2,5}|[가-힣](?: {1,3}[가-힣]){1,3}|[^\W\d_가-힣][^\W\d_가-힣]{0,20}(?:['.-][^\W\d_가-힣]{1,20}){0,2}\.?(?:,? [^\W\d_가-힣][^\W\d_가-힣]{0,20}(?:['.-][^\W\d_가-힣]{1,20}){0,2}\.?){0,4}")
 _NO_NAME = frozenset("합계 소계 총계 평균 없음 미정 해당없음 비고 성명 이름 성함 기타 비공개 익명 미상 공석 Total Sum None Name Average Unknown Various Other".split())
-_HEADER, _ROW, _MOST = 1000, 4000, 60  # characters of a header and of a row, columns
+_WIDE, _ROW, _MOST = 26, 4000, 60  # characters of a column's name and of a row, columns
 _APART = "\n" * 8  # more than any pattern goes over
 
 
@@ -59,16 +59,19 @@ def find(text: str, tabbed: str, read: Callable[[str], Iterable[Span]]) -> Itera
 
 def _cells(text: str) -> Iterator[tuple[str | None, int, int]]:
     """(label, start, end) of the cells that hold something, in columns that are announced; label None = a name."""
-    begin = 0
-    while (end := text.find("\n", begin)) >= 0:
-        sign = max("|\t,;", key=lambda one: text.count(one, begin, end)) if 2 < end - begin <= _HEADER else ""
-        number = text.count(sign, begin, end) if sign else 0
+    signs, begin = [sign for sign in "|\t,;" if sign in text], 0
+    while signs and (end := text.find("\n", begin)) >= 0:
+        number, sign = max((text.count(sign, begin, end), sign) for sign in signs)
+        # Headers are short and no sentences.
+        if not 0 < number < _MOST or end - begin > _WIDE * (number + 1) or sign == "," and (text[end - 1] in ",." or ". " in text[begin:end]) or _SENTENCE.search(text, begin, end):
+            begin = end + 1
+            continue
         following = text.find("\n", end + 1)
-        if not 0 < number < _MOST or text.count(sign, end + 1, min(len(text) if following < 0 else following, end + _ROW)) < number:
+        if text.count(sign, end + 1, min(len(text) if following < 0 else following, end + _ROW)) < number:
             begin = end + 1
             continue
         columns = [_squeezed(text[a:b]) for a, b in _split(text, begin, end, sign)]
-        labels = {} if _DIGIT.search(text, begin, end) else _labels(columns)
+        labels = _labels(columns)
         if not labels:
             begin = end + 1
             continue
