@@ -1,14 +1,18 @@
 """De-identification against Presidio: recall, precision and speed on the same text, in one table.
 
-    python benchmarks/bench_curate_privacy.py [--rounds 16] [--seconds 10] [--rows ours ours-without-kiwi presidio]
+    python benchmarks/bench_curate_privacy.py [--rounds 16] [--seconds 10] [--rows ours ours-without-kiwi presidio] [--faker 200] [--json benchmarks/results/curate_privacy.json]
 
 The text is the labelled set of tests/privacy_corpus.py (Korean, English, hard negatives), clean and spoilt (full-width digits, hyphens, blanks, wrapped lines).
 Presidio (pip install presidio-analyzer; needed here alone) runs with all its predefined recognisers of both languages on spaCy's blank pipelines, since its models
 cannot be fetched: it then has no names and no places. It is asked in the language of the sentence; for negatives in Korean and English by their letters.
 
+--faker: also values that others make (privacy_faker.py; pip install faker), by the first row's recogniser. --json: writes what was measured there,
+beside rows that were measured before.
+
 Speed is single-threaded processor time over documents of 12 sentences, and over real text where ../shared/data is there.
 """
 import argparse
+import json
 import logging
 import statistics
 import sys
@@ -17,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from privacy_corpus import corpus, documents
 from privacy_score import STRUCTURED, Score
@@ -119,11 +123,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="of the sentences; each has about 150 spans")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement of speed")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--faker", type=int, default=0, metavar="N", help="values of each set of privacy_faker.py")
+    parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--missed", action="store_true", help="also print what was missed and what was wrong")
     options = parser.parse_args()
     clean, spoilt = corpus(rounds=options.rounds), corpus(seed=2, rounds=options.rounds, spoil=0.5)
     texts, real = [item.text for item in documents(clean)], real_texts()
     print(f"{sum(len(item.spans) for item in clean)} spans in {len(clean)} sentences, {sum(len(text.encode()) for text in texts) / 1e6:.2f} MB of labelled and {sum(len(text.encode()) for text in real) / 1e6:.2f} MB of real text")
+    figures: dict = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {"rows": {}}
+    size = {"rounds": options.rounds, "spans": sum(len(item.spans) for item in clean), "negatives": sum(not item.spans for item in clean)}
     print("| | structured | names | addresses | precision | spoilt: structured | names | addresses | precision | MB/s labelled | MB/s real |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for row in options.rows:
@@ -133,18 +141,33 @@ def main() -> None:
             print(f"| {row} | not installed: pip install {error.name} |")
             continue
         cells, scores = [], []
-        for items in (clean, spoilt):
+        told = figures["rows"][row] = dict(size)
+        for name, items in (("clean", clean), ("spoilt", spoilt)):
             score = Score()
             for item in items:
                 score.add(item.text, item.spans, find(item.text))
-            cells += [f"{100 * score.recall(kinds):.1f} %" for kinds in (STRUCTURED & set(score.true), {"PERSON"}, {"ADDRESS"})] + [f"{100 * score.precision():.1f} %"]
+            measured = {kind: score.recall(of) for kind, of in (("structured", STRUCTURED & set(score.true)), ("names", {"PERSON"}), ("addresses", {"ADDRESS"}))} | {"precision": score.precision()}
+            told[name] = {key: round(value, 4) for key, value in measured.items()}
+            cells += [f"{100 * value:.1f} %" for value in measured.values()]
             scores.append(score)
-        cells += [f"{speed(find, texts, options.seconds):.2f}", f"{speed(find, real, options.seconds):.2f}" if real else "-"]
+        rates = [speed(find, texts, options.seconds), speed(find, real, options.seconds) if real else None]
+        told["mb_per_second"] = {"labelled": round(rates[0], 3), "real": rates[1] and round(rates[1], 3)}
+        cells += [f"{rate:.2f}" if rate else "-" for rate in rates]
         print(f"| {row} | " + " | ".join(cells) + " |", flush=True)
         if options.missed:
             for score in scores:
                 for each in (*score.missed[:60], *score.wrong[:60]):
                     print("   ", each)
+    if options.faker:
+        from privacy_faker import results
+
+        figures["faker"] = {"each": options.faker, "found": {}}
+        for what, share in results(ROWS[options.rows[0]](), options.faker):
+            figures["faker"]["found"][what] = round(share, 4)
+            print(f"{what:34} {100 * share:5.1f} %", flush=True)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

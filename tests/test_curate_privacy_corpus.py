@@ -78,7 +78,7 @@ def test_nothing_of_a_removed_item_is_left(tmp_path, caplog, capfd):
         values = [item.text[a:b] for a, b, _ in item.spans]
         document = Doc(item.text, f"{number:032x}", {"source": f"s{number % 3}", "title": " ".join(values[:2]), "origin": f"raw/{values[0]}.hwpx" if values else "raw/x",
                                                      "images": [{"path": "a.png", "caption": item.text[:80]}], "tables": [{"rows": [["성명", "전화"], values[:2] or ["", ""]], "line": 2}]})
-        found = {item.text[span.start:span.end] for span in block._cleaner.find(item.text, document.metadata["source"])}
+        found = {item.text[span.start:span.end] for span in block.cleaner.find(item.text, document.metadata["source"])}
         verdict = block.process(document)
         seen.write(repr(verdict) + json.dumps(document.metadata, ensure_ascii=False) + document.text)
         kept.append((found, document.text + json.dumps(document.metadata, ensure_ascii=False)))
@@ -101,7 +101,7 @@ def test_nothing_of_a_removed_item_is_left(tmp_path, caplog, capfd):
 
 def test_an_error_holds_no_text(monkeypatch):
     block = Privacy(PrivacyConfig(morphology="none"))
-    monkeypatch.setattr(block._cleaner, "clean", lambda text, source: 1 / len(text[:0]) if text else None)
+    monkeypatch.setattr(block.cleaner, "clean", lambda text, source: 1 / len(text[:0]) if text else None)
     with pytest.raises(PrivacyFailed) as told:
         block.process(Doc("홍길동 010-2345-6789", "f" * 32))
     assert str(told.value) == f"document {'f' * 32}: ZeroDivisionError" and told.value.__cause__ is None and told.value.__context__ is None

@@ -28,6 +28,8 @@ from megatron_ext.curate.ingest.catalogue import Source, read_catalogue
 from megatron_ext.curate.ingest.licences import forbidden, warnings
 from megatron_ext.curate.ingest.records import Reading
 from megatron_ext.curate.ingest.units import SetAside, fingerprint, list_files, tasks_of, units_of
+from megatron_ext.curate.privacy.hidden import Hidden
+from megatron_ext.curate.privacy.replace import Key
 from megatron_ext.curate.removals import Removals
 from megatron_ext.errors import UserError
 
@@ -89,7 +91,10 @@ class Build:
             plan = json.loads((work / "plan.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError("curate.output", work, f"is no working folder of a build ({type(error).__name__}); remove it") from None
-        return cls(from_dict(asked["settings"], CurateConfig, "curate."), Path(asked["input"]), Path(asked["output"]), plan["tasks"],
+        settings = from_dict(asked["settings"], CurateConfig, "curate.")
+        if key_name(settings) != asked["settings_files"].get("privacy.key"):  # of a job on another machine
+            raise UserError("curate.privacy.key_env", settings.privacy.key_env, "does not hold the key that this build was begun with")
+        return cls(settings, Path(asked["input"]), Path(asked["output"]), plan["tasks"],
                    tuple(SetAside(**one) for one in plan["set_aside"]))
 
     def fingerprint(self) -> str:
@@ -107,12 +112,14 @@ class Build:
 
     def _plan(self, files: Sequence[tuple[str, int]], sources: Sequence[Source]) -> None:
         aside: list[SetAside] = []
-        catalogue = self.catalogue()
+        catalogue, hidden = self.catalogue(), self.hidden()
+        numbers = {path: number for number, (path, _) in enumerate(files, 1)} if hidden.on else {}
 
         def units() -> Iterator[Any]:
             for one in units_of(self.input, files, catalogue, sources, self.settings.task_bytes):
                 if isinstance(one, SetAside):
-                    aside.append(one)
+                    path, position, number = hidden.place(one.path, one.position, numbers.get(one.path, 0))
+                    aside.append(replace(one, path=path, position=position, number=number))
                 else:
                     yield one
 
@@ -127,9 +134,14 @@ class Build:
 
     # ---- what is to be done ---------------------------------------------------------------------------------------------------------
 
+    def hidden(self) -> Hidden:
+        """What its files may tell. Raises UserError: a key that cannot be read."""
+        return Hidden(self.settings.steps, self.settings.privacy)
+
     def catalogue(self) -> tuple[Source, ...]:
         """Raises UserError: a catalogue that cannot be read."""
-        return read_catalogue(self.settings.ingest.catalogue, self.input.stem or "input")
+        named = self.settings.ingest.catalogue
+        return read_catalogue(named, "" if named else self.hidden().name(self.input.stem) or "input")
 
     def sources(self) -> tuple[Source, ...]:
         """Those of the catalogue that the build may use. Raises UserError: a licence that forbids a use, where that is to be refused."""
@@ -195,23 +207,25 @@ class Build:
         return Shards(folder, self.tasks, functools.partial(ShardReader, folder), self.work / "steps" / step, functools.partial(ids_at, self.folder(group) / "index"))
 
     def _group(self, number: int, steps: Sequence[str], last: bool) -> list[Any]:
-        from megatron_ext.curate.steps import BlockStep, Fingerprint, RawReader, ShardReader, ShardWriter
+        from megatron_ext.curate.steps import BlockStep, Fingerprint, RawReader, Settle, ShardReader, ShardWriter
 
-        removals = Removals.read(self.settings.removals)
+        removals, hidden = Removals.read(self.settings.removals), self.hidden()
         if number == 0:
             found: list[Any] = [RawReader(self.input, self.work / "tasks", self.sources(), self.readings(), removals,
-                                          self.work / "pictures" if self.settings.images else None)]
+                                          self.work / "pictures" if self.settings.images else None, hidden)]
         else:
             found = [ShardReader(self.folder(number - 1) / "shards")]
         before = len([step for step in steps if step in FIRST]) if number == 0 else None
         for place, step in enumerate(steps):
             if place == before:
-                found.append(Fingerprint(removals))
+                found.append(Fingerprint(removals, hidden))
             shards = self._shards(number - 1, step) if entry(step).whole else None
-            found.append(BlockStep(step, self.step_settings(step), shards))
+            found.append(BlockStep(step, self.step_settings(step), shards, hidden=hidden))
+            if step == "privacy" and hidden.blind:
+                found.append(Settle(removals, hidden))
         if before is not None and before >= len(steps):
-            found.append(Fingerprint(removals))
-        return [*found, ShardWriter(self.folder(number), found, gone=self.out / "dropped", counts=self.counts(number), group=None if last else number)]
+            found.append(Fingerprint(removals, hidden))
+        return [*found, ShardWriter(self.folder(number), found, gone=self.out / "dropped", counts=self.counts(number), group=None if last else number, hidden=hidden)]
 
 
 def plain_settings(settings: CurateConfig) -> dict:
@@ -245,9 +259,15 @@ def settings_files(settings: CurateConfig) -> dict[str, str]:
                 found[key] = hashlib.file_digest(stream, "sha256").hexdigest()
 
     walk(asdict(settings), "")
-    actions = (settings.privacy.action, *(entry.partition(":")[2] for entry in settings.privacy.actions))
-    if "privacy" in settings.steps and "pseudonym" in actions:
-        from megatron_ext.curate.privacy.replace import Key
-
-        found["privacy.key"] = Key.read(settings.privacy).pseudonym("build", "megatron_ext")  # which key it was, and not what it is
+    if (name := key_name(settings)) is not None:
+        found["privacy.key"] = name
     return found
+
+
+def key_name(settings: CurateConfig) -> str | None:
+    """Which key pseudonyms, ids and hashes are of, and not what it is. None: the build has none. Raises UserError: it needs one, or it cannot be read."""
+    if "privacy" not in settings.steps:
+        return None
+    actions = (settings.privacy.action, *(entry.partition(":")[2] for entry in settings.privacy.actions))
+    key = Key.read(settings.privacy) if "pseudonym" in actions else Key.found(settings.privacy)
+    return None if key is None else key.pseudonym("build", "megatron_ext")

@@ -21,6 +21,7 @@ from megatron_ext.curate.ingest.config import IngestConfig
 from megatron_ext.curate.ingest.files import Readers, kind_of, raw_sha256
 from megatron_ext.curate.ingest.items import Item, Unreadable
 from megatron_ext.curate.ingest.records import Reading
+from megatron_ext.curate.privacy.hidden import Hidden
 from megatron_ext.curate.tokens import DOCUMENTS
 from megatron_ext.data.blend import Blend
 from megatron_ext.data.decompress import file_chunks
@@ -81,18 +82,28 @@ class Seen:
         return f"{self.run} ({self.stage}) {verdict}"
 
 
-def wanted(text: str) -> Wanted:
+def wanted(text: str, hidden: Hidden | None = None) -> Wanted:
     """What a person names a document by: its id (32 hexadecimal digits), a hash of its bytes or its text (64), SOURCE:PATH or SOURCE:PATH#POSITION as `origin`
     has it, or a file that lies here: all documents in it, and copies of them anywhere.
+
+    Args:
+        hidden: with the key and the settings of builds that took personal data out; what these call the document is looked for, too.
 
     Raises:
         UserError: none of these, or a file that cannot be read.
     """
+    found = _plainly(text, hidden)
+    if hidden is None or hidden.blind:
+        return found
+    return found | Wanted(*(frozenset(map(one, names)) for one, names in ((hidden.identity, found.ids), (hidden.digest, found.raw), (hidden.digest, found.texts))))
+
+
+def _plainly(text: str, hidden: Hidden | None) -> Wanted:
     if len(text) in (32, 64) and all(letter in "0123456789abcdef" for letter in text):
         return Wanted(ids=frozenset((text,))) if len(text) == 32 else Wanted(raw=frozenset((text,)), texts=frozenset((text,)))
     path = Path(text)
     if path.is_file():
-        return _of_file(path)
+        return _of_file(path, hidden)
     source, colon, place = text.partition(":")
     if colon and source and place:
         file, _, position = place.partition("#")
@@ -100,7 +111,7 @@ def wanted(text: str) -> Wanted:
     raise UserError("--document", text, "must be an id (32 hexadecimal digits), a sha256 (64), SOURCE:PATH[#POSITION], or a file that is here")
 
 
-def _of_file(path: Path) -> Wanted:
+def _of_file(path: Path, hidden: Hidden | None) -> Wanted:
     raw, texts = set(), set()
     readers = Readers()
     try:
@@ -109,7 +120,9 @@ def _of_file(path: Path) -> Wanted:
         for item in readers.read(path, kind, Reading(IngestConfig())) if kind else ():
             if isinstance(item, Item):
                 raw.add(item.sha256)
-                texts.add(text_sha256(normalised(item.text)))
+                texts.add(text_sha256(text := normalised(item.text)))
+                if hidden is not None and hidden.blind:
+                    texts.add(text_sha256(hidden.cleaned(text)))
     except Unreadable as error:
         if not raw:
             raise UserError("--document", path, error.reason) from None

@@ -87,7 +87,7 @@ def finish(build: Build) -> Curated:
         for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
             for draft in folder.glob(".*"):  # of tasks that were killed
                 draft.unlink()
-        write_json(out / ORIGIN, {"input": str(build.input), "fingerprint": seen})
+        write_json(out / ORIGIN, {"input": build.hidden().name(str(build.input)), "fingerprint": seen})
         if not publish(out, build.output):
             raise UserError("curate.output", build.output, "exists already and was not made by this build; give another one or remove it")
     except OSError as error:
@@ -140,10 +140,10 @@ def _fields(build: Build, aside: dict) -> dict:
     shards = [{"name": shard_name(rank), **counts["shard"], "index": {"name": index_name(rank), **counts["index"]}}
               for rank, counts in enumerate(_counts(build, groups - 1))]
     rows = {row["step"]: row for row in steps}
-    sources = []
+    sources, hidden = [], build.hidden()
     for source in build.sources():
         first, last = rows["read"]["sources"].get(source.name), rows["write"]["sources"].get(source.name)
-        told = source.described() | {"documents_in": first["in"] if first else 0, "documents_out": last["out"] if last else 0,
+        told = {key: hidden.name(value) if key in ("owner", "terms", "date") else value for key, value in source.described().items()} | {"documents_in": first["in"] if first else 0, "documents_out": last["out"] if last else 0,
                                      "characters_out": last["characters_out"] if last else 0, "forbids": list(forbidden(source.described())),
                                      "licence_known": is_known(source.described()),
                                      # of records that name their own

@@ -3,6 +3,7 @@
 Removed documents go where the reader meets them; copies of them by their normalised text, which the step `Fingerprint` looks at behind `normalise`.
 """
 import json
+import re
 import secrets
 import sysconfig
 import traceback
@@ -24,12 +25,14 @@ from megatron_ext.curate.ingest.licences import UNKNOWN, licence
 from megatron_ext.curate.ingest.records import Reading
 from megatron_ext.curate.ingest.tabular import group_bytes
 from megatron_ext.curate.ingest.units import SetAside, Unit, place
+from megatron_ext.curate.privacy.hidden import NOTHING, Hidden
 from megatron_ext.curate.removals import Removals
 from megatron_ext.curate.tally import Tally
 from megatron_ext.errors import RunFailed, UserError
 
 READ = "read"
 SHARED = "shared"  # a folder: documents that stayed, and which others hold the paragraphs that were taken out of them
+_ID = re.compile("[0-9a-f]{32}")
 
 
 class StepFailed(RunFailed):
@@ -45,8 +48,10 @@ class RawReader(PipelineStep):
 
     type, name = "curate", READ
 
-    def __init__(self, root: Path, tasks: Path, sources: Sequence[Source], readings: Mapping[str, Reading], removals: Removals, pictures: Path | None):
+    def __init__(self, root: Path, tasks: Path, sources: Sequence[Source], readings: Mapping[str, Reading], removals: Removals, pictures: Path | None,
+                 hidden: Hidden):
         super().__init__()
+        self._hidden = hidden
         self._root, self._tasks, self._readings, self._removals, self._pictures = root, tasks, readings, removals, pictures
         self._sources = {source.name: source for source in sources}
         self.tally, self.problems, self.digests, self.dropped = Tally(READ), [], [], []
@@ -66,7 +71,8 @@ class RawReader(PipelineStep):
             begin, end = 0, path.stat().st_size
             if unit.stop is not None:
                 begin, end = (unit.start, unit.stop) if unit.kind == "jsonl" else group_bytes(path, range(unit.start, unit.stop))
-            self.digests.append([unit.source, where, unit.start, raw_sha256(path, begin, end)])
+            digest = f"{end - begin} bytes" if self._hidden.blind else self._hidden.digest(raw_sha256(path, begin, end))
+            self.digests.append([unit.source, self._hidden.name(where), unit.start, digest])
             for found in readers.read(path, unit.kind, self._readings[unit.source], start=unit.start, stop=unit.stop):
                 if isinstance(found, Problem):
                     self._aside(unit, found.position, found.reason)
@@ -79,10 +85,12 @@ class RawReader(PipelineStep):
         except UserError:
             raise
         except Exception as error:  # noqa: BLE001 its message may hold text
-            raise StepFailed(f"reading {where}: {told(error)}") from None
+            shown, _, number = self._hidden.place(where, "", unit.number)
+            raise StepFailed(f"reading {shown}{f' (file {number})' if number else ''}: {told(error)}") from None
 
     def _aside(self, unit: Unit, position: str, reason: str) -> None:
-        self.problems.append(SetAside(unit.path, position, reason, unit.source))
+        shown, position, number = self._hidden.place(unit.path, position, unit.number)
+        self.problems.append(SetAside(shown, position, reason, unit.source, number))
         self.tally.count(unit.source, "set_aside")
 
     def _document(self, unit: Unit, found: Item) -> Document | None:
@@ -90,18 +98,21 @@ class RawReader(PipelineStep):
         own = {key: value for key, value in found.metadata.items() if key != "licence" or licence(value)}  # of a record: believed where it is known
         known = {"source": source.name, "licence": source.licence, "owner": source.owner, "date": source.date, "language": source.language,
                  "domain": source.domain} | own
-        known |= {"origin": unit.path + (f"#{found.position}" if found.position else ""), "sha256": found.sha256, "images": list(found.images),
+        known |= {"origin": unit.path + (f"#{found.position}" if found.position else ""), "sha256": self._hidden.digest(found.sha256), "images": list(found.images),
                   "tables": list(found.tables)}
-        document = Document(found.text, document_id(source.name, unit.path, found.position), [], {key: value for key, value in known.items() if value})
+        plain = document_id(source.name, unit.path, found.position)
+        if self._hidden.on and "derived_from" in known:  # ids, and nothing else
+            known["derived_from"] = [one for one in known["derived_from"] if _ID.fullmatch(one)]
+        document = Document(found.text, self._hidden.identity(plain), [], {key: value for key, value in known.items() if value})
         verdict = KEPT
-        if self._removals.before(document.id, found.sha256, found.metadata.get("derived_from", ())):
+        if self._removals.before(plain, found.sha256, found.metadata.get("derived_from", ())) or self._removals.before(document.id, known["sha256"]):
             verdict = dropped("removed")
         elif parts.problems(document.metadata):
             self._aside(unit, found.position, f"its images or tables are not as they should be: {parts.problems(document.metadata)[0]}")
             verdict = dropped("bad_parts")
         self.tally.add(source.name, verdict, len(found.text), len(found.text))
         if verdict.action == DROP:
-            self.dropped.append(_gone(document, self.name, verdict.reason))
+            self.dropped.append(_gone(document, self.name, verdict.reason, self._hidden))
             return None
         for name, content in found.pictures.items():
             self._keep(name, content)
@@ -142,9 +153,10 @@ class BlockStep(PipelineStep):
 
     type = "curate"
 
-    def __init__(self, step: str, settings: object, shards: Shards | None = None):
+    def __init__(self, step: str, settings: object, shards: Shards | None = None, *, hidden: Hidden):
         self.name = step
         super().__init__()
+        self._hidden = hidden
         self._settings, self._shards = settings, shards
         self.tally, self.dropped, self.shared, self.report = Tally(step), [], [], None
 
@@ -159,7 +171,7 @@ class BlockStep(PipelineStep):
             with self.track_time():
                 verdict = self._decide(block, document)
             if verdict.action == DROP:
-                self.dropped.append(_gone(document, self.name, verdict.reason) | ({"duplicate_of": list(verdict.of)} if verdict.of else {}))
+                self.dropped.append(_gone(document, self.name, verdict.reason, self._hidden) | ({"duplicate_of": list(verdict.of)} if verdict.of else {}))
                 continue
             if verdict.of:
                 self.shared.append({"id": document.id, "step": self.name, "shared_with": list(verdict.of)})
@@ -187,20 +199,35 @@ class Fingerprint(PipelineStep):
 
     type, name = "curate", "removals"
 
-    def __init__(self, removals: Removals):
+    def __init__(self, removals: Removals, hidden: Hidden):
         super().__init__()
-        self._removals, self.tally, self.dropped = removals, Tally(self.name), []
+        self._removals, self._hidden, self.tally, self.dropped = removals, hidden, Tally(self.name), []
 
     def run(self, data, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for document in data:
             with self.track_time():
-                document.metadata["text_sha256"] = digest = text_sha256(document.text)
-                verdict = dropped("removed") if self._removals.covers(digest) else KEPT
+                verdict = dropped("removed") if self._covers(document) else KEPT
                 self.tally.add(document.metadata["source"], verdict, len(document.text), len(document.text))
             if verdict.action == DROP:
-                self.dropped.append(_gone(document, self.name, verdict.reason))
+                self.dropped.append(_gone(document, self.name, verdict.reason, self._hidden))
             else:
                 yield document
+
+    def _covers(self, document: Document) -> bool:
+        plain = text_sha256(document.text)
+        document.metadata["text_sha256"] = digest = self._hidden.digest(plain)
+        return self._removals.covers(plain) or self._removals.covers(digest)
+
+
+class Settle(Fingerprint):
+    """Behind `privacy` without a key: the hashes and ids that may be told (privacy/hidden.py); a removal that names one of these holds here."""
+
+    name = "settle"
+
+    def _covers(self, document: Document) -> bool:
+        self._hidden.settle(document)
+        digest = document.metadata["sha256"]
+        return self._removals.before(document.id, digest) or self._removals.covers(digest)
 
 
 class ShardWriter(PipelineStep):
@@ -213,9 +240,11 @@ class ShardWriter(PipelineStep):
 
     type = "curate"
 
-    def __init__(self, folder: Path, before: Sequence[PipelineStep], *, gone: Path, counts: Path, group: int | None):
+    def __init__(self, folder: Path, before: Sequence[PipelineStep], *, gone: Path, counts: Path, group: int | None,
+                 hidden: Hidden):
         self.name = "write" if group is None else f"write_{group}"
         super().__init__()
+        self._hidden = hidden
         self._folder, self._before, self._dropped, self._counts, self._group = folder, list(before), gone, counts, group
         self.tally, self.dropped = Tally(self.name), []
 
@@ -226,7 +255,7 @@ class ShardWriter(PipelineStep):
             for document in data:
                 if not document.text:  # a step has taken all of it
                     self.tally.add(document.metadata["source"], dropped("empty"), 0, 0)
-                    self.dropped.append(_gone(document, self.name, "empty"))
+                    self.dropped.append(_gone(document, self.name, "empty", self._hidden))
                     continue
                 with self.track_time():
                     named = licence(document.metadata["licence"])
@@ -266,10 +295,13 @@ def _timed(step: PipelineStep, documents: Iterator[Document]) -> Iterator[Docume
         yield document
 
 
-def _gone(document: Document, step: str, reason: str) -> dict[str, str]:
+def _gone(document: Document, step: str, reason: str, hidden: Hidden) -> dict[str, str]:
     """What is kept of a document that was dropped."""
-    kept = {key: document.metadata[key] for key in ("sha256", "text_sha256", "source") if key in document.metadata}
-    return {"id": document.id, "step": step, "reason": reason, **kept}
+    kept = {key: document.metadata[key] for key in ("sha256", "text_sha256", "source") if document.metadata.get(key, NOTHING) != NOTHING}
+    name = document.id
+    if hidden.blind and "sha256" not in kept and (shown := hidden.name(document.metadata["origin"])) != document.metadata["origin"]:
+        name = document_id(document.metadata["source"], shown, "")
+    return {"id": name, "step": step, "reason": reason, **kept}
 
 
 def told(error: Exception) -> str:

@@ -20,11 +20,12 @@ def ledger(config: Config, options: Options) -> int:
     if options.action == "remove" and config.curate.removals is None:
         raise UserError("curate.removals", "null", "name the list to write: ledger remove --document X curate.removals=FILE; builds read it under the same key")
     from megatron_ext.curate import ledger as look_up
+    from megatron_ext.curate.privacy.hidden import Hidden
 
     folder = Path(config.run.dir if any(key_of(word) == "run.dir" for word in options.overrides) else FOLDER)
-    asked = look_up.Wanted()
+    asked, hidden = look_up.Wanted(), Hidden(("privacy",), config.curate.privacy)
     for text in options.documents:
-        asked |= look_up.wanted(text)
+        asked |= look_up.wanted(text, hidden)
     runs = list(look_up.runs_in(folder))
     places = [(place, found) for place in look_up.directories(runs, config.output) if (found := look_up.held(place, asked)) is not None]
     asked |= look_up.Wanted(ids=frozenset(entry["id"] for _, found in places for entry in found.entries))

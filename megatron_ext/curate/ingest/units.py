@@ -27,6 +27,7 @@ class Unit:
         source: name of its source. path: below the input, with `/` (the file's own name where the input is a file).
         kind: its reader. size: bytes of this unit on disk.
         start, stop: bytes (jsonl) or row groups (parquet); stop None = the whole file.
+        number: of the file, from 1, in the order of all names.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Unit:
     size: int
     start: int = 0
     stop: int | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class SetAside:
     position: str
     reason: str
     source: str | None = None
+    number: int = 0  # of the file, where its name is not told as it is
 
 
 def list_files(root: Path) -> list[tuple[str, int]]:
@@ -84,7 +87,7 @@ def fingerprint(root: Path, files: Iterable[tuple[str, int]]) -> str:
 
 def units_of(root: Path, files: Iterable[tuple[str, int]], catalogue: Sequence[Source], used: Sequence[Source], task_bytes: int) -> Iterator[Unit | SetAside]:
     """What each file is, in order. `used`: those of the catalogue's sources that the build reads."""
-    for path, size in files:
+    for number, (path, size) in enumerate(files, 1):
         try:
             path.encode("utf-8")
         except UnicodeEncodeError:
@@ -101,11 +104,11 @@ def units_of(root: Path, files: Iterable[tuple[str, int]], catalogue: Sequence[S
             yield SetAside(path, "", "empty", source.name)
         elif kind == "jsonl" and size > task_bytes and not path.lower().endswith(PACKED):
             for start in range(0, size, task_bytes):
-                yield Unit(source.name, path, kind, min(task_bytes, size - start), start, min(start + task_bytes, size))
+                yield Unit(source.name, path, kind, min(task_bytes, size - start), start, min(start + task_bytes, size), number)
         elif kind == "parquet" and size > task_bytes:
-            yield from _row_groups(root, Unit(source.name, path, kind, size), task_bytes)
+            yield from _row_groups(root, Unit(source.name, path, kind, size, number=number), task_bytes)
         else:
-            yield Unit(source.name, path, kind, size)
+            yield Unit(source.name, path, kind, size, number=number)
 
 
 def _row_groups(root: Path, unit: Unit, task_bytes: int) -> Iterator[Unit]:
@@ -120,7 +123,7 @@ def _row_groups(root: Path, unit: Unit, task_bytes: int) -> Iterator[Unit]:
     for number, count in enumerate(rows, 1):
         held += count * share
         if held >= task_bytes or number == len(rows):
-            yield Unit(unit.source, unit.path, unit.kind, int(held), start, number)
+            yield Unit(unit.source, unit.path, unit.kind, int(held), start, number, unit.number)
             start, held = number, 0.0
 
 

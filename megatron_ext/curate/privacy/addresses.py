@@ -12,7 +12,7 @@ from megatron_ext.curate.privacy.context import REACH, S, _tight
 from megatron_ext.curate.privacy.places import NOT_QUARTERS, NOT_STREETS, PARTICLES, PROVINCES, STREET_LABEL
 from megatron_ext.curate.privacy.spans import Span
 
-_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S}(?:,{S})?(?:지{S}하{S})?(?P<number>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,3}})?)(?![\d])"
+_ANCHOR = re.compile(rf"[로길동리가읍면](?:(?<=[로길])(?P<branch>{S}\d{{1,4}}(?:{S}[가나다라마바사아])?{S}(?:번{S})?[길로])?{S}(?:,{S})?(?:지{S}하{S})?(?P<number>(?:\d(?:[ ]\d){{1,3}}(?![ ]?[층동호\d])|\d{{1,4}})(?:{S}-{S}\d{{1,3}})?)(?![\d])"
                      rf"|(?<=[동리가읍면])(?P<hill>{S}산)?{S}(?P<lot>\d(?:{S}\d){{0,3}}(?:{S}-{S}\d{{1,4}}|{S}의{S}\d{{1,3}})?)(?P<word>{S}번{S}지)?(?![\d]))")
 _AFTER_NUMBER = re.compile(r" ?(?:년|월|원|억|만|천|백|명|개|%|퍼센트|회|건|㎡|km|kg|~ ?\d)|(?:일(?!동)|세|조|항|시(?!동)|분|초|쪽|k|m|톤|평|가구|여|배|차|위|종|인|대(?=[ 의를가])|단계|단지의|가지|곳|번째|점|급|,\d|\.\d|/\d|:\d|~)")
 _DETAIL = re.compile(
@@ -32,7 +32,7 @@ _GLUED_PARTS = re.compile(r"(?:[가-힣]{1,4}[시군])?(?:[가-힣]{1,4}구)?(?:
 _ENDINGS = frozenset("도시군구읍면동리가로길")
 _LABEL = re.compile(STREET_LABEL)
 _WORDS_BEFORE = re.compile(r"[^\s,()\[\]:;\"'<>/|=]+")
-_POSTCODE = re.compile(rf"(?:우{S}(?:편번호)?{S}[:)]?{S})?[(\[]?{S}(?:우{S})?\d(?:{S}\d){{4}}{S}[)\]]?{S},?{S}$")
+_POSTCODE = re.compile(rf"(?<!\d)(?<!\d-)(?:우{S}(?:편번호)?{S}[:)]?{S})?[(\[]?{S}(?:우{S})?\d(?:{S}\d){{4}}{S}[)\]]?{S},?{S}$")
 _SITE = re.compile(rf"(?:{STREET_LABEL})(?:은|는)?[ \n]{{0,2}}[:=|]?[ \n]{{0,3}}(?P<place>(?:{'|'.join(sorted(PROVINCES, key=len, reverse=True))})(?:[ \n]{{1,3}}[가-힣]{{1,5}}[시군구읍면동리]){{1,4}})(?![가-힣])")
 _LEFT = 72  # characters before the anchor's syllable
 
@@ -95,7 +95,7 @@ def _score(words: list[str], last: str, road: bool, match: re.Match) -> float:
     if last in NOT_QUARTERS and not (province and parts >= 2) or len(last) < 2:
         return 0
     lot = "-" in match["lot"] or match["word"] is not None or match["hill"] is not None or "의" in match["lot"]
-    if last[-1] in "읍면" and not lot:
+    if last[-1] in "읍면" and not lot and not (province and parts >= 2):
         return 0
     if parts >= 2 or province and parts:
         return 0.9 if lot else 0.75 if province or parts >= 2 else 0
@@ -111,7 +111,7 @@ def _backwards(text: str, end: int) -> tuple[list[str], int]:
     if not found or found[-1][1] + len(found[-1][0]) != end:
         return [], end
     words: list[str] = []
-    start, word = end, ""
+    start, word, over = end, "", False
     next_at = end
     for piece, at in reversed(found):
         gap = text[at + len(piece):next_at]
@@ -124,6 +124,9 @@ def _backwards(text: str, end: int) -> tuple[list[str], int]:
         if not words:
             if not _ROAD.match(word) or word[-1] not in _ENDINGS:
                 return [], end
+        elif len(words) == 1 and not over and len(word) > 2 and _ROAD.match(word) and word.endswith(("로", "길")) and word not in NOT_STREETS:
+            over, word = True, ""  # 동탄대로 시범길 133: of an address if a part of one stands before
+            continue
         elif word not in PROVINCES and not _PART.match(word) or len(word) > 14:
             break
         words.append(word)

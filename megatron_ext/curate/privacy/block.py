@@ -17,7 +17,7 @@ class Privacy:
     """
 
     def __init__(self, settings: PrivacyConfig):
-        self._cleaner = Cleaner(settings)
+        self.cleaner = Cleaner(settings)
         self._settings = settings
         self._report = Report(settings.samples)
 
@@ -31,11 +31,11 @@ class Privacy:
 
     def _process(self, document: Document) -> Verdict:
         source, before = str(document.metadata.get("source", "")), document.text
-        cleaned = self._cleaner.clean(before, source)
+        cleaned = self.cleaner.clean(before, source)
         if cleaned.dropped:
             self._report.drop(source, cleaned.mark)
             return dropped(cleaned.dropped)
-        beside = self._cleaner.clean_metadata(document.metadata, cleaned.values, source) if self._settings.metadata else 0
+        beside = self.cleaner.clean_metadata(document.metadata, cleaned.values, source) if self._settings.metadata else 0
         self._report.add(source, document.id, before, list(cleaned.spans))
         if not cleaned.spans and not beside:
             return KEPT

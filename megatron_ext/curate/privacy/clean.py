@@ -3,10 +3,12 @@
     cleaner = Cleaner(PrivacyConfig(action="mask"))
     cleaner.clean("연락처는 010-1234-5678입니다.").text      # 연락처는 ***-****-****입니다.
 """
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_ext.curate.privacy import kinds
 from megatron_ext.curate.privacy.config import PrivacyConfig, check
 from megatron_ext.curate.privacy.find import Recogniser
 from megatron_ext.curate.privacy.morphology import Morphology
@@ -14,11 +16,13 @@ from megatron_ext.curate.privacy.normal import Normal
 from megatron_ext.curate.privacy.replace import Replacer
 from megatron_ext.curate.privacy.rules import load
 from megatron_ext.curate.privacy.spans import Span
-from megatron_ext.curate.privacy.values import Values
+from megatron_ext.curate.privacy.values import Values, variants
 
 CLASSIFIED = "classified"  # the reason of a document that a mark drops
-_FACTS = frozenset(("source", "licence", "owner", "date", "sha256", "text_sha256", "language", "domain", "derived_from"))  # of metadata: not looked at
+_FACTS = frozenset(("source", "sha256", "text_sha256", "derived_from"))  # of metadata: not looked at, ours
+_SHORT = frozenset(("licence", "date", "language", "domain"))  # looked at for themselves
 _CELLS = " | "
+_ALONE = re.compile("(?<![가-힣])[가-힣]{3,4}(?![가-힣])")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Cleaner:
         spans = self.find(text, source)
         if not spans:
             return Cleaned(text)
-        values = {Normal(text[span.start:span.end]).text: span.kind for span in spans}
+        values = {spelling: span.kind for span in spans for spelling in variants(Normal(text[span.start:span.end]).text, span.kind)}
         return Cleaned(self.replaced(text, spans), tuple(spans), values=values)
 
     def replaced(self, text: str, spans: Sequence[Span]) -> str:
@@ -85,11 +89,16 @@ class Cleaner:
         Args:
             values: `Cleaned.values` of the document's text: they are removed here too, whatever they stand beside.
         """
-        known, removed = (Values(values), values), 0
+        known, nothing, removed = (Values(values), values), (Values(()), {}), 0
         for key, value in metadata.items():
-            if key not in _FACTS:
-                metadata[key], count = self._inside(value, known, source)
-                removed += count
+            if key in _FACTS:
+                continue
+            if key == "origin" and isinstance(value, str):
+                spans = self._known(value, known, source, self._in_name(value, source))
+                metadata[key], count = self.replaced(value, spans), len(spans)
+            else:
+                metadata[key], count = self._inside(value, nothing if key in _SHORT else known, source)
+            removed += count
         return removed
 
     def _inside(self, value: Any, known: tuple[Values, Mapping[str, str]], source: str) -> tuple[Any, int]:
@@ -104,15 +113,32 @@ class Cleaner:
                 else:
                     made[name], count = (inner, 0) if name in ("sha256", "media_type") else self._inside(inner, known, source)
                 removed += count
+                if spans := self.find(name, source) if isinstance(name, str) else []:
+                    made[self.replaced(name, spans)] = made.pop(name)
+                    removed += len(spans)
             return made, removed
         if isinstance(value, list):
             pairs = [self._inside(inner, known, source) for inner in value]
             return [inner for inner, _ in pairs], sum(count for _, count in pairs)
         return value, 0
 
-    def _known(self, text: str, known: tuple[Values, Mapping[str, str]], source: str) -> list[Span]:
+    def clean_name(self, text: str, source: str = "") -> str:
+        """The name of a file, in which a person's stands for itself between signs: 홍길동_이력서.hwp."""
+        return self.replaced(text, self._in_name(text, source))
+
+    def _in_name(self, text: str, source: str) -> list[Span]:
+        spans, normal = self.find(text, source), Normal(text)
+        if self._replace.action(kinds.PERSON) == "keep" or not self._recogniser.wants(kinds.PERSON):
+            return spans
+        for match in _ALONE.finditer(normal.text):
+            place = normal.original(*match.span())
+            if self._recogniser.is_name(match[0]) and not any(span.start < place[1] and place[0] < span.end for span in spans):
+                spans.append(Span(*place, kinds.PERSON, 0.7))
+        return sorted(spans)
+
+    def _known(self, text: str, known: tuple[Values, Mapping[str, str]], source: str, spans: list[Span] | None = None) -> list[Span]:
         """Spans of a short text, with those of values that were found elsewhere."""
-        spans = self.find(text, source)
+        spans = self.find(text, source) if spans is None else spans
         normal = Normal(text)
         for start, end in known[0].find(normal.text):
             place = normal.original(start, end)

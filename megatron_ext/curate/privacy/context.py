@@ -23,10 +23,10 @@ _LABELS = {
     kinds.DRIVER: r"운전면허|면허(?:증|번호|no)|driver'?s? ?licen[cs]e|driving ?licen[cs]e|\bdl(?: ?no| ?number| ?#)?\b",
     kinds.PASSPORT: r"여권|旅券|passport",
     kinds.PHONE: r"전화|연락|휴대|핸드폰|폰(?:번호|:|은|$)|통화|직통|내선|팩스|문의|문자|모바일|무선|유선|자택|카톡|☎|☏|✆|📞|📱|\btel|phone|mobile|\bcell|\bfax|\bcall|\bcontact|"
-                 r"\bhp\b|\bh\.p|\btext(?: me)? (?:at|on)|reach|\bdial|\bring|\bt:|\bm:|whatsapp|sms",
-    kinds.ACCOUNT: r"계좌|입금|송금|이체|예금주|환불|통장|은행|농협|수협|신협|축협|새마을|우체국|저축|뱅크|카뱅|증권|계번|납부처|\bacc(?:oun)?t|\ba/c|\biban|\bbank|sort ?code|routing|\baba\b|wire",
+                 r"\b(?:my|his|her|our|their|your) (?:new )?number|\bhp\b|\bh\.p|\btext(?: me)? (?:at|on)|reach|\bdial|\bring|\bt:|\bm:|whatsapp|sms",
+    kinds.ACCOUNT: r"계좌|입금|송금|이체|예금주|환불|통장|은행|농협|수협|신협|축협|새마을|우체국|저축|뱅크|카뱅|(?:국민|신한|우리|하나|기업|제일|씨티|외환|토스|카카오)(?:은행)?[ :]?$|증권|계번|납부처|\bacc(?:oun)?t|\ba/c|\biban|\bbank|sort ?code|routing|\baba\b|wire",
     kinds.CARD: r"카드|card|\bvisa|master|\bamex|결제|신용|체크",
-    kinds.PLATE: r"차량|번호판|차번|자동차|승용차|화물차|승합차|트럭|택시|버스|차종|주차|견인|차주|등록차|차를|차가|차는|plate|vehicle|\bcar\b",
+    kinds.PLATE: r"차량|번호판|차번|자동차|승용차|화물차|승합차|트럭|택시|버스|차종|주차|견인|차주|등록차|차를|차가|차는|plate|vehicle|registration|\bcar\b|\bvan\b|parked|towed",
     kinds.IP: r"\bip(?:v[46])?|아이피|서버|접속|호스트|네트워크|게이트웨이|방화벽|단말|로그인|\bhost|\bdns|gateway|server|firewall|address|login|from|subnet|router",
     kinds.SSN: r"\bssn|social ?security|사회보장|\bitin\b|taxpayer ?id|\btin\b",
     kinds.NHS: r"\bnhs",

@@ -14,8 +14,9 @@ _LOCAL = r"[A-Za-z0-9._%+'~-]"
 _BEFORE = re.compile(rf"(?:\"[^\"\n@]{{1,40}}\"|[A-Za-z0-9_%+-](?:{_LOCAL}){{0,63}}|[가-힣](?:[가-힣0-9._-]){{0,30}}){S}$")
 _DOT = rf"(?:{S}\.{S}|[ \n]{{0,2}}[(\[{{][ ]?(?:dot|DOT|점|닷)[ ]?[)\]}}][ \n]{{0,2}}|[ \n]{{1,3}}(?:dot|DOT|점|닷)[ \n]{{1,3}})"
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]){0,62}"
-_TIGHT = re.compile(r"(?:[A-Za-z0-9가-힣](?:[A-Za-z0-9가-힣-]){0,62}\.){1,6}(?:[A-Za-z]{2,24}|xn--[A-Za-z0-9-]{1,40}|한국)(?![A-Za-z0-9])|\[\d{1,3}(?:\.\d{1,3}){3}\]")
+_TIGHT = re.compile(r"(?:[A-Za-z0-9가-힣](?:[A-Za-z0-9가-힣-]){0,62}\.){1,6}(?:[A-Za-z]{2,24}|xn--[A-Za-z0-9-]{1,40}|한국)(?![A-Za-z0-9_])|\[\d{1,3}(?:\.\d{1,3}){3}\]")
 _NOISY = re.compile(rf"{S}{_LABEL}(?:{_DOT}{_LABEL}){{0,5}}?{_DOT}{_COMMON}(?:{_DOT}(?:kr|uk|jp|au|nz|in|za|br|cn|sg|hk|tw))?(?![A-Za-z0-9])")
+_PROVIDERS = re.compile(rf"{S}(?:네이버|다음|한메일|지메일|네이트|핫메일|코리아)(?:{S}(?:닷|점|쩜){S}(?:컴|콤|넷|케이알))?")
 _REACH = 80  # characters before the sign
 
 _V4 = re.compile(r"\d(?<![\d.]\d)(?<![A-Za-z]\d)\d{0,2}(?:\.\d{1,3}){3}(?!\d|\.\d|[A-Za-z_])")
@@ -34,7 +35,8 @@ def mails(text: str) -> Iterator[Span]:
         plain = sign[0] == "@"
         tight = _TIGHT.match(text, sign.end(), sign.end() + 400) if plain else None
         wide = _NOISY.match(text, sign.end(), sign.end() + 400)
-        after = max((match for match in (tight, wide) if match), key=lambda match: match.end(), default=None)
+        spoken = _PROVIDERS.match(text, sign.end()) if "골뱅이" in sign[0] else None
+        after = max((match for match in (tight, wide, spoken) if match), key=lambda match: match.end(), default=None)
         if after is None:
             continue
         # A word before "at" is a word: "look at example.com" has blanks and no brackets.
@@ -42,7 +44,9 @@ def mails(text: str) -> Iterator[Span]:
             continue
         start = before.start()
         name = before[0].rstrip()
-        if not plain and not name.isascii():
+        if not name.isascii() and (not plain or name != before[0]):  # 인스타 @name
+            continue
+        if name == "git" and text[after.end():after.end() + 1] == ":":  # git@host:path
             continue
         yield Span(start, after.end(), kinds.EMAIL, 0.97 if plain else 0.85)
 

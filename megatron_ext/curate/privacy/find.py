@@ -3,13 +3,13 @@ import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
-from megatron_ext.curate.privacy import addresses, electronic, english, kinds, letters, numbers, phones
+from megatron_ext.curate.privacy import addresses, electronic, english, kinds, letters, numbers, phones, tables
 from megatron_ext.curate.privacy.morphology import Morphology
 from megatron_ext.curate.privacy.names_ko import Names
 from megatron_ext.curate.privacy.normal import Normal
 from megatron_ext.curate.privacy.rules import CLASSIFIED, Allow, Mark, Rules, squeezed
 from megatron_ext.curate.privacy.spans import Span, resolve
-from megatron_ext.curate.privacy.values import Values
+from megatron_ext.curate.privacy.values import Values, variants
 
 _AGAIN = 3  # characters from which on a value is looked for in the rest of its text: shorter ones are also words
 _HANGUL = ("가", "힣")
@@ -41,13 +41,13 @@ class Recogniser:
         if not text:
             return []
         normal = Normal(text)
-        spans = self.normalised(normal.text, source)
+        spans = self.normalised(normal.text, source, normal.tabbed(text))
         return [Span(*normal.original(span.start, span.end), span.kind, span.score) for span in spans]
 
-    def normalised(self, text: str, source: str = "") -> list[Span]:
-        """The same in a text that is normalised."""
+    def normalised(self, text: str, source: str = "", tabbed: str | None = None) -> list[Span]:
+        """The same in a text that is normalised; `tabbed`: with its tabs."""
         serving = [each for each in self._rules if each.serve(source)]
-        found = [span for span in self._general(text) if span.score >= self._threshold and span.kind in self._wanted]
+        found = [span for span in self._general(text, tabbed or text) if span.score >= self._threshold and span.kind in self._wanted]
         for each in serving:
             found += [span for span in self._own(each, text) if span.score >= self._threshold]
         spans = resolve(found)
@@ -56,12 +56,23 @@ class Recogniser:
             spans = [span for span in spans if not any(_allowed(allow, span, text) for allow in allowed)]
         return self._again(text, spans)
 
+    def wants(self, kind: str) -> bool:
+        return kind in self._wanted
+
+    def is_name(self, word: str) -> bool:
+        """Whether a word that stands for itself is a name."""
+        return self._names.alone(word)
+
     @staticmethod
     def marked(mark: Mark, text: str) -> bool:
         """Whether a classification mark stands in a normalised text where it counts."""
         return next(_marked(mark, text), None) is not None
 
-    def _general(self, text: str) -> list[Span]:
+    def _general(self, text: str, tabbed: str) -> list[Span]:
+        found = self._plain(text)
+        return [*found, *tables.find(text, tabbed, self._plain)] if "\n" in text else found
+
+    def _plain(self, text: str) -> list[Span]:
         found: list[Span] = []
         if _DIGIT.search(text):
             runs = numbers.runs(text)
@@ -99,7 +110,8 @@ class Recogniser:
         for span in spans:
             value = text[span.start:span.end]
             if len(value) >= (_AGAIN if span.kind == kinds.PERSON else 6):
-                kind_of.setdefault(value, span)
+                for spelling in variants(value, span.kind):
+                    kind_of.setdefault(spelling, span)
         if not kind_of:
             return spans
         more = []

@@ -15,6 +15,8 @@ _PASSPORT_ABROAD = re.compile(rf"[Pp](?:assport|ASSPORT)(?:{S}(?:[Nn]umber|NUMBE
 _LICENCE = re.compile(r"[Dd](?:(?:river(?:'?s)?|riving|RIVER(?:'?S)?)[ \n]{0,3}(?:[Ll]icen[cs]e|LICEN[CS]E)|L(?=[ ]?(?:[Nn]|#|:)))[ \n]{0,3}(?:[Nn]umber|NUMBER|[Nn]o\.?|NO\.?|#)?[ \n:=#]{0,4}(?:is )?"
                       r"(?P<number>[A-Z]{0,5}[- ]?\d(?:[- ]?[A-Z0-9]){4,18})(?![A-Za-z0-9])")
 _NINO = re.compile(rf"[A-CEGHJ-PR-TW-Z](?<![A-Za-z0-9].)[A-CEGHJ-NPR-TW-Z]{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}[A-D](?![A-Za-z0-9])")
+_NINO_LABELLED = re.compile(rf"(?:NI ?[Nn](?:umber|o\.?)|NINO|[Nn]ational [Ii]nsurance(?: [Nn](?:umber|o\.?))?)(?: is| was)?[ \n:#]{{0,4}}(?P<number>[A-Z]{{2}}{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}{digits(2)}{_GAP}[A-D])(?![A-Za-z0-9])")
+_PLATE_UK = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d\d ?[A-Z]{3}(?![A-Za-z0-9])")
 _NOT_NINO = frozenset(("BG", "GB", "NK", "KN", "TN", "NT", "ZZ"))
 _IBAN = re.compile(rf"[A-Z](?<![A-Za-z0-9].)[A-Z]{S}\d{S}\d(?:{S}[A-Z0-9]){{11,30}}(?![A-Za-z0-9])")
 _PLATE = re.compile(rf"\d(?<!\d\d)(?<![.,]\d){S}\d(?:{S}\d)?{S}(?P<use>[가나다라마거너더러머버서어저고노도로모보소오조구누두루무부수우주하허호배바사아자육해공국합]){S}"
@@ -48,6 +50,12 @@ def find(text: str) -> Iterator[Span]:
     for match in _NINO.finditer(text):
         if match[0][:2] not in _NOT_NINO and not Around(text, *match.span()).is_another():
             yield Span(*match.span(), kinds.NINO, 0.95)
+    if "NI" in text or "nsurance" in text:
+        yield from (Span(*match.span("number"), kinds.NINO, 0.9) for match in _NINO_LABELLED.finditer(text))
+    for match in _PLATE_UK.finditer(text):
+        around = Around(text, *match.span())
+        if 0 <= around.labelled(kinds.PLATE) <= 12 or around.labelled_after(kinds.PLATE, 16):
+            yield Span(*match.span(), kinds.PLATE, 0.85)
     for match in _IBAN.finditer(text):
         yield from _iban(match)
     yield from plates(text)

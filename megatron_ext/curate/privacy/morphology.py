@@ -50,4 +50,7 @@ class Morphology:
             return UNKNOWN if first.oov else COMMON
         if not exact or any(token.tag[0] in "JEV" for token in inside):
             return MIXED
-        return UNKNOWN if first.len == 1 and all(token.len == 1 or token.oov for token in inside) else MIXED
+        if len(inside) == 2 and first.len == 1 and first.tag == "NNP" and last.len == 2 and last.tag in ("NNP", "NNG"):  # a surname and a word
+            return UNKNOWN
+        begins = first.len == 1 or first.tag == "NNP" and first.len == 2  # a surname, or one with the first syllable of the given name
+        return UNKNOWN if begins and all(token.len == 1 or token.oov for token in inside[1:]) else MIXED

@@ -15,7 +15,7 @@ _SURNAME = "".join(sorted(words.SURNAMES))
 _CLASS = f"[{_SURNAME}]"
 _SECOND = f"[{''.join(sorted(words.GIVEN | {pair[1] for pair in words.PAIRS}))}]"
 _RUN = re.compile(rf"{_CLASS}(?<![가-힣].){_SECOND}[가-힣]{{0,10}}")
-_LABELLED = re.compile(rf"(?:{words.LABELS})(?:(?<=[명함름자인])[은는])?(?P<sign>[ \n]{{0,3}}[:=|/)\]>\-][ \n]{{0,6}}|[ \n]{{1,4}}|(?={_CLASS}))(?=[가-힣A-Z])")
+_LABELLED = re.compile(rf"(?:{words.LABELS})(?:(?<=[명함름자인])[은는])?(?:[ ]?\([^()\n]{{1,8}}\))?(?P<sign>[ \n]{{0,3}}[:=|/)\]>\-][ \n]{{0,6}}|[ \n]{{1,4}}|(?={_CLASS}))(?=[가-힣A-Z])")
 _SPACED_LABEL = re.compile(r"(?:성[ \n]{1,6}명|이[ \n]{1,6}름|성[ \n]{1,6}함)[ \n]{0,3}(?P<sign>[:=|]|(?=[ \n]))[ \n]{0,6}(?=[가-힣A-Z])")
 _SPACED = re.compile(rf"{_CLASS}[ \n]{{1,4}}[가-힣](?:[ \n]{{0,4}}[가-힣])?(?![가-힣])")
 _SPACED_TITLE = re.compile(rf"{_CLASS}(?<![가-힣].)[ \n]{{1,3}}[가-힣](?:[ \n]{{0,3}}[가-힣])?[ \n]{{1,3}}(?:씨|님)(?![가-힣])")
@@ -24,10 +24,14 @@ _TITLE_BEHIND = re.compile(rf"[ \n]{{1,3}}(?:전[ \n]?)?(?P<title>{words.TITLES}
 _LATIN = re.compile(r"[A-Z][A-Za-z'-]{1,20}(?:,? [A-Z][A-Za-z'.-]{0,20}){1,3}")
 _JOIN = re.compile(r"[ \n]{0,3}(?:[,·/、&]|및|와|과)[ \n]{0,3}$")
 _AND = re.compile(r"(?:와|과|랑)?[ \n]{0,3}(?:[,·/、&]|및|와|과)?[ \n]{0,3}")
-_LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{2}}(?:[ \n]{{0,3}}·[ \n]{{0,3}}{_CLASS}[가-힣]{{2}}(?![가-힣]{{3}})){{2,40}}")
-_ONE = re.compile(rf"{_CLASS}[가-힣]{{2}}")
+_LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?:[ \n]{{0,3}}·[ \n]{{0,3}}{_CLASS}[가-힣]{{1,3}}(?![가-힣])){{2,40}}")
+_ONE = re.compile(rf"{_CLASS}[가-힣]{{1,3}}")
 _BESIDE = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?=[ \n]{{0,2}}[(,:/|\-·\[][ \n(\[]{{0,2}}$|[ \n]{{1,2}}$)")
 _BEHIND = re.compile(rf"[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")
+_BEHIND_ACCOUNT = re.compile(rf"(?:[ \n]{{0,2}}[(,/|\-\[)][ \n(\[]{{0,3}}|[ ]{{1,3}})(?P<name>{_CLASS}[가-힣]{{1,2}})(?![가-힣])")  # 302-12-345678 홍길동
+_HAN = re.compile("[一-鿿]")
+_HANJA = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}[ ]?\((?P<hanja>[{words.HANJA}][一-鿿]{{1,3}})(?=[),·: ])")
+_HANJA_ALONE = re.compile(rf"(?:한자|漢字)[ ]?[):=|]{{1,2}}[ ]{{0,3}}(?P<hanja>[{words.HANJA}][一-鿿]{{1,3}})(?![一-鿿])")
 _OFFICE = re.compile(rf"(?:{words.OFFICES})[ \n]{{1,3}}(?={_CLASS})")
 _AGE = re.compile(r"[ ]?\([ ]?\d{1,3}(?:세|살)?[ ]?[),·]")
 _BLANK = re.compile(r"[ \n]+")
@@ -70,8 +74,14 @@ class Names:
     def find(self, text: str, others: Iterable[Span]) -> list[Span]:
         """Names in a normalised text; `others` are what else was found in it."""
         found = [*self._labelled(text), *self._lists(text), *self._runs(text), *self._beside(text, others)]
+        found += self._hanja(text) if _HAN.search(text) else ()
         found += [Span(*match.span(), kinds.PERSON, 0.8) for match in _SPACED_TITLE.finditer(text) if _given(_BLANK.sub("", match[0])[1:3])]
         return found + list(self._neighbours(text, found))
+
+    def alone(self, word: str) -> bool:
+        """A word without anything around it, as in the name of a file."""
+        judged = self._judge(word, len(word))
+        return _first(word) == len(word) >= 3 and (judged == NAME or judged in (UNKNOWN, None) and self._usual(word))
 
     def _labelled(self, text: str) -> Iterator[Span]:
         for label in (*_LABELLED.finditer(text), *_SPACED_LABEL.finditer(text)):
@@ -84,10 +94,10 @@ class Names:
                 continue
             if label.start() and "가" <= text[label.start() - 1] <= "힣" and not sign:
                 continue
-            run = _RUN.match(text, at) or (None if label["sign"] else _GLUED.match(text, at))
+            run = _RUN.match(text, at) or (_GLUED.match(text, at) if sign or not label["sign"] else None)
             if run is None:
                 continue
-            for length in shapes(run[0]):
+            for length in shapes(run[0]) or (self._announced(run[0]) if sign else ()):
                 judged, usual = self._judge(run[0], length), self._usual(run[0][:length])
                 if judged == COMMON and not (sign and usual) or not sign and (judged == MIXED or judged is None) and not usual:
                     continue
@@ -96,7 +106,10 @@ class Names:
         for office in _OFFICE.finditer(text):
             run = _RUN.match(text, office.end())
             length = _first(run[0]) if run else 0
-            if length >= 3 and self._usual(run[0][:length]) and self._judge(run[0], length) in (NAME, UNKNOWN, None):
+            if length < 3:
+                continue
+            judged = self._judge(run[0], length)
+            if judged == NAME or judged in (UNKNOWN, None) and self._usual(run[0][:length]):
                 yield Span(run.start(), run.start() + length, kinds.PERSON, 0.75)
 
     def _runs(self, text: str) -> Iterator[Span]:
@@ -128,13 +141,32 @@ class Names:
         if length < 3 or not usual or name[0] not in words.FREQUENT and length == 3:
             return 0
         if rest in words.ANIMATE:
-            return 0.65 if self._judge(run, length) in (NAME, UNKNOWN, None) else 0
-        return 0.6 if self._morphology is not None and self._judge(run, length) == NAME else 0
+            judged = self._judge(run, length)
+            return 0.65 if judged in (NAME, UNKNOWN, None) or judged == MIXED and not rest.endswith("랑") else 0  # 이상형이랑, 장기자랑
+        if self._morphology is None:
+            return 0
+        return {NAME: 0.6, UNKNOWN: 0.55}.get(self._judge(run, length), 0)
+
+    def _announced(self, run: str) -> tuple[int, ...]:
+        """Behind `성명:` a name may have any syllables, if no dictionary has it."""
+        fits = len(run) >= 3 and run[:3] not in words.NOT_NAMES and _is_rest(run[3:])
+        return (3,) if fits and self._judge(run, 3) in (NAME, UNKNOWN) else ()
+
+    @staticmethod
+    def _hanja(text: str) -> Iterator[Span]:
+        """홍길동(洪吉童, ...): as many Chinese characters as syllables, the first one a surname's."""
+        for match in _HANJA.finditer(text):
+            hangul = match[0].partition("(")[0].rstrip()
+            if len(hangul) == len(match["hanja"]):
+                yield Span(match.start(), match.start() + len(hangul), kinds.PERSON, 0.9)
+                yield Span(*match.span("hanja"), kinds.PERSON, 0.9)
+        yield from (Span(*match.span("hanja"), kinds.PERSON, 0.9) for match in _HANJA_ALONE.finditer(text))
 
     def _lists(self, text: str) -> Iterator[Span]:
         for match in _LIST.finditer(text):
             names = list(_ONE.finditer(text, match.start(), match.end()))
-            if sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(name[0], 3) not in (COMMON, MIXED) for name in names) * 2 > len(names):
+            sure = sum(self._usual(name[0]) and name[0] not in words.NOT_NAMES and self._judge(name[0], len(name[0])) != COMMON for name in names)
+            if sure * 2 > len(names):
                 yield from (Span(*name.span(), kinds.PERSON, 0.85) for name in names)
 
     def _beside(self, text: str, others: Iterable[Span]) -> Iterator[Span]:
@@ -144,7 +176,8 @@ class Names:
             for match in _BESIDE.finditer(text, max(0, other.start - 12), other.start):
                 if len(match[0]) in (2, 3, 4) and _first(match[0]) == len(match[0]) and self._fits(match[0]):
                     yield Span(*match.span(), kinds.PERSON, 0.7 if len(match[0]) == 3 else 0.55)
-            if (match := _BEHIND.match(text, other.end)) and _first(match["name"]) == len(match["name"]) and self._fits(match["name"]):
+            behind = _BEHIND_ACCOUNT if other.kind == kinds.ACCOUNT else _BEHIND
+            if (match := behind.match(text, other.end)) and _first(match["name"]) == len(match["name"]) and self._fits(match["name"]):
                 yield Span(*match.span("name"), kinds.PERSON, 0.7)
 
     def _neighbours(self, text: str, found: list[Span]) -> Iterator[Span]:

@@ -57,6 +57,16 @@ class Normal:
         """The original's characters behind start .. end (end > start) of `.text`."""
         return (start, end) if self._starts is None else (self._starts[start], self._ends[end - 1])
 
+    def tabbed(self, original: str) -> str:
+        """`.text` with the tabs of the original, which separate cells, where both have the same length."""
+        if "\t" not in original or self._starts is not None:
+            return self.text
+        parts, at = [], 0
+        for part in original.split("\t"):
+            parts.append(self.text[at:at + len(part)])
+            at += len(part) + 1
+        return "\t".join(parts)
+
     def _compose(self, text: str) -> str:
         parts: list[str] = []
         starts, ends, at = array("q"), array("q"), 0

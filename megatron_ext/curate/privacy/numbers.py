@@ -13,8 +13,8 @@ from megatron_ext.curate.privacy import checks, kinds
 from megatron_ext.curate.privacy.context import Around, S, digits, nearest
 from megatron_ext.curate.privacy.spans import Span
 
-RUN = re.compile(r"\d(?:[ \n()\-.·/_~:]{0,6}\d){6,}")
-BEFORE, BEYOND = 3, 8  # characters before and behind a run that patterns may look at: "(+"
+RUN = re.compile(r"\d(?:[ \n()\-.·/_~:*]{0,6}\d){6,}")
+BEFORE, BEYOND = 3, 12  # characters before and behind a run that patterns may look at: "(+"
 _DIGIT = re.compile(r"\d+")
 _NOT_DIGIT = re.compile(r"\D+")
 HARD = r"[-.·/_~]"
@@ -88,6 +88,8 @@ def business(written: Written, around: Around) -> float:
     shaped = written.hard >= 2 and (written.groups == (3, 2, 5) or written.blanks > 0 or len(written.groups) > 3)
     if label >= 0:
         return 0.98 if shaped or written.alone else 0.9
+    if written.hard == 2 and written.groups == (3, 2, 5) and around.labelled_after(kinds.BUSINESS, 8):
+        return 0.9
     if not shaped or around.labelled(kinds.ACCOUNT) >= 0 and not checks.business(written.digits):
         return 0
     return 0.93 if checks.business(written.digits) and not around.is_another() else 0
@@ -112,6 +114,8 @@ def card(written: Written, around: Around) -> float:
     if around.is_another() or around.labelled(kinds.ACCOUNT) >= 0:
         return 0
     if len(written.groups) > 1:
+        if not written.hard and not written.alone:  # a row of a table: one in ten of any numbers has the check digit
+            return 0
         return 0.95 if grouped and (written.hard or written.groups[0] == 4) else 0.7 if written.alone else 0
     return 0.75 if len(number) >= 15 else 0
 
@@ -179,6 +183,10 @@ PATTERNS = (
     Pattern(kinds.SSN, re.compile(rf"{_START}{_joined(3, 2, 4)}{_END}"), ssn, 9),
     Pattern(kinds.NHS, re.compile(rf"{_START}{_joined(3, 3, 4)}{_END}"), nhs, 10),
 )
+_CARD = re.compile(rf"(?:카드|[Cc]ard|CARD|[Vv]isa|VISA|[Mm]aster(?:[Cc]ard)?|[Aa]mex|AMEX)(?:번호|[ ]?(?:number|[Nn]o\.?|#))?(?:은|는)?[ \n:=#(|]{{0,6}}(?:is )?(?P<number>\d(?:{_J}\d){{11,18}}){_END}")
+_HALF = re.compile(rf"(?:주{S}민|주민등록|등록)[가-힣 \n]{{0,8}}(?:앞|뒷|뒤){S}(?:번호|자리)[ \n:=(는은이]{{0,4}}(?P<half>\d{{6,7}})(?!\d)"
+                   rf"|(?:앞|뒷|뒤){S}자리[ \n:=(는은이]{{0,4}}(?P<other>\d{{7}})(?!\d)")
+_STARS = re.compile(r"\d(?<!\d\d)\d{5}[ ]?-[ ]?[1-8](?:\d{0,5}[*●○xX]{1,6})(?![\d*])")  # 850101-1******: the date of birth is a person's too
 _SORT_CODE = re.compile(rf"[Ss]ort[ -]?[Cc]ode[^\d\n]{{0,12}}(?P<code>{_joined(2, 2, 2)}){_END}")
 
 
@@ -188,7 +196,7 @@ def runs(text: str) -> list[tuple[int, int, int]]:
     for match in RUN.finditer(text):
         raw = match[0]
         count = len(raw) - len(_DIGIT.sub("", raw))
-        if count <= 60 or (raw.count(" ") + raw.count("\n")) * 3 < count * 2:
+        if count <= 60 or len(_NOT_DIGIT.findall(raw)) * 3 < count * 2:
             found.append((match.start(), match.end(), count))
     return found
 
@@ -214,5 +222,11 @@ def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, 
 def find(text: str, found: list[tuple[int, int, int]]) -> Iterator[Span]:
     """Everything of this file in a normalised text."""
     yield from tried(text, PATTERNS, found)
+    for match in _CARD.finditer(text) if found else ():  # twelve to nineteen digits of any issuer, behind the word
+        if checks.luhn("".join(_DIGIT.findall(match["number"]))):
+            yield Span(*match.span("number"), kinds.CARD, 0.85)
+    if "자리" in text or "뒷번호" in text or "앞번호" in text:
+        yield from (Span(*match.span("half" if match["half"] else "other"), kinds.RRN, 0.9) for match in _HALF.finditer(text))
+    yield from (Span(*match.span(), kinds.RRN, 0.9) for match in (_STARS.finditer(text) if "-" in text else ()) if checks.birth(match[0][:6] + match[0].partition("-")[2].lstrip()[0]))
     if "ort" in text:
         yield from (Span(*match.span("code"), kinds.ACCOUNT, 0.9) for match in _SORT_CODE.finditer(text))

@@ -12,14 +12,14 @@ from megatron_ext.curate.privacy.spans import Span
 
 _AREAS = frozenset("031 032 033 041 042 043 044 051 052 053 054 055 061 062 063 064".split())
 _COMPANIES = frozenset("1522 1533 1544 1551 1566 1577 1588 1599 1600 1644 1661 1666 1668 1670 1688 1800 1811 1833 1855 1877 1899".split())
-_J = f"{S}(?:[-.·/_)~]{{1,2}}{S})?"
+_J = f"{S}(?:[-.·/_)~*]{{1,2}}{S})?"
 _START, _END = r"(?<![\d.])(?<!\d-)(?<![A-Za-z]-)", r"(?!\d)(?![-.]\d)"
 _COUNTRY = rf"(?:\+{S}|00{S})?8{S}2{S}[-.·/_)]?{S}(?:\(?{S}0{S}\)?)?"
 _KOREAN = re.compile(rf"{_START}(?:\(?{S}\+{S}8{S}2{S}\)?{S}[-.·/_]?{S}(?:\({S}0{S}\){S}|0{S})?|{_COUNTRY}|\(?{S}0{S})"
                      rf"[1-8](?:{S}\d){{0,2}}{_J}{digits(3, 4)}{_J}{digits(4)}{_END}")
 _COMPANY = re.compile(rf"{_START}{digits(4)}{S}[-.·/_]{{0,2}}{S}{digits(4)}{_END}")
 _LOCAL = re.compile(rf"{_START}\d{{3,4}}{S}[-.·/_]{S}\d{{4}}{_END}")
-_AMERICAN = re.compile(rf"{_START}(?:\+?{S}1{_J})?\(?{S}[2-9]{S}\d{S}\d{S}\)?{_J}[2-9]{S}\d{S}\d{_J}{digits(4)}{_END}")
+_AMERICAN = re.compile(rf"{_START}(?:(?:\+{S}|00)?1{_J})?\(?{S}[2-9]{S}\d{S}\d{S}\)?{_J}[2-9]{S}\d{S}\d{_J}{digits(4)}(?:[ ]?(?:x|ext\.?)[ ]?\d{{1,6}})?{_END}")
 _BRITISH = re.compile(rf"{_START}(?:\+{S}4{S}4{S}[-.]?{S}(?:\({S}0{S}\){S})?|\(?{S}0{S})[1-9](?:{_J}\d){{8,9}}{_END}")
 _ANY = re.compile(rf"\+{S}[1-9]\d{{0,2}}(?:[ \-.()\n]{{0,3}}\d){{7,12}}{_END}")
 
@@ -52,11 +52,13 @@ def in_korea(number: str) -> str | None:
 def korean(written: Written, around: Around) -> float:
     raw = around.text[around.start:around.end]
     abroad = not written.digits.startswith("0") or written.digits.startswith("00")
-    if abroad and "+" not in raw and not written.hard and around.labelled(kinds.PHONE) < 0:
+    if abroad and "+" not in raw and not written.hard and around.labelled(kinds.PHONE) < 0 and not written.digits.startswith("0082"):
         return 0
-    what = in_korea(_national(written.digits))
-    if what is None:
-        return 0
+    number = _national(written.digits)
+    what = in_korea(number)
+    if what is None:  # none of the plan, but written and announced as one: of a form, an example, or older than the plan
+        called = 0 <= around.labelled(kinds.PHONE) <= 6 and written.hard and not written.blanks and len(written.groups) == 3
+        return 0.85 if called and (number[:2] in ("01", "02") or number[:3] in _AREAS) and 9 <= len(number) <= 11 else 0
     if around.labelled(kinds.PHONE) >= 0:
         return 0.98
     if around.is_another():
@@ -87,7 +89,7 @@ def local(written: Written, around: Around) -> float:
 
 
 def american(written: Written, around: Around) -> float:
-    number = written.digits.removeprefix("1") if len(written.digits) == 11 else written.digits
+    number = written.digits.removeprefix("00").removeprefix("1")[:10]
     if number[1:3] == "11" or number[4:6] == "11" or number[:3] == number[3:6] == number[6:9]:
         return 0
     raw = around.text[around.start:around.end]

@@ -48,11 +48,21 @@ class Key:
             raise UserError(name, value, f"holds a key of {len(key)} bytes; take at least {SHORTEST_KEY} random ones (openssl rand -hex 32)")
         return cls(key)
 
+    @classmethod
+    def found(cls, settings: PrivacyConfig, environment: Mapping[str, str] = os.environ) -> "Key | None":
+        """The key where one is set, else None. Raises UserError: it cannot be read, or is too short."""
+        given = settings.key_file is not None or environment.get(settings.key_env, "").strip()
+        return cls.read(settings, environment) if given else None
+
     def __repr__(self) -> str:
         return "Key(***)"
 
     def __reduce__(self):
         raise TypeError("a key is not sent to another process; each reads it")
+
+    def digest(self, plain: str) -> str:
+        """64 hexadecimal digits in the place of a hash that could be tried out."""
+        return hmac.new(self._key, f"document\0{plain}".encode(), hashlib.sha256).hexdigest()
 
     def pseudonym(self, kind: str, value: str) -> str:
         """Lower-case letters and digits; the same for the same kind, value and key."""

@@ -5,6 +5,26 @@ A table of first characters gives the lengths that are worth a look-up, so a pla
 import re
 from collections.abc import Iterable, Iterator
 
+from megatron_ext.curate.privacy import kinds
+
+_SEVEN = 7  # digits from which on a number is looked for without what stands between them
+
+
+def variants(value: str, kind: str) -> Iterator[str]:
+    """A normalised value, and how else it is written where nothing announces it: digits alone, a number of Korea without its country, a name without blanks."""
+    yield value
+    if kind == kinds.PERSON:
+        if " " in value and not value.isascii():
+            yield "".join(value.split())
+        return
+    if kind not in kinds.STRUCTURED or any(character.isalpha() for character in value):
+        return
+    digits = "".join(character for character in value if "0" <= character <= "9")
+    if len(digits) >= _SEVEN:
+        yield digits
+        if kind == kinds.PHONE and digits.startswith("82"):
+            yield "0" + digits[2:].removeprefix("0")
+
 
 class Values:
     """Args: values: of two characters and more; shorter ones are left out."""
@@ -28,6 +48,6 @@ class Values:
         for match in self._first.finditer(text):
             at = match.start()
             for length in self._lengths.get(text[at:at + 2], ()):
-                if text[at:at + length] in self._values:
+                if text[at:at + length] in self._values and at + length <= len(text):  # a slice at the end is shorter
                     yield at, at + length
                     break
