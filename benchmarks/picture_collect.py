@@ -1,9 +1,9 @@
-"""docs/images/collect.png: the page of `collect serve` as it is, in Chromium, with an order half made.
+"""docs/images/collect.png: the page of `collect serve` as it is, in Chromium, with an order made.
 
     python benchmarks/picture_collect.py [docs/images/collect.png]
 
-It starts the server on a folder of its own, lets two people order ten tasks over HTTP so that progress and agreement are known, opens the link of one
-of them, presses 2, =, 1, and takes the picture (tests/browser.py).
+It starts the server on a folder of its own, lets two people order fifteen tasks over HTTP so that progress and agreement are known, opens the link of one
+of them, orders its answers by keys, and takes the picture (tests/browser.py).
 """
 import sys
 import tempfile
@@ -31,7 +31,7 @@ def main() -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     prompt = ({"role": "user", "content": "I moved to another district last week. Do I have to report my new address, and where?"},)
     shown = Task("shown", prompt, tuple(Answer(f"a{number}", text, "m") for number, text in enumerate(ANSWERS)), "welfare", "en", {})
-    others = [task(number, answers=3, domain=("education", "health")[number % 2]) for number in range(10)]
+    others = [task(number, answers=3, domain=("education", "health", "welfare")[number % 3]) for number in range(15)]
     words = ("collect.annotators=[kim,lee]", "collect.shared=1", "collect.shared_votes=2", "collect.target=40", "collect.domain_target=20", "collect.targets=[welfare:15]")
     with tempfile.TemporaryDirectory() as place:
         folder = write_tasks(Path(place) / "tasks", [*others, shown])
@@ -45,7 +45,9 @@ def main() -> None:
             try:
                 page = browser.page(server.link("kim"))
                 page.wait("!document.getElementById('work').hidden && document.querySelectorAll('#answers li').length > 0")
-                page.key("2", "=", "1")
+                page.send("Emulation.setDeviceMetricsOverride", width=1100, height=830, deviceScaleFactor=1, mobile=False)
+                places = page.js("[...document.querySelectorAll('#answers li')].map(one => one.dataset.id)")
+                page.key(str(places.index("a1") + 1), "=", str(places.index("a0") + 1), str(places.index("a2") + 1))  # what is left places itself
                 page.picture(target)
             finally:
                 browser.close()

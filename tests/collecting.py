@@ -1,5 +1,6 @@
 """What tests of `collect` share: documents, records, tasks, an endpoint that speaks as OpenAI's does, and the command line."""
 import contextlib
+import copy
 import http.client
 import json
 import os
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Self
 
 import forked
+import yaml
 from small import ROOT, environment
 
+from megatron_ext.config.build import from_dict, to_dict
 from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
 from rlhf.collect import ballots
@@ -53,8 +56,22 @@ def read(path: Path) -> list[dict]:
 
 
 @cache
+def _plain() -> dict:
+    return to_dict(compose(()))
+
+
+@cache
 def config(*words: str) -> Config:
-    return compose(words)
+    """As Hydra composes it from simple KEY=VALUE words, a thirtieth of the time."""
+    found = copy.deepcopy(_plain())
+    for word in words:
+        key, _, value = word.partition("=")
+        *groups, name = key.split(".")
+        inner = found
+        for group in groups:
+            inner = inner[group]
+        inner[name] = yaml.safe_load(value) if value else ""
+    return from_dict(found)
 
 
 def document(text: str, name: str = "law/1", **metadata: object) -> dict:

@@ -117,10 +117,11 @@ def test_pairs_of_any_format_and_compressed(tmp_path):
 def test_rows_that_were_cleaned_as_documents_are_pairs_again(tmp_path):
     """`prepare curate=...` writes a row of a table out, `field: value` a line: questions with answers can have personal data taken out first."""
     rows = [document("Q: 몇 시에 여나요?\nA: 아홉 시: 정각에 엽니다.\nlabel: 0", "r/1", source="talk", licence="MIT", sha256="e" * 64, text_sha256="d" * 64),
-            document("Q: 누가?\nA:", "r/2"), document("Q: 하나?\nA: 둘.\n셋이라고도 합니다", "r/3"), document("A: 먼저 답.\nQ: 나중 물음?", "r/4")]
-    found = made(tmp_path, rows, "chat.prompt_key=Q", "chat.response_key=A", "collect.builder=qa")
+            document("Q: 누가?\nA:", "r/2"), document("Q: 하나?\nA: 둘.\n셋이라고도 합니다", "r/3"), document("A: 먼저 답.\nQ: 나중 물음?", "r/4", licence="unknown")]
+    found = made(tmp_path, rows, "collect.licence=CC0", "chat.prompt_key=Q", "chat.response_key=A", "collect.builder=qa")
     assert [(row["prompt"], row["response"]) for row in read(tmp_path / "out" / "sft.jsonl")] == [("몇 시에 여나요?", "아홉 시: 정각에 엽니다."), ("나중 물음?", "먼저 답.")]
-    first = read(tmp_path / "out" / "sft.jsonl")[0]["source"]
+    first, last = (row["source"] for row in read(tmp_path / "out" / "sft.jsonl"))
+    assert last["licence"] == "CC0"
     assert (first["id"], first["sha256"], first["text_sha256"], first["licence"], first["collection"]) == ("r/1", "e" * 64, "d" * 64, "MIT", "talk")
     assert found["left_out"] == {"no_pair": 2}
     made(tmp_path, rows[:1], "collect.passage_chars=5")  # without the names of its fields it is a document

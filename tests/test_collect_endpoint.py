@@ -182,8 +182,7 @@ def test_a_cache_with_a_line_that_is_none_is_told_by_its_number(tmp_path, spoilt
 @pytest.mark.parametrize(("words", "key"), [(["collect.max_requests=4"], "collect.max_requests"), (["collect.max_tokens=8000"], "collect.max_tokens"),
                                             (["collect.max_cost=0.01", "collect.price_in=1", "collect.price_out=2"], "collect.max_cost")])
 def test_a_budget_is_never_gone_over_and_a_larger_one_goes_on(tmp_path, words, key):
-    passages(tmp_path, 40)
-    write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number % 10} {number}" + "글" * 300} for number in range(40)])
+    write(tmp_path / "in" / "passages.jsonl", [{"id": f"p{number}", "passage": f"도서관 {number % 10} {number}" + "글" * 300} for number in range(16)])
 
     def reply(body, number):
         text = json.dumps([{"question": f"질문 {body['messages'][-1]['content'][-60:-40]} {number}?", "answer": "답입니다."}], ensure_ascii=False)
@@ -196,11 +195,11 @@ def test_a_budget_is_never_gone_over_and_a_larger_one_goes_on(tmp_path, words, k
                 run(tmp_path, endpoint, *words)
         asked = len(endpoint.asked)
         spent = yaml.safe_load((tmp_path / "out" / "augment.yaml").read_text())["spent"]
-        assert 0 < asked < 40 and spent["requests"] == asked
+        assert 0 < asked < 16 and spent["requests"] == asked
         assert {"collect.max_requests": asked <= 4, "collect.max_tokens": asked * 1000 <= 8000, "collect.max_cost": asked * (800 + 400) / 1e6 <= 0.01}[key]
         assert len(read(tmp_path / "out" / "sft.jsonl")) == asked
         run(tmp_path, endpoint, "collect.max_requests=400")
-        assert len(endpoint.asked) == 40
+        assert len(endpoint.asked) == 16
 
 
 def test_what_a_request_can_cost_at_most():

@@ -8,12 +8,13 @@ read is named by file and line, counted and skipped; more than `chat.max_bad_rec
 """
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_ext.config.schema import Config
-from megatron_ext.curate.ingest.licences import forbidden
+from megatron_ext.curate.ingest.licences import UNKNOWN, forbidden
 from megatron_ext.curate.manifest import FILE as MANIFEST
 from megatron_ext.curate.manifest import FORMAT, Curated
 from rlhf.collect.rights import Gate
@@ -21,6 +22,7 @@ from rlhf.data import files, records
 from rlhf.data.fields import Bad, Message
 
 _FACTS = ("licence", "owner", "date", "origin", "language", "domain")
+_HANGUL = re.compile("[가-힣\u1100-\u11ff]")
 _QUESTIONS = ("messages", "conversations", "instruction", "chosen", "responses", "prompt")
 
 
@@ -83,9 +85,8 @@ class Pair:
 
 
 def language_of(text: str) -> str:
-    letters = [letter for letter in text[:2000] if letter.isalpha()]
-    hangul = sum("가" <= letter <= "힣" or "ᄀ" <= letter <= "ᇿ" for letter in letters)
-    return "ko" if hangul * 10 >= max(len(letters), 1) else "en"
+    text = text[:2000]
+    return "ko" if len(_HANGUL.findall(text)) * 10 >= max(sum(map(str.isalpha, text)), 1) else "en"
 
 
 def inputs(path: Path, *, key: str = "input") -> list[Path]:
@@ -180,6 +181,8 @@ def _source(value: dict, metadata: Mapping, file: Path, line: int, text: str, co
     name = value.get("id")
     name = str(name) if isinstance(name, str | int) and not isinstance(name, bool) and str(name).strip() else None
     facts = {key: metadata[key] for key in _FACTS if isinstance(metadata.get(key), str) and metadata[key].strip()}
+    if wanted.licence and facts.get("licence") == UNKNOWN:  # as cleaned documents without a catalogue say
+        del facts["licence"]
     facts = {"domain": wanted.domain, "licence": wanted.licence} | facts
     if isinstance(metadata.get("source"), str):
         facts["collection"] = metadata["source"]
