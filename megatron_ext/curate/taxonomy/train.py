@@ -67,17 +67,21 @@ def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Clas
     for domain in domains:
         if (labels == domain).sum() < LEAST:
             raise UserError("input", domain, f"has {(labels == domain).sum()} examples; at least {LEAST} are needed")
-    matrix = _matrix(examples, bits)
-    folds = np.asarray([example.fold(FOLDS) for example in examples])
+    scale = _scale(examples, bits)
+    matrix = _matrix(examples, bits, scale)
+    folds = np.asarray([-1 if example.aid else example.fold(FOLDS) for example in examples])  # -1: never held out
     out = np.zeros((len(examples), len(domains)))
-    for fold in np.unique(folds):
+    for fold in range(FOLDS):
         inside = folds != fold
+        if inside.all():
+            continue
         weights, bias = _weights(matrix[inside], labels[inside], domains, c)
         out[~inside] = 1 / (1 + np.exp(-(matrix[~inside] @ weights.T + bias)))
-    threshold = _threshold(out, labels, domains)
+    out, held = out[folds >= 0], labels[folds >= 0]
+    threshold = _threshold(out, held, domains)
     weights, bias = _weights(matrix, labels, domains, c)
-    about = {"examples": len(examples), "c": c, "cross_validation": _measured(out, labels, domains, threshold)}
-    return Classifier(domains, weights.astype(np.float32), bias.astype(np.float32), threshold, about)
+    about = {"examples": len(held), "words": len(labels) - len(held), "c": c, "cross_validation": _measured(out, held, domains, threshold)}
+    return Classifier(domains, weights.astype(np.float32), bias.astype(np.float32), scale, threshold, about)
 
 
 def measure(model: Classifier, examples: Sequence[Example]) -> dict:
@@ -87,10 +91,19 @@ def measure(model: Classifier, examples: Sequence[Example]) -> dict:
     return _measured(out, np.asarray([example.label for example in examples]), model.domains, model.threshold)
 
 
-def _matrix(examples: Sequence[Example], bits: int):
+def _scale(examples: Sequence[Example], bits: int) -> np.ndarray:
+    """1 + ln((1 + n) / (1 + examples that have the feature)): rare n-grams say more than those of every ending. From texts alone, without
+    labels."""
+    counts = np.zeros(2**bits, dtype=np.int64)
+    for example in examples:
+        counts[features(example.text, bits=bits)[0]] += 1
+    return (1 + np.log((1 + len(examples)) / (1 + counts))).astype(np.float32)
+
+
+def _matrix(examples: Sequence[Example], bits: int, scale: np.ndarray):
     from scipy.sparse import csr_matrix
 
-    found = [features(example.text, bits=bits) for example in examples]
+    found = [features(example.text, bits=bits, scale=scale) for example in examples]
     starts = np.cumsum([0, *(len(indices) for indices, _ in found)])
     indices, values = (np.concatenate([one[part] for one in found]) for part in (0, 1))
     return csr_matrix((values, indices, starts), shape=(len(found), 2**bits), dtype=np.float64)
