@@ -13,7 +13,7 @@ attaches particles to words and varies in spacing, so that one change of an endi
 word two of them. `benchmarks/study_curate_quality.py near` compares both on edited pairs.
 """
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -59,7 +59,7 @@ def collision(similarity: float, *, buckets: int, hashes: int) -> float:
 class MinHash:
     """Signatures with one configuration."""
 
-    config: DuplicatesConfig = DuplicatesConfig()
+    config: DuplicatesConfig = field(default_factory=DuplicatesConfig)
 
     def shingles(self, text: str) -> np.ndarray:
         """uint64 [shingles], sorted, each once. A text shorter than one shingle has a single one, itself; one without letters and digits

@@ -29,8 +29,8 @@ class TrainSettings:
     """`train output=FILE [input=PATH,PATH]`.
 
     Attributes:
-        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the few hundred sentences that this
-            package brings.
+        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the sentences and lists of words that
+            this package brings.
         output: the model to write, .npz.
         bits: 2^bits hashed features. 18 are 1 MB a domain.
         c: the inverse of the penalty; larger follows the examples more closely.
@@ -39,7 +39,7 @@ class TrainSettings:
     output: str
     input: tuple[str, ...] = ()
     bits: int = 18
-    c: float = 10.0
+    c: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EvaluateSettings:
     input: tuple[str, ...]
 
 
-def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Classifier:
+def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 3.0) -> Classifier:
     """A classifier of these examples, with what cross-validation measured in `about["cross_validation"]`.
 
     Raises:
@@ -121,7 +121,7 @@ def _weights(matrix, labels: np.ndarray, domains: Sequence[str], c: float) -> tu
         mine = labels == domain
         if not mine.any() or mine.all():  # a fold without it
             continue
-        model = LogisticRegression(C=c, class_weight="balanced", solver="lbfgs", max_iter=1000, tol=1e-6).fit(inside, mine)
+        model = LogisticRegression(C=c, class_weight="balanced", solver="lbfgs", max_iter=1000, tol=1e-5).fit(inside, mine)
         weights[number, used], bias[number] = model.coef_[0], model.intercept_[0]
     return weights, bias
 
