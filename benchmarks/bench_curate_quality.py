@@ -1,13 +1,12 @@
 """Documents and megabytes (10^6 bytes of UTF-8) a second of each step of quality and taxonomy, on real text of ../shared/data.
 
-    python benchmarks/bench_curate_quality.py [--documents 2000] [--workers 1] [--rounds 3] [--steps minhash ...] [--output FILE.csv]
+    python benchmarks/bench_curate_quality.py [--documents 2000] [--workers 1] [--rounds 3] [--steps minhash ...] [--output benchmarks/results/curate_quality.json]
 
 Documents are statutes, bills, talk, Shakespeare and dialogues, joined and cut to about 2,000 characters, half of them Korean. With several
 workers each has its share of the documents, and the time is that until the last one is done; processes are started before the clock. In
 turns, the median of the rounds. "datatrove" rows are its own blocks on the same documents, where it is installed.
 """
 import argparse
-import csv
 import gzip
 import json
 import multiprocessing
@@ -62,6 +61,7 @@ def steps(files: dict[str, str]) -> dict[str, Callable[[], Callable[[str], objec
     from megatron_ext.curate.quality.block import Quality
     from megatron_ext.curate.quality.config import LanguageModelConfig, QualityConfig
     from megatron_ext.curate.quality.decontaminate import Index
+    from megatron_ext.curate.quality.judge import Judge
     from megatron_ext.curate.quality.language_model import NgramModel
     from megatron_ext.curate.taxonomy.classifier import Classifier
 
@@ -78,14 +78,15 @@ def steps(files: dict[str, str]) -> dict[str, Callable[[], Callable[[str], objec
         "heuristics": lambda: lambda one: heuristics.judge(one, korean=text.is_korean(one)),
         "repetition": lambda: lambda one: repetition.repeated(one, korean=text.is_korean(one)),
         "lists": lambda: lists.opened("toxic_ko", "toxic_en", "bias_ko", "bias_en").find,
-        "language model": lambda: NgramModel.load(files["model"]).score,
+        "language model, perplexity": lambda: NgramModel.load(files["model"]).score,
+        "language model, with word order": lambda: Judge(NgramModel.load(files["model"]), LanguageModelConfig()).look,
         "quality (all of these)": quality,
         "exact key": lambda: duplicates.exact_key,
         "paragraph keys": lambda: lambda one: duplicates.paragraph_keys(one, least=40),
         "minhash": minhash,
         "decontaminate": lambda: Index.load(files["index"]).hits,
         "taxonomy": lambda: Classifier.load(files["domains"]).classify,
-        "datatrove minhash, English": lambda: _datatrove_minhash("english"),
+        "datatrove minhash, English": lambda: _datatrove_minhash("eng"),
         "datatrove Gopher repetition": lambda: _datatrove_filter("gopher_repetition_filter", "GopherRepetitionFilter"),
         "datatrove Gopher quality": lambda: _datatrove_filter("gopher_quality_filter", "GopherQualityFilter"),
     }
@@ -117,7 +118,7 @@ def _worker(name: str, files: dict[str, str], count: int, number: int, workers: 
         function = steps(files)[name]()
         own = documents(count)[number::workers]
         function(own[0])  # what is loaded at the first text
-    except Exception as error:
+    except (ImportError, OSError, ValueError, TypeError) as error:  # a package that is missing, or one that does not fit another
         results.put((number, type(error).__name__))
         barrier.abort()
         return
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table as CSV")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the table as JSON")
     options = parser.parse_args()
     if not SHARED.exists():
         parser.exit(2, f"error: {SHARED} is not there\n")
@@ -176,10 +177,7 @@ def main() -> None:
                      "seconds": round(spent, 4), "documents_per_s": round(options.documents / spent, 1), "mb_per_s": round(size / spent, 3)})
         print(f"{name:32} {options.documents / spent:12,.0f} {size / spent:8.2f}")
     if options.output:
-        with open(options.output, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        options.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         from loguru import logger
 
-        logger.remove()  # datatrove tells of each bucket
+        logger.disable("datatrove")  # it tells of each bucket
     if not SHARED.exists():
         parser.exit(2, f"error: {SHARED} is not there\n")
     found = {"sets": sets(options.trials)}

@@ -1,7 +1,7 @@
-"""The measurements behind the defaults of quality and taxonomy (docs/curate_quality.md), on real text of ../shared/data.
+"""The measurements behind the defaults of quality and taxonomy (docs/curate_quality.md), on real text of ../shared/data. Near duplicates are
+study_curate_near.py.
 
     python benchmarks/study_curate_quality.py model      units and orders: AUC against shuffled words, sizes, speed
-    python benchmarks/study_curate_quality.py near       MinHash: found pairs at given similarities; edited documents, ours and datatrove's
     python benchmarks/study_curate_quality.py rules      statutes under the rules; morphemes in an eojeol, where kiwipiepy is installed
     python benchmarks/study_curate_quality.py domains    the domain classifier on labels that it has not seen
 """
@@ -9,7 +9,6 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from curate_texts import auc, chat, shuffled, statutes
-
-SIMILARITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
 def model() -> None:
@@ -63,94 +60,6 @@ def model() -> None:
     for name, found in scores.items():
         shares = " ".join(f"{np.percentile(found, q):9,.0f}" for q in (5, 50, 95))
         print(f"{name:28} perplexity 5/50/95 %: {shares}   AUC against talk {auc(scores['talk'], found):.4f}")
-
-
-def edited(text: str, share: float, draw: random.Random) -> str:
-    """A share of the eojeol changed as editors and scanners do: another ending, another word, a space lost or gained."""
-    words = text.split()
-    for at in sorted(draw.sample(range(len(words)), round(share * len(words))), reverse=True):
-        word = words[at]
-        kind = draw.randrange(4)
-        if kind == 0:
-            words[at] = re.sub(r"\w$", draw.choice("은는이가을를의에"), word)
-        elif kind == 1:
-            words[at] = draw.choice(words)
-        elif kind == 2 and at + 1 < len(words):
-            words[at : at + 2] = [word + words[at + 1]]
-        elif len(word) > 1:
-            words[at : at + 1] = [word[: len(word) // 2], word[len(word) // 2 :]]
-    return " ".join(words)
-
-
-def passages(size: int = 1500) -> list[str]:
-    """Different documents of similar kinds: passages of statutes and bills, and runs of talk."""
-    from megatron_ext.curate.quality.train import cut
-
-    talk = "\n".join(f"{question} {answer}" for question, answer, _ in chat())
-    return [one for text in statutes().values() for one in cut(text, size)] + cut(talk, size)[:200]
-
-
-def near() -> None:
-    from megatron_ext.curate.quality.config import DuplicatesConfig
-    from megatron_ext.curate.quality.duplicates import MinHash, collision, duplicates, jaccard
-
-    ours = MinHash()
-    theirs = _datatrove()
-    print("pairs of sets of 400 shingles with a given Jaccard similarity: share found (2,000 pairs each)")
-    print(f"{'J':>5} {'1-(1-J^8)^14':>13} {'ours':>8} {'datatrove':>10}")
-    trials = 2000
-    for similarity in SIMILARITIES:
-        draw, hits = np.random.default_rng(int(100 * similarity)), [0, 0]
-        for _ in range(trials):
-            every = draw.integers(0, 2**63, 400, dtype=np.uint64)
-            both = round(similarity * 400)
-            half = both + (400 - both) // 2
-            a, b = np.unique(every[:half]), np.unique(np.concatenate([every[:both], every[half:]]))
-            hits[0] += duplicates(ours.signature(a), ours.signature(b))
-            if theirs:
-                hits[1] += duplicates(theirs[1](a), theirs[1](b))
-        other = f"{hits[1] / trials:10.3f}" if theirs else f"{'-':>10}"
-        print(f"{similarity:5.2f} {collision(similarity, buckets=14, hashes=8):13.3f} {hits[0] / trials:8.3f} {other}")
-
-    base, draw = passages()[::3], random.Random(0)
-    methods: dict[str, Callable] = {}
-    for shingle, size in (("characters", 5), ("characters", 8), ("characters", 13), ("words", 3), ("words", 5)):
-        made = MinHash(DuplicatesConfig(shingle=shingle, shingle_size=size))
-        methods[f"ours, {size} {shingle}"] = (lambda made: (made.shingles, made.signature))(made)
-    if theirs:
-        methods["datatrove, 5 words, English"] = theirs
-    versions = {share: [edited(text, share, draw) for text in base] for share in (0.01, 0.03, 0.1, 0.2)}
-    spaced = (("".join(one + " " * (draw.random() < 0.25) for one in text if not one.isspace())) for text in base)
-    versions["spaces at random"] = list(spaced)
-    print(f"\n{len(base)} documents of about 1,500 characters: share of edited copies that are found (mean Jaccard similarity), and pairs of "
-          "different documents that are taken for duplicates")
-    names = [share if isinstance(share, str) else f"{share:.0%} of words" for share in versions]
-    print(f"{'':28} " + " ".join(f"{name:>18}" for name in names) + f" {'different':>14}")
-    for name, (shingles, signature) in methods.items():
-        sets = [shingles(text) for text in base]
-        signatures = [signature(one) for one in sets]
-        cells = []
-        for copies in versions.values():
-            others = [shingles(text) for text in copies]
-            hits = [duplicates(a, signature(b)) if len(b) else False for a, b in zip(signatures, others)]
-            cells.append(f"{np.mean(hits):6.3f} ({np.mean([jaccard(a, b) for a, b in zip(sets, others)]):.2f})")
-        stacked = np.stack(signatures)
-        wrong = sum(int((stacked[at] == stacked[at + 1 :]).all(axis=2).any(axis=1).sum()) for at in range(len(stacked)))
-        print(f"{name:28} " + " ".join(f"{cell:>18}" for cell in cells) + f" {wrong:6} of {len(base) * (len(base) - 1) // 2:,}", flush=True)
-
-
-def _datatrove():
-    try:
-        from datatrove.pipeline.dedup import MinhashDedupSignature
-    except ImportError:
-        return None
-    import tempfile
-
-    step = MinhashDedupSignature(output_folder=tempfile.mkdtemp())
-    return (
-        lambda text: np.unique(step.get_shingles(text).ravel()),
-        lambda one: np.asarray(step.get_signature(one.reshape(-1, 1)), dtype=np.uint64),
-    )
 
 
 def rules() -> None:
@@ -221,7 +130,7 @@ def domains() -> None:
     scores = []
     for name in statutes():
         law = [one for one in real if one.group != name]
-        model = fit([*law, *(one for one in talk if one.fold(5)), *(one for one in read(SEED) if one.label not in ("law", NONE))])
+        model = fit([*law, *(one for one in talk if one.fold(5)), *(one for one in read(SEED) if one.label not in ("law", NONE) and not one.aid)])
         scores.append(measure(model, [*(one for one in real if one.group == name), *(one for one in talk if not one.fold(5))]))
         row = scores[-1]["domains"]
         print(f"  law, {name} held out: recall {row['law']['recall']:.3f} of {row['law']['examples']}, none {row['none']['recall']:.3f} of "
@@ -229,7 +138,7 @@ def domains() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1] not in ("model", "near", "rules", "domains"):
+    if len(sys.argv) != 2 or sys.argv[1] not in ("model", "rules", "domains"):
         print(__doc__)
         sys.exit(2)
-    {"model": model, "near": near, "rules": rules, "domains": domains}[sys.argv[1]]()
+    {"model": model, "rules": rules, "domains": domains}[sys.argv[1]]()

@@ -195,21 +195,21 @@ def test_talk_ranks_apart_from_random_strings(tmp_path, capsys):
     """Under a model of statutes alone: talk is far nearer than characters drawn at random, Hangul too, and stays with the default limits."""
     path = tmp_path / "statutes.npz"
     command = [sys.executable, "-m", "megatron_ext.curate.quality", "train", f"output={path}"]
-    done = subprocess.run([*command, f"input={jsonl(tmp_path / 'a.jsonl', statutes().values())}"], capture_output=True, text=True)
+    done = subprocess.run([*command, f"input={jsonl(tmp_path / 'a.jsonl', statutes().values())}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "AUC" in done.stdout, done.stderr
     draw = random.Random(0)
-    lines = [f"{question} {answer}" for question, answer, _ in draw.sample(chat(), 1000)]
+    lines = [f"{question} {answer}" for question, answer, _ in draw.sample(chat(), 600)]
     letters = sorted({letter for text in lines for letter in text})
     kinds = {
         "talk": lambda text: text, "letters at random": lambda text: "".join(draw.choice(letters) for _ in text),
         "syllables at random": lambda text: "".join(chr(draw.randint(0xAC00, 0xD7A3)) if one != " " else " " for one in text),
     }
-    single = {name: [one["perplexity"] for one in scored(path, list(map(make, lines[:300])), tmp_path)] for name, make in kinds.items()}
-    longer = [" ".join(lines[at : at + 10]) for at in range(0, 1000, 10)]
+    single = {name: [one["perplexity"] for one in scored(path, list(map(make, lines[:150])), tmp_path)] for name, make in kinds.items()}
+    longer = [" ".join(lines[at : at + 10]) for at in range(0, 600, 10)]
     kept = {name: reasons(path, list(map(make, longer))).count(None) / len(longer) for name, make in kinds.items()}
     found = {name: auc(single["talk"], single[name]) for name in list(kinds)[1:]}
     capsys.readouterr()
     with capsys.disabled():
-        print(f"\ntalk against random strings, 300 sentences each, AUC of perplexity {found}; the default step keeps {kept}")
+        print(f"\ntalk against random strings, 150 sentences each, AUC of perplexity {found}; the default step keeps {kept}")
     assert min(found.values()) >= 0.98
     assert kept["talk"] >= 0.98 and max(kept["letters at random"], kept["syllables at random"]) <= 0.02

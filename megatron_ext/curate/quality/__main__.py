@@ -1,10 +1,11 @@
 """Commands of this room.
 
     python -m megatron_ext.curate.quality train input=PATH output=MODEL.npz [units=characters] [order=6] [least=1,1,2] [held_out=0.05]
-    python -m megatron_ext.curate.quality score model=MODEL.npz input=PATH [text_key=text]
+    python -m megatron_ext.curate.quality score model=MODEL.npz input=PATH [output=SCORES.jsonl] [text_key=text]
     python -m megatron_ext.curate.quality index inputs=PATH,PATH output=INDEX.npz
 
-train fits an n-gram language model to a corpus that someone trusts; score prints quantiles of perplexity of a corpus, to choose limits by;
+train fits an n-gram language model to a corpus that someone trusts; score prints quantiles over a corpus and what the model's own limits
+would drop, and writes perplexity and word order of each document;
 index writes the n-grams of evaluation sets that training data must not hold.
 """
 import sys

@@ -1,6 +1,6 @@
 """Commands of this room.
 
-    python -m megatron_ext.curate.taxonomy train output=MODEL.npz [input=EXAMPLES.jsonl,MORE.csv] [bits=18] [c=10]
+    python -m megatron_ext.curate.taxonomy train output=MODEL.npz [input=EXAMPLES.jsonl,MORE.csv] [bits=18] [c=3]
     python -m megatron_ext.curate.taxonomy evaluate model=MODEL.npz input=EXAMPLES.jsonl
     python -m megatron_ext.curate.taxonomy classify model=MODEL.npz text="..."
 

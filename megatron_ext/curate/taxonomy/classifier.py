@@ -7,12 +7,14 @@ One logistic regression a domain against everything else, so that probabilities 
 education, and a recipe is of none. The domain is the one of the highest probability where that reaches the threshold, which was chosen on
 held-out examples at training.
 
-The file is numpy's .npz without pickle: `weights` float32 [domains, 2^bits], `bias` float32 [domains], `about` (JSON: domains, bits,
+The file is numpy's .npz without pickle: `weights` float32 [domains, 2^bits], `bias` float32 [domains],
+`scale` float32 [2^bits], `about` (JSON: domains, bits,
 threshold, what was measured).
 """
 import json
 import zipfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import numpy as np
 from megatron_ext.curate.taxonomy.features import features
 from megatron_ext.errors import UserError
 
-FORMAT = "megatron_ext.taxonomy/1"
+FORMAT = "megatron_ext.taxonomy/2"
 NONE = "none"
 
 
@@ -48,6 +50,7 @@ class Classifier:
     domains: tuple[str, ...]
     weights: np.ndarray
     bias: np.ndarray
+    scale: np.ndarray
     threshold: float
     about: dict
 
@@ -57,10 +60,15 @@ class Classifier:
 
     def probabilities(self, text: str) -> np.ndarray:
         """float64 [domains]; an empty text has 0 everywhere."""
-        indices, values = features(text, bits=self.bits)
+        indices, values = features(text, bits=self.bits, scale=self.scale)
         if not len(indices):
             return np.zeros(len(self.domains))
-        return 1 / (1 + np.exp(-(self.weights[:, indices] @ values + self.bias).astype(np.float64)))
+        return 1 / (1 + np.exp(-(values @ self._by_feature[indices] + self.bias).astype(np.float64)))
+
+    @cached_property
+    def _by_feature(self) -> np.ndarray:
+        """float32 [2^bits, domains]: what one feature needs lies together."""
+        return np.ascontiguousarray(self.weights.T)
 
     def classify(self, text: str, *, threshold: float | None = None) -> Answer:
         """The domain of a text.
@@ -78,7 +86,7 @@ class Classifier:
         about = {**self.about, "format": FORMAT, "domains": list(self.domains), "threshold": self.threshold}
         header = np.frombuffer(json.dumps(about, sort_keys=True, ensure_ascii=False).encode(), dtype=np.uint8)
         with open(path, "wb") as file:
-            np.savez_compressed(file, about=header, weights=self.weights, bias=self.bias)
+            np.savez_compressed(file, about=header, weights=self.weights, bias=self.bias, scale=self.scale)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.taxonomy.path") -> "Classifier":
@@ -89,11 +97,11 @@ class Classifier:
                 about = json.loads(file["about"].tobytes())
                 if about["format"] != FORMAT:
                     raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: train it anew")
-                weights, bias = file["weights"], file["bias"]
+                weights, bias, scale = file["weights"], file["bias"], file["scale"]
                 domains, threshold = tuple(map(str, about["domains"])), float(about["threshold"])
-                if weights.shape[0] != len(domains) or bias.shape != (len(domains),) or weights.shape[1].bit_count() != 1:
+                if weights.shape[0] != len(domains) or bias.shape != (len(domains),) or weights.shape[1:] != scale.shape or len(scale).bit_count() != 1:
                     raise ValueError("sizes do not fit")
-                return cls(domains, weights, bias, threshold, about)
+                return cls(domains, weights, bias, scale, threshold, about)
         except OSError as error:
             raise UserError(key, path, f"cannot be read ({error.strerror}); write one with {train}") from error
         except (ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile) as error:

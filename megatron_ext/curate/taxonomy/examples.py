@@ -1,4 +1,5 @@
-"""Labelled examples: JSONL or CSV with `text`, `label` and optionally `group`, or YAML with a list of texts for each label.
+"""Labelled examples: JSONL or CSV with `text`, `label` and optionally `group`, or YAML with a list of texts for each label. An item
+`words: ...` of such a list is a list of words: they are learnt from, together and each alone, and nothing is measured on them.
 
 Pieces of one document share a group, so that no part of what a model is measured on was seen at training. Without one, each text is its
 own group.
@@ -18,9 +19,12 @@ SEED = tuple(Path(__file__).parent / "seed" / name for name in ("ko.yaml", "en.y
 
 @dataclass(frozen=True)
 class Example:
+    """`aid`: only learnt from (words of a list)."""
+
     text: str
     label: str
     group: str
+    aid: bool = False
 
     def fold(self, folds: int) -> int:
         """0 to folds - 1, by the group alone: adding examples moves no other one."""
@@ -47,7 +51,10 @@ def read(paths: tuple[str | Path, ...], *, key: str = "input") -> list[Example]:
             text, label = record.get("text"), record.get("label")
             if not isinstance(text, str) or not text.strip() or not isinstance(label, str) or not label:
                 raise UserError(key, path, f"record {number} must have text and label, both texts")
-            found[text, label] = Example(text, label, str(record.get("group") or text))
+            aid = record.get("aid") is True
+            found.setdefault((text, label), Example(text, label, str(record.get("group") or text), aid))
+            for word in text.split() if aid else ():
+                found.setdefault((word, label), Example(word, label, word, True))
     return [found[one] for one in sorted(found)]
 
 
@@ -68,7 +75,10 @@ def _yaml(path: Path) -> list[dict]:
     fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict) or not all(isinstance(texts, list) for texts in fields.values()):
         raise ValueError("must map labels to lists of texts")
-    return [{"text": text, "label": str(label)} for label, texts in fields.items() for text in texts]
+    return [
+        {"text": one["words"] if isinstance(one, dict) and set(one) == {"words"} else one, "label": str(label), "aid": isinstance(one, dict)}
+        for label, texts in fields.items() for one in texts
+    ]
 
 
 _READERS = {".jsonl": _jsonl, ".csv": _csv, ".yaml": _yaml, ".yml": _yaml}

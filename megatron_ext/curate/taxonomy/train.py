@@ -29,8 +29,8 @@ class TrainSettings:
     """`train output=FILE [input=PATH,PATH]`.
 
     Attributes:
-        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the few hundred sentences that this
-            package brings.
+        input: files of labelled examples; the label "none" is for texts of none of the domains. Empty: the sentences and lists of words that
+            this package brings.
         output: the model to write, .npz.
         bits: 2^bits hashed features. 18 are 1 MB a domain.
         c: the inverse of the penalty; larger follows the examples more closely.
@@ -39,7 +39,7 @@ class TrainSettings:
     output: str
     input: tuple[str, ...] = ()
     bits: int = 18
-    c: float = 10.0
+    c: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EvaluateSettings:
     input: tuple[str, ...]
 
 
-def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Classifier:
+def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 3.0) -> Classifier:
     """A classifier of these examples, with what cross-validation measured in `about["cross_validation"]`.
 
     Raises:
@@ -67,17 +67,21 @@ def fit(examples: Sequence[Example], *, bits: int = 18, c: float = 10.0) -> Clas
     for domain in domains:
         if (labels == domain).sum() < LEAST:
             raise UserError("input", domain, f"has {(labels == domain).sum()} examples; at least {LEAST} are needed")
-    matrix = _matrix(examples, bits)
-    folds = np.asarray([example.fold(FOLDS) for example in examples])
+    scale = _scale(examples, bits)
+    matrix = _matrix(examples, bits, scale)
+    folds = np.asarray([-1 if example.aid else example.fold(FOLDS) for example in examples])  # -1: never held out
     out = np.zeros((len(examples), len(domains)))
-    for fold in np.unique(folds):
+    for fold in range(FOLDS):
         inside = folds != fold
+        if inside.all():
+            continue
         weights, bias = _weights(matrix[inside], labels[inside], domains, c)
         out[~inside] = 1 / (1 + np.exp(-(matrix[~inside] @ weights.T + bias)))
-    threshold = _threshold(out, labels, domains)
+    out, held = out[folds >= 0], labels[folds >= 0]
+    threshold = _threshold(out, held, domains)
     weights, bias = _weights(matrix, labels, domains, c)
-    about = {"examples": len(examples), "c": c, "cross_validation": _measured(out, labels, domains, threshold)}
-    return Classifier(domains, weights.astype(np.float32), bias.astype(np.float32), threshold, about)
+    about = {"examples": len(held), "words": len(labels) - len(held), "c": c, "cross_validation": _measured(out, held, domains, threshold)}
+    return Classifier(domains, weights.astype(np.float32), bias.astype(np.float32), scale, threshold, about)
 
 
 def measure(model: Classifier, examples: Sequence[Example]) -> dict:
@@ -87,10 +91,19 @@ def measure(model: Classifier, examples: Sequence[Example]) -> dict:
     return _measured(out, np.asarray([example.label for example in examples]), model.domains, model.threshold)
 
 
-def _matrix(examples: Sequence[Example], bits: int):
+def _scale(examples: Sequence[Example], bits: int) -> np.ndarray:
+    """1 + ln((1 + n) / (1 + examples that have the feature)): rare n-grams say more than those of every ending. From texts alone, without
+    labels."""
+    counts = np.zeros(2**bits, dtype=np.int64)
+    for example in examples:
+        counts[features(example.text, bits=bits)[0]] += 1
+    return (1 + np.log((1 + len(examples)) / (1 + counts))).astype(np.float32)
+
+
+def _matrix(examples: Sequence[Example], bits: int, scale: np.ndarray):
     from scipy.sparse import csr_matrix
 
-    found = [features(example.text, bits=bits) for example in examples]
+    found = [features(example.text, bits=bits, scale=scale) for example in examples]
     starts = np.cumsum([0, *(len(indices) for indices, _ in found)])
     indices, values = (np.concatenate([one[part] for one in found]) for part in (0, 1))
     return csr_matrix((values, indices, starts), shape=(len(found), 2**bits), dtype=np.float64)
@@ -108,7 +121,7 @@ def _weights(matrix, labels: np.ndarray, domains: Sequence[str], c: float) -> tu
         mine = labels == domain
         if not mine.any() or mine.all():  # a fold without it
             continue
-        model = LogisticRegression(C=c, class_weight="balanced", solver="lbfgs", max_iter=1000, tol=1e-6).fit(inside, mine)
+        model = LogisticRegression(C=c, class_weight="balanced", solver="lbfgs", max_iter=1000, tol=1e-5).fit(inside, mine)
         weights[number, used], bias[number] = model.coef_[0], model.intercept_[0]
     return weights, bias
 
