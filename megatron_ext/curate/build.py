@@ -64,6 +64,7 @@ class Build:
         self = cls(settings, Path(input).absolute(), Path(output).absolute())
         for step in settings.steps:
             entry(step)
+        apart(self.input, self.output, "curate.output")
         sources = self.sources()
         Removals.read(settings.removals)
         files = list_files(self.input)
@@ -212,6 +213,13 @@ class Build:
         if before is not None and before >= len(steps):
             found.append(Fingerprint(removals))
         return [*found, ShardWriter(self.folder(number), found, gone=self.out / "dropped", counts=self.counts(number), group=None if last else number)]
+
+
+def apart(input: Path, output: Path, key: str) -> None:
+    """Raises UserError: one lies in the other, so that what is written would be read."""
+    read, written = input.resolve(), output.resolve()
+    if read == written or read in written.parents or written in read.parents:
+        raise UserError(key, output, f"and input={input} must not lie in one another: what is written would be read the next time")
 
 
 def plain_settings(settings: CurateConfig) -> dict:
