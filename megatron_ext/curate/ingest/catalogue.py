@@ -80,11 +80,11 @@ def read_catalogue(path: str | None, name: str) -> tuple[Source, ...]:
         raise UserError(KEY, path, f"is not YAML: {' '.join(str(error).split())[:200]}") from None
     except (RecursionError, ValueError):  # nested without end; a date that no calendar has
         raise UserError(KEY, path, "is not YAML that can be read") from None
-    if isinstance(found, dict) and (unknown := [key for key in found if key != "sources"]):
-        raise UserError(KEY, path, f"unknown key {str(unknown[0])[:40]!r}; it holds one list, sources")
     rows = found.get("sources") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(KEY, path, "must hold a list `sources`, each with a name, such as {name: statutes, path: statutes/**, licence: KOGL-1}")
+    if unknown := [key for key in found if key != "sources"]:
+        raise UserError(KEY, path, f"unknown key {str(unknown[0])[:40]!r}; it holds one list, sources")
     sources = tuple(_source(path, number, row) for number, row in enumerate(rows, 1))
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -146,7 +146,7 @@ class Readers:
                 try:
                     if entry.file_size > reading.settings.max_bytes:
                         raise Unreadable(_too_large(reading.settings.max_bytes))
-                    if entry.file_size > max(RATIO * entry.compress_size, 1 << 20):
+                    if entry.file_size > max(RATIO * entry.compress_size, 1 << 16):
                         raise Unreadable(f"packed more than {RATIO} times, as no text is")
                     with archive.open(entry) as stream:
                         content = stream.read(entry.file_size)
