@@ -45,9 +45,11 @@ def said(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory) -> Path:
-    """All formats, and JSON lines with copies, near copies and shared paragraphs, so that every step has work."""
+    """Many formats, and JSON lines with copies, near copies and shared paragraphs, so that every step has work."""
     root = tmp_path_factory.mktemp("kills") / "raw"
     made.write_all(root)
+    for path in [*root.rglob("*.pdf"), *root.rglob("*.warc*")]:  # read in a process of its own, which takes a second to start
+        path.unlink()
     draw, words = random.Random(1), [a + b for a in made.KOREAN.split() for b in ("은", "을", "에서", "으로")]
     texts = [" ".join(draw.choices(words, k=40)) for _ in range(60)]
     common = " ".join(draw.choices(words, k=20))

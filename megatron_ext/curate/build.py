@@ -101,7 +101,7 @@ class Build:
         found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
         words = {"input": "another input", "settings": "other settings", "settings_files": "another catalogue, list or model", "code": "another version of this program",
                  "fingerprint": "an input that has changed since"}
-        changed = [words[key] for key in words if found.get(key) != asked[key]]
+        changed = [words[key] for key in words if found.get(key) != asked[key] and not (key == "fingerprint" and found.get("input") != asked["input"])]
         if changed:
             raise UserError("curate.output", self.output, f"its working folder {self.work.name} holds a build of {' and '.join(changed)}, begun and not ended; "
                                                           "remove that folder, or name another curate.output")
