@@ -34,9 +34,9 @@ test-312:
 bench: setup
 	@$(PY) benchmarks/run_all.py $(ARGS)
 
-## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, the full grids of the kernels; docs/learning.md where outputs/run is there
+## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, curate_campaign.md, a million documents, the full grids of the kernels; docs/learning.md where outputs/run is there
 campaign: setup
-	@status=0; for each in parity kills; do $(PY) benchmarks/campaign_$$each.py || status=1; done; \
+	@status=0; for each in parity kills curate curate_real; do $(PY) benchmarks/campaign_$$each.py || status=1; done; \
 	$(PY) benchmarks/fault_campaign.py || status=1; \
 	if [ -d outputs/run/ppo ]; then $(PY) benchmarks/campaign_learn.py outputs/run || status=1; fi; \
 	KERNEL_GRID=full OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_*norm.py tests/test_*glu.py tests/test_bias_gelu.py tests/test_rope.py \

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_curate_build.py formats                     each reader, one process
     python benchmarks/bench_curate_build.py steps  [--documents 8000]   each step of `standard`, two workers
-    python benchmarks/bench_curate_build.py growth [--documents 3000] [--workers 1 2] [--times 1 2 4]      whole builds
+    python benchmarks/bench_curate_build.py growth [--documents 3000] [--workers 1 2] [--times 1 2 4]      whole builds; and `steps` of the last one
     python benchmarks/bench_curate_build.py tokens [--documents 20000] [--rounds 3]     `prepare` on shards against the tokenizers library alone
 
 Builds read made JSON lines (curate_made.py: 1,000 characters, half Korean, a tenth with personal data, copies and rubbish as there). Each build is a command of its own; memory is the largest
@@ -49,18 +49,24 @@ def growth(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
             yield {"input": f"{times}x", "workers": workers, "documents": count, "MB": round(size, 1), "seconds": round(seconds, 1),
                    "seconds until the first task": round(begin, 1), "processor seconds": round(running.processor, 1), "documents/s": round(count / seconds),
                    "MB/s": round(size / seconds, 2), "MiB main": round(running.peaks["main"]), "MiB worker": round(running.peaks["worker"])}
+    yield from _steps(running, count, size, workers, seconds)
 
 
 def steps(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     raw, workers = folder / "raw", options.workers[-1]
     size = made.planted(raw, options.documents, options.length, files=1)["bytes"] / 1e6
     running, seconds = build(raw, workers, folder)
+    yield from _steps(running, options.documents, size, workers, seconds)
+
+
+def _steps(running: Measured, documents: int, size: float, workers: int, seconds: float) -> Iterator[dict]:
+    """Seconds in each step, over all workers; and what that makes a second with so many workers, if a step were alone."""
     for phase, rows in sorted(running.steps.items()):
         for step, took in rows.items():
             if took > 0.001:
-                yield {"phase": phase, "step": step, "seconds": round(took, 2), "documents/s": round(options.documents * workers / took),
+                yield {"phase": phase, "step": step, "seconds": round(took, 2), "documents/s": round(documents * workers / took),
                        "MB/s": round(size * workers / took, 2)}
-    yield {"phase": "all, by the clock", "step": "", "seconds": round(seconds, 2), "documents/s": round(options.documents / seconds), "MB/s": round(size / seconds, 2)}
+    yield {"phase": "all, by the clock", "step": "", "seconds": round(seconds, 2), "documents/s": round(documents / seconds), "MB/s": round(size / seconds, 2)}
 
 
 def formats(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
@@ -114,23 +120,23 @@ def tokens(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
     inner, took = module._tokenize, []
 
     def timed(*words):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         done = inner(*words)
-        took.append(time.perf_counter() - begin)
+        took.append((time.perf_counter() - begin, time.process_time() - used))
         return done
 
     module._tokenize = timed
     for turn in range(options.rounds):
         tokenizer = Tokenizer.from_file(file)
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         for start in range(0, len(texts), batch):
             tokenizer.encode_batch(texts[start : start + batch])
-        alone = time.perf_counter() - begin
+        alone, used = time.perf_counter() - begin, time.process_time() - used
         begin = time.perf_counter()
         module.prepare(DataConfig(tokenizer=str(file), workers=1), str(found.shards), folder / f"again{turn}", False, Counted(found))
         whole = time.perf_counter() - begin
-        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0)), "library alone, MB/s": round(size / alone, 2), "tokenising, MB/s": round(size / took[-1], 2),
-               "tokenising / library": round(alone / took[-1], 3), "prepare, MB/s": round(size / whole, 2), "prepare / library": round(alone / whole, 3)}
+        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0)), "library alone, MB/s": round(size / alone, 2), "tokenising, MB/s": round(size / took[-1][0], 2),
+               "tokenising / library": round(alone / took[-1][0], 3), "of the processor's time": round(used / took[-1][1], 3), "prepare, MB/s": round(size / whole, 2), "prepare / library": round(alone / whole, 3)}
 
 
 def main() -> None:
@@ -145,12 +151,13 @@ def main() -> None:
     options = parser.parse_args()
     options.documents = options.documents or {"steps": 8000, "growth": 3000, "tokens": 20_000, "formats": 0}[options.what]
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
+        rows: dict[str, list] = {}
         for row in globals()[options.what](options, Path(folder)):
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-            rows.append(row)
-    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(kept | {options.what: {"load": [round(one, 2) for one in os.getloadavg()], "rows": rows}}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            rows.setdefault("steps" if "step" in row else options.what, []).append(row)
+            kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+            kept |= {what: {"load": round(os.getloadavg()[0], 2), "rows": found} for what, found in rows.items()}
+            options.out.write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

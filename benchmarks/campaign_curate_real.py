@@ -1,6 +1,6 @@
 """Curation over the real data of ../shared/data, end to end: writes docs/curate_campaign.md. Exit code 1 when anything is not as it should be.
 
-    python benchmarks/campaign_curate.py [--kills 10] [--seed 1] [--page docs/curate_campaign.md]
+    python benchmarks/campaign_curate_real.py [--kills 10] [--seed 1] [--page docs/curate_campaign.md]
 
 Korean statutes and bills, Korean questions and answers, English text and dialogues, in several formats and encodings, go through every step of `standard`. One build is left alone; one runs with
 two workers; one is killed at seeded random moments and goes on each time. All three must be the same bytes. Then `train stage=pretrain`, `adapt` and `sft` run on what came out, and the ledger is asked.
@@ -109,7 +109,7 @@ def main() -> None:
     tokens = [f"| {row['split']} | {row['source']} | {row['domain'] or ''} | {row['documents']:,} | {row['tokens']:,} |"
               for row in json.loads((folder / "one/curation.json").read_text())["tokens"]]
     options.page.write_text("\n".join([
-        "# Curation of the real data", "", f"`python benchmarks/campaign_curate.py --kills {options.kills} --seed {options.seed}` writes this page.", "",
+        "# Curation of the real data", "", f"`python benchmarks/campaign_curate_real.py --kills {options.kills} --seed {options.seed}` writes this page.", "",
         f"{manifest['input']['files']} files, {manifest['input']['bytes']:,} bytes, in {seconds:.0f} s with one worker.",
         f"One worker, two workers, and {hits} SIGKILLs at random moments: {'the same bytes' if same else 'NOT the same bytes'}.", "",
         "| step | in | out | changed | dropped |", "|---|---|---|---|---|", *rows, "", "| split | source | domain | documents | tokens |", "|---|---|---|---|---|", *tokens, "",

@@ -51,7 +51,7 @@ class Measured:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.1):
+        while not self._stop.wait(0.2):
             family = _family(self.process.pid)
             for pid in family:
                 kind = "main" if pid == self.process.pid else "worker"

@@ -186,7 +186,7 @@ def test_parts_of_a_file_are_the_file(files):
     for step in (1, 7, 100, size // 2, size - 1):
         got = [(item.position, item.text) for start in range(0, size, step) for item in read(path, start=start, stop=min(start + step, size))]
         assert got == whole, step
-    assert [line for _, line in part_of(path, 0, size)] == path.read_bytes().split(b"\n")
+    assert [line for _, line in part_of(path, 0, size, size)] == path.read_bytes().split(b"\n")
 
 
 def test_warc(files):

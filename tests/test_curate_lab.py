@@ -1,13 +1,16 @@
 """Curation as arrays: the scripts, and on a real Slurm (slurm/lab) the same bytes as on one machine, a killed element included."""
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import curate_files as made
+import forked
 import pytest
 from slurm_lab import Job, Lab
-from small import ROOT, environment
+from small import environment
 
 from megatron_ext.submit import curating
 
@@ -47,25 +50,39 @@ def test_scripts(raw):
 def test_an_element_does_its_tasks_and_no_others(raw):
     array, _ = curating.parts([*words(raw, "out"), "cluster=slurm_cpu"])
     work = raw / "out-text.work"
-    done = subprocess.run([sys.executable, *array.command[:-2], "1", "4"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = forked.run([*array.command[2:-2], "1", "4"], env=environment(), timeout=120, program=array.command[:2])
     assert done.returncode == 0, done.stderr
     finished = sorted(int(path.name) for path in (work / "phases" / array.command[-3] / "completions").iterdir())
     assert finished == list(range(1, array.count, 4))
-    done = subprocess.run([sys.executable, "-m", "megatron_ext.curate.executor", str(work), "99_none", "0", "1"], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          check=False, timeout=120)
+    done = forked.run([str(work), "99_none", "0", "1"], env=environment(), timeout=120, program=array.command[:2])
     assert done.returncode == 2 and "is none of this build's" in done.stderr
 
 
 def test_on_slurm_the_same_bytes(lab: Lab, raw):
-    alone = subprocess.run([sys.executable, "-m", "megatron_ext", "prepare", *words(raw, "alone")], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                           check=False, timeout=120)
+    """An element is killed while it works: Slurm queues it again, it does what was not done, and the last job finds everything."""
+    alone = forked.run(["prepare", *words(raw, "alone")], env=environment(), timeout=120)
     assert alone.returncode == 0, alone.stderr
-    asked = ["prepare", *words(raw, "slurm"), "cluster=slurm_cpu", "cluster.cpus_per_task=1", "cluster.array_limit=2"]
+    asked = ["prepare", *words(raw, "slurm"), "cluster=slurm_cpu", "cluster.cpus_per_task=1", "cluster.array_limit=2", "cluster.requeue_on_failure=true"]
     said = json.loads(lab.run(sys.executable, "-m", "megatron_ext", "submit", "--json", *asked, timeout=120))["jobs"]
     assert len(said) == 2 and said[1]["after"] == [said[0]["id"]]
     last = Job(lab, said[1]["id"], Path(said[1]["script"]), raw / "slurm-text.slurm" / f"slurm-{said[1]['id']}.log", [raw])
-    last.ends(seconds=240)
+    last.until(lambda: kill_element(lab, raw / "slurm-text.work"), seconds=120)
+    last.ends(seconds=300)
     assert "documents" in last.said(), last.said()
+    logs = "".join(path.read_text(errors="replace") for path in (raw / "slurm-text.slurm").glob("slurm-*_*.log"))
+    assert "exit code 137; requeued" in logs and "life 2" in logs, logs[-3000:]
     assert content(raw / "slurm-text") == content(raw / "alone-text")
     assert {name: value for name, value in content(raw / "slurm").items() if name != "prepared.json"} == \
            {name: value for name, value in content(raw / "alone").items() if name != "prepared.json"}
+
+
+def kill_element(lab: Lab, work: Path) -> bool:
+    """SIGKILL to one Python process of an array; whether there was one."""
+    for pid in lab.processes(str(work)):
+        try:
+            if "python" in Path(os.readlink(f"/proc/{pid}/exe")).name:
+                os.kill(pid, signal.SIGKILL)
+                return True
+        except OSError:
+            continue
+    return False

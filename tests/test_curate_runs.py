@@ -1,5 +1,6 @@
 """From raw files to a trained and exported model: which samples held a document, who else saw it, and what the licences say at the end of the chain."""
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import curate_files as made
@@ -7,7 +8,8 @@ import forked
 import pytest
 from small import environment
 
-from megatron_ext.config.compose import load_config
+from megatron_ext.config.compose import compose, load_config
+from megatron_ext.curate.command import curate
 from megatron_ext.curate.documents import document_id, read_records
 
 pytest.importorskip("datatrove")
@@ -89,11 +91,15 @@ def test_no_copy_of_a_removed_document_comes_back(tmp_path):
     words = [f"input={tmp_path}/raw", "curate=read", "curate.steps=[normalise,language,exact,near,paragraphs]", "curate.task_bytes=1", "curate.workers=1", "data.vocab_size=300",
              "data.workers=1", "data.split=[1,0,0]"]
 
-    def left(output: str, *more: str) -> dict[str, str]:
-        run("prepare", *words, *more, f"output={tmp_path}/{output}")
-        records = [record for path in sorted((tmp_path / f"{output}-text/shards").iterdir()) for record in read_records(path)]
+    def left(output: str, removals: Path | None = None) -> dict[str, str]:
+        """What the next build keeps, by the names above."""
+        folder = tmp_path / f"{output}-text"
+        if not folder.exists():
+            curate(replace(compose(words[:5]).curate, removals=removals and str(removals)), tmp_path / "raw", folder, progress=False)
+        records = [record for path in sorted((folder / "shards").iterdir()) for record in read_records(path)]
         return {record["metadata"]["origin"][2:-4]: record["text"] for record in records}
 
+    run("prepare", *words, f"output={tmp_path}/tokens")
     before = left("tokens")
     assert list(before) == ["first", "shares", "other"] and common in before["first"] and common not in before["shares"]
     gone = {record["reason"]: record for path in sorted((tmp_path / "tokens-text/dropped").iterdir()) for record in read_records(path)}
@@ -104,12 +110,12 @@ def test_no_copy_of_a_removed_document_comes_back(tmp_path):
         assert len(said["copies"]) == 3 and len(said["shared"]) == 1 and [len(one["entries"]) for one in said["documents"]] == [1], asked
     naive = tmp_path / "naive.jsonl"
     naive.write_text(json.dumps({"id": first}) + "\n")
-    assert secret in " ".join(left("naive", f"curate.removals={naive}")["exact"].split()), "what this is about: without its copies the content comes back"
-    after = left("again", f"curate.removals={tmp_path}/exact.txt.jsonl")
+    assert secret in " ".join(left("naive", naive)["exact"].split()), "what this is about: without its copies the content comes back"
+    after = left("again", tmp_path / "exact.txt.jsonl")
     assert list(after) == ["shares", "other"] and common in after["shares"] and not any(secret[:9] in text for text in after.values())
     said = run("ledger", "remove", "--shared", "--document", "raw:0_first.txt", f"curate.removals={tmp_path}/all.jsonl", f"output={tmp_path}/tokens", f"run.dir={tmp_path}/none")
     assert "3 documents that builds dropped as copies go with it" in said and "1 documents hold paragraphs of it, and lost them to it; they are removed" in said
-    assert list(left("least", f"curate.removals={tmp_path}/all.jsonl")) == ["other"]
+    assert list(left("least", tmp_path / "all.jsonl")) == ["other"]
     (tmp_path / "tokens-text").rename(tmp_path / "elsewhere")
     assert "which copies were dropped there cannot be told" in run("ledger", "seen", "--document", "raw:0_first.txt", f"output={tmp_path}/tokens", f"run.dir={tmp_path}/none")
 

@@ -66,6 +66,7 @@ class Build:
         self = cls(settings, Path(input).absolute(), Path(output).absolute())
         for step in settings.steps:
             entry(step)
+        apart(self.input, self.output, "curate.output")
         sources = self.sources()
         Removals.read(settings.removals)
         files = list_files(self.input)
@@ -105,7 +106,7 @@ class Build:
         found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
         words = {"input": "another input", "settings": "other settings", "settings_files": "another catalogue, list or model", "code": "another version of this program",
                  "fingerprint": "an input that has changed since"}
-        changed = [words[key] for key in words if found.get(key) != asked[key]]
+        changed = [words[key] for key in words if found.get(key) != asked[key] and not (key == "fingerprint" and found.get("input") != asked["input"])]
         if changed:
             raise UserError("curate.output", self.output, f"its working folder {self.work.name} holds a build of {' and '.join(changed)}, begun and not ended; "
                                                           "remove that folder, or name another curate.output")
@@ -226,6 +227,13 @@ class Build:
         if before is not None and before >= len(steps):
             found.append(Fingerprint(removals, hidden))
         return [*found, ShardWriter(self.folder(number), found, gone=self.out / "dropped", counts=self.counts(number), group=None if last else number, hidden=hidden)]
+
+
+def apart(input: Path, output: Path, key: str) -> None:
+    """Raises UserError: one lies in the other, so that what is written would be read."""
+    read, written = input.resolve(), output.resolve()
+    if read == written or read in written.parents or written in read.parents:
+        raise UserError(key, output, f"and input={input} must not lie in one another: what is written would be read the next time")
 
 
 def plain_settings(settings: CurateConfig) -> dict:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.config.schema import Config
-from megatron_ext.curate.build import Build, code_sha256, plain_settings, settings_files
+from megatron_ext.curate.build import Build, apart, code_sha256, plain_settings, settings_files
 from megatron_ext.curate.config import CurateConfig
 from megatron_ext.curate.ingest.items import needed
 from megatron_ext.curate.ingest.units import fingerprint, list_files
@@ -64,6 +64,7 @@ def prepare_curated(config: Config, progress: bool | None = None) -> tuple[Curat
     """Both halves. Raises UserError, RunFailed."""
     from megatron_ext.curate.tokens import Counted
 
+    apart(Path(config.input or ""), Path(config.output or ""), "output")
     curated = curate(config.curate, config.input or "", text_folder(config), progress)
     if not curated.fields["output"]["documents"]:
         raise UserError("curate.steps", ",".join(config.curate.steps), f"left none of {curated.fields['steps'][0]['in']} documents; {curated.folder / FILE} says "

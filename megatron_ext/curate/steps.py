@@ -84,9 +84,8 @@ class RawReader(PipelineStep):
             self._aside(unit, "", f"cannot be read: {error.strerror}")
         except UserError:
             raise
-        except Exception as error:  # noqa: BLE001 its message may hold text
-            shown, _, number = self._hidden.place(where, "", unit.number)
-            raise StepFailed(f"reading {shown}{f' (file {number})' if number else ''}: {told(error)}") from None
+        except Exception as error:  # noqa: BLE001 whatever a reader stumbles over is set aside, never fatal; its message may hold text
+            self._aside(unit, "", f"its reader failed ({type(error).__name__})")
 
     def _aside(self, unit: Unit, position: str, reason: str) -> None:
         shown, position, number = self._hidden.place(unit.path, position, unit.number)
@@ -107,8 +106,8 @@ class RawReader(PipelineStep):
         verdict = KEPT
         if self._removals.before(plain, found.sha256, found.metadata.get("derived_from", ())) or self._removals.before(document.id, known["sha256"]):
             verdict = dropped("removed")
-        elif parts.problems(document.metadata):
-            self._aside(unit, found.position, f"its images or tables are not as they should be: {parts.problems(document.metadata)[0]}")
+        elif problems := parts.problems(document.metadata) or _not_json(document.metadata):
+            self._aside(unit, found.position, f"its images or tables are not as they should be: {problems[0]}")
             verdict = dropped("bad_parts")
         self.tally.add(source.name, verdict, len(found.text), len(found.text))
         if verdict.action == DROP:
@@ -283,6 +282,16 @@ class ShardWriter(PipelineStep):
             "reports": {step.name: step.report for step in steps if getattr(step, "report", None) is not None},
         })
         yield from ()
+
+
+def _not_json(metadata: Mapping[str, Any]) -> list[str]:
+    """What no line of a shard can hold: a number that is none, among what stands beside the text."""
+    try:
+        if "images" in metadata or "tables" in metadata:
+            canonical({key: metadata[key] for key in ("images", "tables") if key in metadata})
+    except (ValueError, TypeError, RecursionError):
+        return ["images or tables hold what JSON cannot"]
+    return []
 
 
 def _timed(step: PipelineStep, documents: Iterator[Document]) -> Iterator[Document]:

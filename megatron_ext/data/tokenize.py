@@ -17,7 +17,7 @@ from megatron_ext.data.mcore import indexed_dataset
 from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.tokenizer import Tokenizer
 
-BATCH = 1 << 19  # characters encoded at once: the library takes some hundred bytes a token while it works
+BATCH = 1 << 20  # characters encoded at once: the library takes some hundred bytes a token while it works
 PROCESSES_FROM = 1 << 28  # bytes of input from which starting processes pays
 
 _tokenizer: Tokenizer | None = None  # of a worker process

@@ -78,9 +78,13 @@ def read_catalogue(path: str | None, name: str) -> tuple[Source, ...]:
         raise UserError(KEY, path, f"cannot be read: {error.strerror if isinstance(error, OSError) else 'not UTF-8'}") from None
     except yaml.YAMLError as error:
         raise UserError(KEY, path, f"is not YAML: {' '.join(str(error).split())[:200]}") from None
+    except (RecursionError, ValueError):  # nested without end; a date that no calendar has
+        raise UserError(KEY, path, "is not YAML that can be read") from None
     rows = found.get("sources") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(KEY, path, "must hold a list `sources`, each with a name, such as {name: statutes, path: statutes/**, licence: KOGL-1}")
+    if unknown := [key for key in found if key != "sources"]:
+        raise UserError(KEY, path, f"unknown key {str(unknown[0])[:40]!r}; it holds one list, sources")
     sources = tuple(_source(path, number, row) for number, row in enumerate(rows, 1))
     names = [source.name for source in sources]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -101,12 +105,20 @@ def _source(path: str, number: int, row: object) -> Source:
         if key == "fields":
             values[key] = _fields(path, row["name"], value)
         elif key in ("path", "text", "forbids"):
-            values[key] = tuple(str(one) for one in (value if isinstance(value, list) else [value]))
+            values[key] = tuple(value if isinstance(value, list) else [value])
+            if not all(isinstance(one, str) for one in values[key]):
+                raise UserError(KEY, path, f"source {row['name']}: {key} must be a text or a list of texts")
         elif isinstance(value, list | Mapping):
             raise UserError(KEY, path, f"source {row['name']}: {key} must be one value")
         else:
             values[key] = str(value)
     source = Source(**values)
+    if ":" in source.name or not source.name.isprintable():
+        raise UserError(KEY, path, f"source {number}: its name must be printable and have no colon, since documents are called NAME:PATH")
+    if wrong := [glob for glob in source.path if glob.startswith("/") or ".." in glob.split("/")]:
+        raise UserError(KEY, path, f"source {source.name}: path {wrong[0]!r} leads out of the input; it must be below it, such as statutes/**")
+    if source.encoding is not None and not _is_encoding(source.encoding):
+        raise UserError(KEY, path, f"source {source.name}: encoding {source.encoding!r} is none that is known, such as cp949")
     if source.format not in FORMATS:
         raise UserError(KEY, path, f"source {source.name}: format {source.format!r} must be one of {', '.join(FORMATS)}")
     if wrong := [use for use in source.forbids or () if use not in USES]:
@@ -119,6 +131,14 @@ def _fields(path: str, name: str, value: object) -> tuple[tuple[str, str], ...]:
         shown = repr(wrong[0]) if isinstance(value, Mapping) else "a value"
         raise UserError(KEY, path, f"source {name}: fields has {shown}; it maps some of {', '.join(KEPT_FIELDS)} to fields of the records")
     return tuple((key, str(field)) for key, field in value.items())
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):  # LookupError: of bytes to bytes, too
+        return False
+    return True
 
 
 def _compiled(source: Source) -> Source:

@@ -12,6 +12,7 @@ from megatron_ext.curate.ingest.encoding import decode
 from megatron_ext.curate.ingest.items import Item, Problem, Unreadable, sha256
 from megatron_ext.curate.ingest.records import Reading, item, texts, values
 
+_ENTITIES = "declares XML entities, which are not followed"
 ERROR = "the portal's answer is an error, not data"
 
 
@@ -75,21 +76,24 @@ def xml_file(content: bytes, reading: Reading) -> Iterator[Item | Problem]:
 def parse_xml(content: bytes) -> ET.Element:
     """Raises Unreadable: no XML, or one that declares entities, which can be made to grow without bound."""
     if b"<!ENTITY" in content or "<!ENTITY".encode("utf-16-le") in content or "<!ENTITY".encode("utf-16-be") in content:
-        raise Unreadable("declares XML entities, which are not followed")
+        raise Unreadable(_ENTITIES)
     try:
         return ET.fromstring(content)
     except ET.ParseError as error:
-        first = str(error).split(":")[0]
         line, column = error.position
-        try:  # Python's parser knows few encodings: EUC-KR is not among them
-            return ET.fromstring(decode(content, declared=declared(content))[0].split("?>", 1)[-1].strip())
-        except (ET.ParseError, Unreadable):
-            raise Unreadable(f"not XML: {first} at line {line}, column {column}") from None
+        reason = f"not XML: {str(error).split(':')[0]} at line {line}, column {column}"
     except (ValueError, LookupError):
-        try:
-            return ET.fromstring(decode(content, declared=declared(content))[0].split("?>", 1)[-1].strip())
-        except ET.ParseError:
-            raise Unreadable("not XML that can be read") from None
+        reason = "not XML that can be read"
+    try:  # Python's parser knows few encodings: EUC-KR is not among them
+        text = decode(content, declared=declared(content))[0]
+    except Unreadable:
+        raise Unreadable(reason) from None
+    if "<!ENTITY" in text:
+        raise Unreadable(_ENTITIES)
+    try:
+        return ET.fromstring(text.split("?>", 1)[-1].strip())
+    except (ET.ParseError, ValueError):
+        raise Unreadable(reason) from None
 
 
 def declared(content: bytes) -> str | None:

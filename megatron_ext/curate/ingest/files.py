@@ -25,6 +25,7 @@ PACKABLE = ("text", "html", "csv", "tsv", "jsonl", "json", "xml", "warc")
 KNOWN = {".hwp": "HWP 5 is not read: save it as HWPX", ".doc": "DOC is not read: save it as DOCX", ".xls": "XLS is not read: save it as CSV",
          ".xlsx": "XLSX is not read: save it as CSV", ".ppt": "PPT is not read: save it as PDF", ".pptx": "PPTX is not read: save it as PDF",
          ".7z": "7z is not read: unpack it", ".rar": "RAR is not read: unpack it", ".tar": "tar is not read: unpack it"}
+RATIO = 300  # of what a member of an archive unpacks to; the most that deflate can do is 1,032, text is packed 3 to 20 times
 _ROOM = "megatron_ext.curate.ingest"
 # Read whole, at most `max_bytes`: one document, or an iterator of them.
 WHOLE = {"html": f"{_ROOM}.html:page", "hwpx": f"{_ROOM}.office:hwpx", "docx": f"{_ROOM}.office:docx", "json": f"{_ROOM}.deliveries:json_file",
@@ -74,7 +75,7 @@ class Readers:
                 groups = tabular.row_groups(path)
                 yield from tabular.parquet_rows(path, range(start, len(groups) if stop is None else stop), reading)
             elif kind == "jsonl" and plain and stop is not None:
-                yield from tabular.json_lines(tabular.part_of(path, start, stop), reading)
+                yield from tabular.json_lines(tabular.part_of(path, start, stop, reading.settings.max_bytes), reading)
             elif kind == "warc":
                 yield from warc.records(path, reading, self.content)
             elif kind == "zip":
@@ -92,6 +93,18 @@ class Readers:
 
     def content(self, content: bytes, kind: str, reading: Reading) -> Iterator[Item | Problem]:
         """The documents of a file that is in memory. Raises Unreadable."""
+        try:
+            yield from self._content(content, kind, reading)
+        except RecursionError:
+            raise Unreadable("nested too deeply") from None
+        except MemoryError:
+            raise Unreadable("takes more memory than there is") from None
+        except (Unreadable, UserError):
+            raise
+        except Exception as error:  # noqa: BLE001 libraries that meet a damaged file raise anything; the message may hold text of the file
+            raise Unreadable(f"its reader failed ({type(error).__name__})") from None
+
+    def _content(self, content: bytes, kind: str, reading: Reading) -> Iterator[Item | Problem]:
         if len(content) > reading.settings.max_bytes:
             raise Unreadable(_too_large(reading.settings.max_bytes))
         if kind == "text":
@@ -112,7 +125,7 @@ class Readers:
         from megatron_ext.curate.ingest import tabular
 
         if kind == "jsonl":
-            return tabular.json_lines(tabular.offsets(chunks), reading)
+            return tabular.json_lines(tabular.offsets(chunks, reading.settings.max_bytes), reading)
         return tabular.csv_rows(chunks, reading, tabs=kind == "tsv")
 
     def _members(self, path: Path, reading: Reading) -> Iterator[Item | Problem]:
@@ -133,6 +146,8 @@ class Readers:
                 try:
                     if entry.file_size > reading.settings.max_bytes:
                         raise Unreadable(_too_large(reading.settings.max_bytes))
+                    if entry.file_size > max(RATIO * entry.compress_size, 1 << 16):
+                        raise Unreadable(f"packed more than {RATIO} times, as no text is")
                     with archive.open(entry) as stream:
                         content = stream.read(entry.file_size)
                     for found in self.content(content, kind, reading):

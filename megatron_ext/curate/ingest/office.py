@@ -66,7 +66,7 @@ class _Archive:
             entry = self._zip.getinfo(name)
         except KeyError:
             return None
-        self._left -= entry.file_size
+        self._left -= entry.file_size  # what is read is never more than this, whatever the member holds
         if self._left < 0:
             raise Unreadable("holds more than four times curate.ingest.max_bytes once it is unpacked")
         try:

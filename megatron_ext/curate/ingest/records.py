@@ -70,6 +70,13 @@ def item(record: Mapping, position: str, digest: str, reading: Reading, *, rows:
     Args:
         rows: a record of which no field is known to be the text is written out whole, `field: value` a line.
     """
+    try:
+        return _item(record, position, digest, reading, rows)
+    except RecursionError:
+        return Problem(position, "nested too deeply")
+
+
+def _item(record: Mapping, position: str, digest: str, reading: Reading, rows: bool) -> Item | Problem:
     text = _text(record, reading, rows)
     if text is None:
         asked = f" {', '.join(reading.text)}" if reading.text else ""
@@ -91,10 +98,19 @@ def item(record: Mapping, position: str, digest: str, reading: Reading, *, rows:
     if isinstance(derived, str | list):
         metadata["derived_from"] = [one for one in ([derived] if isinstance(derived, str) else derived) if isinstance(one, str)]
     images, tables = metadata.pop("images", []), metadata.pop("tables", [])
-    kept = {key: str(value) if isinstance(value, int | float) else value for key, value in metadata.items() if value}
+    kept = {key: str(value) if isinstance(value, int | float) else _encodable(value) for key, value in metadata.items() if value}
     return Item(text, digest, position, {key: value for key, value in kept.items() if isinstance(value, str) or key == "derived_from"},
-                tuple(one for one in images if isinstance(one, Mapping)) if isinstance(images, list) else (),
-                tuple(one for one in tables if isinstance(one, Mapping)) if isinstance(tables, list) else ())
+                tuple(_encodable(one) for one in images if isinstance(one, Mapping)) if isinstance(images, list) else (),
+                tuple(_encodable(one) for one in tables if isinstance(one, Mapping)) if isinstance(tables, list) else ())
+
+
+def _encodable(value: Any) -> Any:
+    """The same value without half pairs, which JSON may hold and UTF-8 cannot."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {_encodable(key): _encodable(inner) for key, inner in value.items()}
+    return [_encodable(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _text(record: Mapping, reading: Reading, rows: bool) -> str | None:

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from megatron_ext.curate.documents import canonical
 from megatron_ext.curate.ingest.encoding import BROKEN, decode
@@ -16,13 +17,16 @@ from megatron_ext.curate.ingest.items import Item, Problem, Unreadable, sha256
 from megatron_ext.curate.ingest.records import Reading, item
 
 SAMPLE = 1 << 20  # bytes that tell the encoding of a CSV file
-LINE = 1 << 28  # longest line
+TOO_LONG = "a line or cell longer than curate.ingest.max_bytes"
 ROWS = 512  # of Parquet at once
 
 
-def json_lines(lines: Iterator[tuple[int, bytes]], reading: Reading) -> Iterator[Item | Problem]:
-    """Documents of (offset, line) pairs."""
+def json_lines(lines: Iterator[tuple[int, bytes | None]], reading: Reading) -> Iterator[Item | Problem]:
+    """Documents of (offset, line) pairs; a line of None was too long."""
     for offset, line in lines:
+        if line is None:
+            yield Problem(str(offset), TOO_LONG)
+            continue
         if offset == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
@@ -42,26 +46,40 @@ def json_lines(lines: Iterator[tuple[int, bytes]], reading: Reading) -> Iterator
                 yield Problem(str(offset), f"not a JSON object but {type(record).__name__}")
 
 
-def offsets(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of a stream."""
-    from megatron_ext.data.decompress import lines
+def offsets(chunks: Iterator[bytes], most: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of a stream; None instead of a line of more than `most` bytes, which is never held."""
+    offset, held, size = 0, [], 0  # of the line under way: where it began, what is kept of it, how long it is
+    for chunk in chunks:
+        first, *rest = chunk.split(b"\n")
+        held, size = ([*held, first] if size + len(first) <= most else []), size + len(first)
+        for piece in rest:
+            yield offset, b"".join(held) if size <= most else None
+            offset, held, size = offset + size + 1, [piece], len(piece)
+    if size:
+        yield offset, b"".join(held) if size <= most else None
 
-    offset = 0
-    for line in lines(chunks):
-        yield offset, line
-        offset += len(line) + 1
 
-
-def part_of(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that begin in bytes [start, stop) of a plain file."""
+def part_of(path: Path, start: int, stop: int, most: int) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, line) of the lines that begin in bytes [start, stop) of a plain file; None as in `offsets`."""
     with path.open("rb", buffering=1 << 20) as stream:
         if start:
             stream.seek(start - 1)
-            stream.readline(LINE)  # the rest of a line that began before, or only its end
+            _pass_over(stream)  # the rest of a line that began before, or only its end
         offset = stream.tell()
-        while offset < stop and (line := stream.readline(LINE)):
-            yield offset, line.removesuffix(b"\n")
-            offset += len(line)
+        while offset < stop and (line := stream.readline(most + 1)):
+            whole = line.endswith(b"\n") or len(line) <= most
+            yield offset, line.removesuffix(b"\n") if whole else None
+            offset += len(line) + (0 if whole else _pass_over(stream))
+
+
+def _pass_over(stream: BinaryIO) -> int:
+    """Goes on behind the next end of a line; how many bytes that was."""
+    size = 0
+    while piece := stream.readline(1 << 20):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
 
 
 def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterator[Item | Problem]:
@@ -76,9 +94,10 @@ def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterat
     _, encoding, _ = decode(sample, wanted=reading.encoding, max_broken=max(reading.settings.max_broken, 0.001))
     csv.field_size_limit(reading.settings.max_bytes)
     stream = io.TextIOWrapper(io.BufferedReader(_Chunks(head, chunks)), encoding={"utf-8": "utf-8-sig"}.get(encoding, encoding), errors="replace", newline="")
-    first = stream.readline()
+    lines = iter(lambda: _line(stream, reading.settings.max_bytes), "")
+    first = next(lines, "")
     delimiter = "\t" if tabs else max(",;\t|", key=first.count)
-    rows = csv.reader(itertools.chain([first], stream), delimiter=delimiter)
+    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
     try:
         header = next(rows, [])
     except csv.Error:
@@ -91,7 +110,9 @@ def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterat
         number += 1
         try:
             row = next(rows, None)
-        except csv.Error:
+        except csv.Error as error:
+            if "field larger" in str(error):
+                raise Unreadable(f"row {number}: {TOO_LONG}; what follows it was not read") from None
             yield Problem(str(number), "not a row that can be read")
             continue
         if row is None:
@@ -104,6 +125,13 @@ def csv_rows(chunks: Iterator[bytes], reading: Reading, *, tabs: bool) -> Iterat
             yield Problem(str(number), f"{len(row)} cells, the header has {len(names)}")
         else:
             yield item(dict(zip(names, row)), str(number), sha256("\x1f".join(row).encode()), reading, rows=True)
+
+
+def _line(stream: TextIO, most: int) -> str:
+    line = stream.readline(most)
+    if len(line) >= most and not line.endswith("\n"):
+        raise Unreadable(f"{TOO_LONG}; what follows it was not read")
+    return line
 
 
 class _Chunks(io.RawIOBase):

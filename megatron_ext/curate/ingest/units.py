@@ -17,6 +17,7 @@ from megatron_ext.errors import UserError
 
 _BY_FORMAT = {"text": "text", "html": "html", "pdf": "pdf", "hwpx": "hwpx", "docx": "docx", "csv": "csv", "jsonl": "jsonl", "json": "json", "xml": "xml",
               "parquet": "parquet", "warc": "warc"}
+NO_FILE = "no file: a link that leads nowhere or to a folder, a pipe, or a folder that may not be looked into"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class SetAside:
 
 
 def list_files(root: Path) -> list[tuple[str, int]]:
-    """(path below `root`, bytes) of all files, in the order of their paths; what is hidden (a name that begins with a dot) is no input.
+    """(path below `root`, bytes) of all files, in the order of their paths; what is hidden (a name that begins with a dot) is no input. What is there and is no
+    file (a broken link, a link to a folder, a pipe, a folder that may not be looked into) has -1 bytes.
 
     Raises UserError: nothing there.
     """
@@ -59,13 +61,17 @@ def list_files(root: Path) -> list[tuple[str, int]]:
         return [(root.name, root.stat().st_size)]
     if not root.is_dir():
         raise UserError("input", root, "no such file or folder")
-    found = []
-    for folder, below, names in os.walk(root):
+    found, closed = [], []
+    for folder, below, names in os.walk(root, onerror=lambda error: closed.append(Path(error.filename))):
         below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in names:
+        links = [name for name in below if Path(folder, name).is_symlink()]  # not followed: they may lead round in a circle
+        for name in (*names, *links):
             path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                found.append((path.relative_to(root).as_posix(), path.stat().st_size))
+            if not name.startswith("."):
+                found.append((path.relative_to(root).as_posix(), path.stat().st_size if name not in links and path.is_file() else -1))
+    if root in closed:
+        raise UserError("input", root, "is a folder that may not be looked into")
+    found += [(path.relative_to(root).as_posix(), -1) for path in closed]
     found.sort()
     if not found:
         raise UserError("input", root, "holds no file")
@@ -81,7 +87,8 @@ def fingerprint(root: Path, files: Iterable[tuple[str, int]]) -> str:
     """sha256 over names, sizes and modification times: the same one means the same input without reading it (as `make` and `rsync` hold)."""
     digest = hashlib.sha256()
     for path, size in files:
-        digest.update(f"{path}\0{size}\0{place(root, path).stat().st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        changed = place(root, path).stat().st_mtime_ns if size >= 0 else 0
+        digest.update(f"{path}\0{size}\0{changed}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -92,6 +99,9 @@ def units_of(root: Path, files: Iterable[tuple[str, int]], catalogue: Sequence[S
             path.encode("utf-8")
         except UnicodeEncodeError:
             yield SetAside(path.encode("utf-8", "backslashreplace").decode(), "", "its name is not UTF-8: rename it")
+            continue
+        if size < 0:
+            yield SetAside(path, "", NO_FILE)
             continue
         source = next((one for one in catalogue if one.holds(path)), None)
         if source is None or source not in used:
