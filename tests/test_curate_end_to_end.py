@@ -61,8 +61,7 @@ def chain(tmp_path_factory) -> Path:
     one = (f"input={root}/raw", "curate=standard", "curate.workers=1", f"curate.ingest.catalogue={root}/sources.yaml", "curate.quality.heuristics=false", "data.workers=1",
            "data.split=[1,0,0]")  # questions of one line are no documents to the rules of Gopher
     run("prepare", *one, f"output={root}/korean", "data.vocab_size=600", "curate.select.languages=[ko]")
-    run("prepare", *one[:1], "curate=read", *one[2:4], *one[5:], f"output={root}/english", f"data.tokenizer={root}/korean/tokenizer.json", "curate.steps=[normalise,language,select]",
-        "curate.select.languages=[en]")
+    run("prepare", *one, f"output={root}/english", f"data.tokenizer={root}/korean/tokenizer.json", "curate.select.languages=[en]")
     run("train", *TRAIN, f"data.path={root}/english", f"run.dir={root}/runs/pretrain")
     run("train", "stage=adapt", *TRAIN, f"data.path={root}/korean", f"run.dir={root}/runs/adapt", f"checkpoint.start={root}/runs/pretrain")
     run("collect", "build", f"input={root}/korean-text/shards", f"output={root}/asked")
