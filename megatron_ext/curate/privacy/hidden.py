@@ -16,6 +16,7 @@ from functools import lru_cache
 from megatron_ext.curate.documents import document_id, text_sha256
 from megatron_ext.curate.privacy.config import PrivacyConfig
 from megatron_ext.curate.privacy.replace import Key
+from megatron_ext.errors import UserError
 
 NOTHING = "0" * 64  # in the place of a hash
 
@@ -51,8 +52,12 @@ class Hidden:
         return *shown, 0 if shown == (path, position) else number
 
     def cleaned(self, text: str) -> str:
-        """A text as `privacy` would leave it. Raises UserError: kiwipiepy is missing."""
-        return self._cleaner().clean(text).text
+        """A text as `privacy` would leave it; as it is where that cannot be told (kiwipiepy is missing)."""
+        try:
+            cleaner = self._cleaner()
+        except UserError:
+            return text
+        return cleaner.clean(text).text
 
     def settle(self, document: object) -> None:
         """Without a key, behind `privacy`: gives a document the hashes and the id that may be told."""
