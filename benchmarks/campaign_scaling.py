@@ -3,7 +3,7 @@ largest, which the law predicted before it was trained. Writes benchmarks/result
 
     python benchmarks/campaign_scaling.py [--runs outputs/scaling] [--result benchmarks/results/scaling.json] [--read]
 
-The small runs are the sweep of conf/sweep/scaling.yaml; each stands in a directory of its own and is not made twice. --read trains nothing. Some 10
+The small runs are the sweep of conf/sweep/scaling.yaml; each stands in a directory of its own and is not made twice. --read trains nothing. Some 20
 minutes on one core. Exit code 1 when the prediction is further than 3 % from the loss that came, or further than "as the largest small run" or the line
 through the last two.
 """
@@ -28,7 +28,7 @@ from megatron_ext.plan import scaling, scaling_page
 
 BOUND = 0.03
 TIMES = 4  # the compute of the largest small run
-WIDTH = 96  # hidden size of the fourth run; its tokens follow from its compute
+WIDTH = 48  # hidden size of the fourth run; its tokens follow from its compute
 SWEPT = {key.lstrip("+"): str(values).split(",") for key, values in
          yaml.safe_load((ROOT / "conf/sweep/scaling.yaml").read_text(encoding="utf-8"))["hydra"]["sweeper"]["params"].items()}
 RUNS = math.prod(len(values) for values in SWEPT.values())
