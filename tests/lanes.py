@@ -12,7 +12,7 @@ NAMES = """
     linear_cross_entropy linear_cross_entropy_memory linear_cross_entropy_registered rms_norm rope swiglu wgrad_accumulate
     chat_files chat_records chat_templates chat_tokens data_order data_read data_samples data_tokenizer
     collect_agreement collect_augment collect_build collect_ci collect_desk collect_endpoint collect_export collect_log collect_rights
-    curate_build curate_decontaminate curate_duplicates curate_ingest curate_language_model curate_privacy curate_privacy_corpus curate_privacy_left
+    curate_build curate_decontaminate curate_duplicates curate_hostile curate_ingest curate_language_model curate_privacy curate_privacy_corpus curate_privacy_left
     curate_quality_rules curate_taxonomy
     config_compose config_rlhf config_validate presets schedule static_check
     encoder encoder_decoder evaluate generate generate_text last_layer models observe_flops

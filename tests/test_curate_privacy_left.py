@@ -237,7 +237,7 @@ def test_a_recogniser_that_crashes_and_a_reader(raw, tmp_path, monkeypatch, capf
     with monkeypatch.context() as patched:
         patched.setattr(Readers, "read", lambda self, path, *rest, **more: (_ for _ in ()).throw(KeyError(path.read_bytes())))
         path = next((raw / "letters").glob("*이력서*"))
-        with pytest.raises(RunFailed) as other:
-            command.curate(replace(settings(raw), ingest=IngestConfig()), path, tmp_path / "two", progress=False)
-    assert "privacy" in str(error.value) and "[PERSON]_이력서_[PHONE].txt (file 1)" in str(other.value)
-    assert told(str(error.value) + str(other.value) + "".join(capfd.readouterr())) == []
+        command.curate(replace(settings(raw), ingest=IngestConfig()), path, tmp_path / "two", progress=False)
+    aside = (tmp_path / "two/set_aside.jsonl").read_text(encoding="utf-8")
+    assert "privacy" in str(error.value) and "[PERSON]_이력서_[PHONE].txt" in aside and "its reader failed (KeyError)" in aside
+    assert told(str(error.value) + aside + "".join(capfd.readouterr())) == []
