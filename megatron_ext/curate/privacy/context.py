@@ -2,6 +2,7 @@
 
 Words are looked for in lower case and without the spaces beside Hangul, so that "주민 등록\\n번호 :" is 주민등록번호.
 """
+import functools
 import re
 
 from megatron_ext.curate.privacy import kinds
@@ -65,10 +66,7 @@ class Around:
 
     def labelled(self, kind: str) -> int:
         """Characters between the last word that announces `kind` and the candidate, without mere fillers (번호는, number is). -1: there is none."""
-        last = -1
-        for match in _LABEL[kind].finditer(self.before):
-            last = match.end()
-        return last if last < 0 else max(0, _FILLER.search(self.before).start() - last)
+        return _behind(kind, self.before)
 
     def labelled_after(self, kind: str, reach: int = 16) -> bool:
         return _LABEL[kind].search(self.after(reach)) is not None
@@ -79,6 +77,15 @@ class Around:
         for last in _OTHERS.finditer(self.before):
             pass
         return last is not None and len(self.before) - last.end() <= 12
+
+
+@functools.lru_cache(maxsize=4096)
+def _behind(kind: str, before: str) -> int:
+    """Judges of several patterns ask for the same; and so do the rows of a table."""
+    last = -1
+    for match in _LABEL[kind].finditer(before):
+        last = match.end()
+    return last if last < 0 else max(0, _FILLER.search(before).start() - last)
 
 
 def _tight(text: str) -> str:

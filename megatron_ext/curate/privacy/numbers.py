@@ -204,6 +204,7 @@ def runs(text: str) -> list[tuple[int, int, int]]:
 def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, int]]) -> Iterator[Span]:
     """What the patterns' judges accept in the runs."""
     for start, end, count in found:
+        seen: dict[tuple[int, int], tuple[Written, Around]] = {}  # several patterns see the same places
         for pattern in patterns:
             if count < pattern.least:
                 continue
@@ -212,7 +213,9 @@ def tried(text: str, patterns: tuple[Pattern, ...], found: list[tuple[int, int, 
                 first, last = match.span()
                 while text[first] in " \n" or text[first] == "(" and ")" not in match[0]:
                     first += 1
-                verdict = pattern.judge(Written.of(text, first, last), Around(text, first, last))
+                if (first, last) not in seen:
+                    seen[first, last] = Written.of(text, first, last), Around(text, first, last)
+                verdict = pattern.judge(*seen[first, last])
                 score, kind = verdict if isinstance(verdict, tuple) else (verdict, pattern.kind)
                 if score:
                     yield Span(first, last, kind, score)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from megatron_ext.curate.privacy import kinds
 
+FEW = 48  # values up to which each is searched for on its own
 _SEVEN = 7  # digits from which on a number is looked for without what stands between them
 
 
@@ -45,9 +46,22 @@ class Values:
         """(start, end), the longest at each place; overlapping ones too. Case counts."""
         if self._first is None:
             return
+        if len(self._values) <= FEW:
+            yield from self._few(text)
+            return
         for match in self._first.finditer(text):
             at = match.start()
             for length in self._lengths.get(text[at:at + 2], ()):
                 if text[at:at + length] in self._values and at + length <= len(text):  # a slice at the end is shorter
                     yield at, at + length
                     break
+
+    def _few(self, text: str) -> Iterator[tuple[int, int]]:
+        """The same, a search for each value: faster until there are many."""
+        longest: dict[int, int] = {}
+        for value in self._values:
+            at = text.find(value)
+            while at >= 0:
+                longest[at] = max(longest.get(at, 0), len(value))
+                at = text.find(value, at + 1)
+        yield from ((at, at + longest[at]) for at in sorted(longest))
