@@ -139,8 +139,8 @@ class Serving:
             self.process = forked.start(words, env=environment(), out=said / "out", error=said / "error")
         else:
             with (said / "out").open("w") as outs, (said / "error").open("w") as errors:
-                self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=outs, stderr=errors,
-                                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored where a shell started the tests by `&`
+                # A shell that started the tests by `&` has them ignore SIGINT, and all that they start.
+                self.process = subprocess.Popen(["env", "--default-signal=INT", sys.executable, *words], cwd=ROOT, env=environment(), stdout=outs, stderr=errors)
         names = next(word for word in self.words if word.startswith("collect.annotators="))[20:-1].split(",")
         deadline, lines = time.monotonic() + 60, []
         while len(lines) < 1 + len(names):  # the address, and a line for each annotator

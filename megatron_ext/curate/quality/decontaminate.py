@@ -15,7 +15,6 @@ character.
 import csv
 import gzip
 import json
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from megatron_ext.curate import arrays
 from megatron_ext.curate.quality.hashing import windows, windows_of
 from megatron_ext.curate.quality.text import code_points, is_korean, solid
 from megatron_ext.errors import UserError
@@ -83,25 +83,13 @@ class Index:
         return hits[np.lexsort((hits[:, 1], hits[:, 0]))]
 
     def save(self, path: str | Path) -> None:
-        about = json.dumps({**self.about, "format": FORMAT, "sizes": list(self.hashes)}, sort_keys=True)
-        with open(path, "wb") as file:
-            arrays = {f"hashes_{size}": one for size, one in self.hashes.items()}
-            np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **arrays)
+        arrays.save(path, {**self.about, "sizes": list(self.hashes)}, {f"hashes_{size}": one for size, one in self.hashes.items()}, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.quality.decontaminate.index") -> "Index":
         """Raises UserError: not there, or not an index of this format."""
-        write = "write one with python -m megatron_ext.curate.quality index"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                if about["format"] != FORMAT:
-                    raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: write it anew")
-                return cls({size: file[f"hashes_{size}"] for size in about["sizes"]}, about)
-        except OSError as error:
-            raise UserError(key, path, f"cannot be read ({error.strerror}); {write}") from error
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(key, path, f"is no index ({type(error).__name__}); {write}") from error
+        with arrays.opened(path, format=FORMAT, key=key, kind="index", command="python -m megatron_ext.curate.quality index") as (about, file):
+            return cls({size: file[f"hashes_{size}"] for size in about["sizes"]}, about)
 
 
 def cut(text: str, hits: np.ndarray, *, margin: int) -> list[str]:

@@ -13,17 +13,15 @@ The file is numpy's .npz without pickle: keys, probabilities and back-off weight
 units, order, discounts, sizes, the hash of the text, quantiles of perplexity on held-out text).
 """
 import hashlib
-import json
 import random
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.curate import arrays
 from megatron_ext.curate.quality.kneser_ney import Order
 from megatron_ext.curate.quality.units import END, START, UNKNOWN, Vocabulary
-from megatron_ext.errors import UserError
 
 FORMAT = "megatron_ext.ngram/2"
 PASSAGE = 1000  # characters of the held-out passages that limits come from
@@ -116,25 +114,12 @@ class NgramModel:
 
     def save(self, path: str | Path) -> None:
         names = ("keys", "log_p", "log_backoff")
-        arrays = {f"{name}_{n}": getattr(order, name) for n, order in enumerate(self.orders, 1) for name in names}
-        about = json.dumps({**self.about, "format": FORMAT, "order": self.order, "kind": self.vocabulary.kind}, sort_keys=True)
-        with open(path, "wb") as file:
-            np.savez(file, about=np.frombuffer(about.encode(), dtype=np.uint8), **self.vocabulary.arrays(), **arrays)
+        found = {f"{name}_{n}": getattr(order, name) for n, order in enumerate(self.orders, 1) for name in names}
+        arrays.save(path, {**self.about, "order": self.order, "kind": self.vocabulary.kind}, self.vocabulary.arrays() | found, format=FORMAT)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.quality.language_model.path") -> "NgramModel":
         """Raises UserError: not there, or not a model of this format."""
-        write = "write one with python -m megatron_ext.curate.quality train"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                if about["format"] != FORMAT:
-                    raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: train it anew")
-                orders = tuple(
-                    Order(*(file[f"{name}_{n}"] for name in ("keys", "log_p", "log_backoff"))) for n in range(1, about["order"] + 1)
-                )
-                return cls(Vocabulary.of_arrays(about["kind"], file["units"]), orders, about)
-        except OSError as error:
-            raise UserError(key, path, f"cannot be read ({error.strerror}); {write}") from error
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(key, path, f"is no n-gram model ({type(error).__name__}); {write}") from error
+        with arrays.opened(path, format=FORMAT, key=key, kind="n-gram model", command="python -m megatron_ext.curate.quality train") as (about, file):
+            orders = tuple(Order(*(file[f"{name}_{n}"] for name in ("keys", "log_p", "log_backoff"))) for n in range(1, about["order"] + 1))
+            return cls(Vocabulary.of_arrays(about["kind"], file["units"]), orders, about)

@@ -11,16 +11,14 @@ The file is numpy's .npz without pickle: `weights` float32 [domains, 2^bits], `b
 `scale` float32 [2^bits], `about` (JSON: domains, bits,
 threshold, what was measured).
 """
-import json
-import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.curate import arrays
 from megatron_ext.curate.taxonomy.features import features
-from megatron_ext.errors import UserError
 
 FORMAT = "megatron_ext.taxonomy/2"
 NONE = "none"
@@ -83,26 +81,15 @@ class Classifier:
         return Answer(above[0] if above else NONE, float(found.max()), above, dict(zip(self.domains, found.tolist())))
 
     def save(self, path: str | Path) -> None:
-        about = {**self.about, "format": FORMAT, "domains": list(self.domains), "threshold": self.threshold}
-        header = np.frombuffer(json.dumps(about, sort_keys=True, ensure_ascii=False).encode(), dtype=np.uint8)
-        with open(path, "wb") as file:
-            np.savez_compressed(file, about=header, weights=self.weights, bias=self.bias, scale=self.scale)
+        arrays.save(path, {**self.about, "domains": list(self.domains), "threshold": self.threshold},
+                    {"weights": self.weights, "bias": self.bias, "scale": self.scale}, format=FORMAT, compressed=True)
 
     @classmethod
     def load(cls, path: str | Path, *, key: str = "curate.taxonomy.path") -> "Classifier":
         """Raises UserError: not there, or not a model of this format."""
-        train = "python -m megatron_ext.curate.taxonomy train"
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                if about["format"] != FORMAT:
-                    raise UserError(key, path, f"is of format {about['format']}; this version reads {FORMAT}: train it anew")
-                weights, bias, scale = file["weights"], file["bias"], file["scale"]
-                domains, threshold = tuple(map(str, about["domains"])), float(about["threshold"])
-                if weights.shape[0] != len(domains) or bias.shape != (len(domains),) or weights.shape[1:] != scale.shape or len(scale).bit_count() != 1:
-                    raise ValueError("sizes do not fit")
-                return cls(domains, weights, bias, scale, threshold, about)
-        except OSError as error:
-            raise UserError(key, path, f"cannot be read ({error.strerror}); write one with {train}") from error
-        except (ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile) as error:
-            raise UserError(key, path, f"is no domain model ({type(error).__name__}); write one with {train}") from error
+        with arrays.opened(path, format=FORMAT, key=key, kind="domain model", command="python -m megatron_ext.curate.taxonomy train") as (about, file):
+            weights, bias, scale = file["weights"], file["bias"], file["scale"]
+            domains, threshold = tuple(map(str, about["domains"])), float(about["threshold"])
+            if weights.shape[0] != len(domains) or bias.shape != (len(domains),) or weights.shape[1:] != scale.shape or len(scale).bit_count() != 1:
+                raise ValueError("sizes do not fit")
+            return cls(domains, weights, bias, scale, threshold, about)
