@@ -17,7 +17,7 @@ NAMES = """
     config_compose config_rlhf config_validate presets schedule static_check
     encoder encoder_decoder evaluate generate generate_text last_layer models observe_flops
     convert convert_adapters convert_families convert_megatron convert_refusals plan plan_cli plan_trace record scaling
-    rlhf_advantages rlhf_kl rlhf_policy_losses rlhf_preferences rlhf_report start_up
+    rlhf_advantages rlhf_kl rlhf_policy_losses rlhf_preferences rlhf_report setup start_up
 """
 BESIDE = frozenset(f"test_{name}.py" for name in NAMES.split())
 
