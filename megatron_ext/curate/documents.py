@@ -6,13 +6,12 @@ Keys are sorted, nothing depends on the time or the machine, and a shard appears
 """
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 from megatron_ext.data.decompress import file_chunks, lines
+from megatron_ext.data.directories import whole
 
 LEVEL = 3  # of zstd: 3 takes a tenth of the time that tokenising takes
 
@@ -62,12 +61,11 @@ class LineWriter:
 
     def __init__(self, path: Path):
         self.path, self.count, self.size, self.sha256 = path, 0, 0, ""
-        self._draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         self._hash = hashlib.sha256()
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._draft.open("wb")
+        self._whole = whole(self.path)
+        self._file = self._whole.__enter__()
         self._compressor = None
         if self.path.suffix == ".zst":
             import zstandard
@@ -88,26 +86,16 @@ class LineWriter:
 
     def __exit__(self, kind, error, traceback) -> None:
         try:
-            if kind is None:
-                if self._compressor is not None:
-                    self._put(self._compressor.flush())
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-            if kind is not None:
-                self._draft.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self._draft, self.path)
-            self.sha256 = self._hash.hexdigest()
+            if kind is None and self._compressor is not None:
+                self._put(self._compressor.flush())
+        except BaseException as failed:  # a full disk
+            self._whole.__exit__(type(failed), failed, failed.__traceback__)
+            raise
+        self._whole.__exit__(kind, error, traceback)
+        self.sha256 = self._hash.hexdigest()
 
 
 def write_json(path: Path, value: object) -> None:
     """A small file of JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with draft.open("wb") as stream:
+    with whole(path) as stream:
         stream.write(json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False).encode("utf-8") + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(draft, path)

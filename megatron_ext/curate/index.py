@@ -6,14 +6,14 @@ The last hash is the one that decides a document's split (data/split.py). Source
 those of the text in UTF-8. Integers are little-endian. A search compares one column with numpy: a hundred million documents take seconds.
 """
 import hashlib
-import os
-import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_ext.data.directories import whole
 
 ROW = np.dtype([("id", "V16"), ("raw", "V16"), ("text", "V16"), ("split", ">u8"), ("source", "<u2"), ("domain", "<u2"), ("bytes", "<u4")])
 assert ROW.itemsize == 64
@@ -40,13 +40,8 @@ class IndexWriter:
 
     def close(self) -> dict[str, Any]:
         """Writes the file. Returns {"sha256", "sources": [...], "domains": [...]}."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}")
-        with draft.open("wb") as stream:
+        with whole(self._path) as stream:
             stream.write(self._rows)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, self._path)
         return {"sha256": hashlib.sha256(self._rows).hexdigest(), "sources": list(self._tables["source"]), "domains": list(self._tables["domain"])}
 
 

@@ -7,13 +7,12 @@ other files go too. What was made of a removed document (`derived_from` in its m
 it, and whoever makes records out of records names all ancestors.
 """
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.curate.documents import canonical
+from megatron_ext.data.directories import whole
 from megatron_ext.errors import UserError
 
 KEY = "curate.removals"
@@ -80,14 +79,9 @@ def add(path: str | Path, new: Iterable[Mapping]) -> int:
     known = {tuple(entry.get(name) for name in NAMES) for entry in old}
     fresh = [dict(entry) for entry in new if tuple(entry.get(name) for name in NAMES) not in known]
     if fresh:
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as stream:
+            with whole(path) as stream:
                 stream.write(b"".join(canonical(entry) + b"\n" for entry in (*old, *fresh)))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(draft, path)
         except OSError as error:
             raise UserError(KEY, path, f"cannot be written: {error.strerror}") from None
     return len(fresh)

@@ -6,8 +6,6 @@
 An image whose content the source does not hold (a page's link) has no file. The same documents give the same bytes.
 """
 import io
-import os
-import secrets
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from megatron_ext.curate.documents import canonical, read_records, shard_name, write_json
 from megatron_ext.curate.ingest.items import sha256
 from megatron_ext.curate.ingest.parts import ENDINGS
+from megatron_ext.data.directories import whole
 
 
 class TarWriter(PipelineStep):
@@ -30,22 +29,16 @@ class TarWriter(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator:
         path = self._folder / f"{rank:06d}.tar"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         documents = images = 0
-        with draft.open("wb") as stream:
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-                for record in read_records(self._shards / shard_name(rank)):
-                    documents += 1
-                    _add(archive, f"{record['id']}.json", canonical(record))
-                    for number, image in enumerate(record["metadata"].get("images", ())):
-                        digest, ending = image.get("sha256"), ENDINGS.get(image.get("media_type"))
-                        if digest and ending and (picture := self._pictures / digest[:2] / digest).exists():
-                            images += 1
-                            _add(archive, f"{record['id']}.{number}.{ending}", picture.read_bytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
+        with whole(path) as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+            for record in read_records(self._shards / shard_name(rank)):
+                documents += 1
+                _add(archive, f"{record['id']}.json", canonical(record))
+                for number, image in enumerate(record["metadata"].get("images", ())):
+                    digest, ending = image.get("sha256"), ENDINGS.get(image.get("media_type"))
+                    if digest and ending and (picture := self._pictures / digest[:2] / digest).exists():
+                        images += 1
+                        _add(archive, f"{record['id']}.{number}.{ending}", picture.read_bytes())
         write_json(self._counts / f"{rank:06d}.json", {"name": path.name, "documents": documents, "images": images, "bytes": path.stat().st_size,
                                                        "sha256": sha256(path.read_bytes())})
         yield from ()

@@ -4,14 +4,12 @@ As `split.py` does for text: u = sha256(tokens as little-endian int32), so the s
 """
 import hashlib
 import json
-import os
-import secrets
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from megatron_ext.data.directories import whole
 from megatron_ext.data.index import TokenFile
 from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.progress import Progress
@@ -63,12 +61,8 @@ def _key(file: TokenFile, fractions: tuple[float, ...]) -> str:
 
 
 def _write(path: Path, codes: np.ndarray) -> None:
-    # Ranks of other nodes may have our process id, and write the same file at this moment.
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
+        with whole(path, sync=False) as stream:  # ranks of other nodes write the same file at this moment
             np.save(stream, codes, allow_pickle=False)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError("data.cache", path.parent, f"cannot be written: {error.strerror}") from error

@@ -3,10 +3,11 @@
 Duplicates of duplicates are one cluster: datatrove's MinhashDedupCluster does the same, but which document it keeps follows from the sizes
 of the parts it merged.
 """
-import os
 from pathlib import Path
 
 import numpy as np
+
+from megatron_ext.data.directories import whole
 
 PAIRS, GONE = "pairs", "gone"
 PLACE = np.dtype([("place", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
@@ -35,12 +36,8 @@ def resolve(work: Path) -> int:
     shards, places = gone >> 32, np.empty(len(gone), dtype=PLACE)
     places["place"], places["first_shard"], places["first_place"] = gone & 0xFFFFFFFF, stays >> 32, stays & 0xFFFFFFFF
     for shard in np.unique(shards).tolist():
-        path = work / GONE / f"{shard:05d}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(beside, "wb") as file:
+        with whole(work / GONE / f"{shard:05d}.npy", sync=False) as file:
             np.save(file, places[shards == shard], allow_pickle=False)
-        os.replace(beside, path)
     return len(gone)
 
 

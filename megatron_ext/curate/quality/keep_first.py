@@ -7,12 +7,13 @@
 The first place is that of the lowest shard, then of the lowest document, then of the lowest paragraph: it follows from the order of the
 input, not from which worker was faster.
 """
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from megatron_ext.data.directories import whole
 
 ENTRY = np.dtype([("key", "<u8"), ("place", "<u4"), ("part", "<u4")])
 PLACE = np.dtype([("place", "<u4"), ("part", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
@@ -73,8 +74,5 @@ def firsts(folder: Path, shard: int, parts: int) -> dict[int, list[tuple[int, in
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # a task that is killed leaves no half file under the name
-    with open(beside, "wb") as file:
+    with whole(path, sync=False) as file:  # a task that is killed leaves no half file under the name
         np.save(file, array, allow_pickle=False)
-    os.replace(beside, path)
