@@ -34,7 +34,7 @@ test-312:
 bench: setup
 	@$(PY) benchmarks/run_all.py $(ARGS)
 
-## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, curate_campaign.md, a million documents, the full grids of the kernels; docs/learning.md where outputs/run is there
+## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, curation of ../shared/data and of a million documents, the full grids of the kernels; docs/learning.md where outputs/run is there
 campaign: setup
 	@status=0; for each in parity kills curate curate_real; do $(PY) benchmarks/campaign_$$each.py || status=1; done; \
 	$(PY) benchmarks/fault_campaign.py || status=1; \

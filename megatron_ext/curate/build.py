@@ -98,12 +98,12 @@ class Build:
         return cls(settings, Path(asked["input"]), Path(asked["output"]), plan["tasks"],
                    tuple(SetAside(**one) for one in plan["set_aside"]))
 
-    def fingerprint(self) -> str:
-        """The input's, as it was planned."""
-        return json.loads((self.work / "build.json").read_text(encoding="utf-8"))["fingerprint"]
+    def asked(self) -> dict:
+        """What the build was begun with: input, output, settings, settings_files, code, fingerprint (of the input)."""
+        return json.loads((self.work / "build.json").read_text(encoding="utf-8"))
 
     def _same(self, asked: dict) -> None:
-        found = json.loads((self.work / "build.json").read_text(encoding="utf-8"))
+        found = self.asked()
         words = {"input": "another input", "settings": "other settings", "settings_files": "another catalogue, list or model", "code": "another version of this program",
                  "fingerprint": "an input that has changed since"}
         changed = [words[key] for key in words if found.get(key) != asked[key] and not (key == "fingerprint" and found.get("input") != asked["input"])]
@@ -153,10 +153,10 @@ class Build:
             raise UserError("curate.uses", ",".join(settings.uses), f"{'; '.join(said)}. curate.forbidden=leave_out builds without, warn with them")
         return tuple(source for source in found if source not in against) if settings.forbidden == "leave_out" else found
 
-    def readings(self) -> dict[str, Reading]:
+    def readings(self, sources: Sequence[Source]) -> dict[str, Reading]:
         ingest = self.settings.ingest
         return {source.name: Reading(ingest, source.text or ingest.text_fields, source.records, source.fields, source.encoding or ingest.encoding,
-                                     self.settings.images) for source in self.sources()}
+                                     self.settings.images) for source in sources}
 
     def step_settings(self, step: str) -> Any:
         found: Any = self.settings
@@ -210,9 +210,11 @@ class Build:
     def _group(self, number: int, steps: Sequence[str], last: bool) -> list[Any]:
         from megatron_ext.curate.steps import BlockStep, Fingerprint, RawReader, Settle, ShardReader, ShardWriter
 
-        removals, hidden = Removals.read(self.settings.removals), self.hidden()
+        hidden = self.hidden()
+        removals = Removals.read(self.settings.removals if number == 0 or "privacy" in steps else None)  # where one is asked for
         if number == 0:
-            found: list[Any] = [RawReader(self.input, self.work / "tasks", self.sources(), self.readings(), removals,
+            sources = self.sources()
+            found: list[Any] = [RawReader(self.input, self.work / "tasks", sources, self.readings(sources), removals,
                                           self.work / "pictures" if self.settings.images else None, hidden)]
         else:
             found = [ShardReader(self.folder(number - 1) / "shards")]

@@ -1,6 +1,6 @@
 """The manifest of a build: what went in, what every step did, what came out. Written last: where it is, the build is complete.
 
-It holds no time, no machine and no absolute path, so that the same input, settings and code give the same bytes anywhere, and its hash names the build.
+It holds no time, no machine and no path but those that settings name, so that the same input, settings and code give the same bytes anywhere, and its hash names the build.
 """
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_ext import __version__
 from megatron_ext.curate.blocks import entry, resolve
-from megatron_ext.curate.build import Build, code_sha256, plain_settings, settings_files
+from megatron_ext.curate.build import Build, plain_settings
 from megatron_ext.curate.documents import LineWriter, canonical, shard_name, write_json
 from megatron_ext.curate.index import index_name
 from megatron_ext.curate.ingest.licences import forbidden, is_known, licence, warnings
@@ -78,7 +78,7 @@ class Curated:
 
 def finish(build: Build) -> Curated:
     """Writes the manifest of a build whose phases are all done, and gives the result its name. Raises UserError."""
-    out, seen = build.out, build.fingerprint()
+    out, seen = build.out, build.asked()["fingerprint"]
     if fingerprint(build.input, list_files(build.input)) != seen:
         raise UserError("input", build.input, f"changed while it was read; remove {build.work} and start again when nothing writes to it")
     try:
@@ -140,7 +140,7 @@ def _fields(build: Build, aside: dict) -> dict:
     shards = [{"name": shard_name(rank), **counts["shard"], "index": {"name": index_name(rank), **counts["index"]}}
               for rank, counts in enumerate(_counts(build, groups - 1))]
     rows = {row["step"]: row for row in steps}
-    sources, hidden = [], build.hidden()
+    sources, hidden, asked = [], build.hidden(), build.asked()
     for source in build.sources():
         first, last = rows["read"]["sources"].get(source.name), rows["write"]["sources"].get(source.name)
         told = {key: hidden.name(value) if key in ("owner", "terms", "date") else value for key, value in source.described().items()} | {"documents_in": first["in"] if first else 0, "documents_out": last["out"] if last else 0,
@@ -152,8 +152,8 @@ def _fields(build: Build, aside: dict) -> dict:
         sources.append(told | ({"asks": known.asks} if known and known.asks else {}))
     return {
         "format": FORMAT,
-        "code": {"version": __version__, "sha256": code_sha256(), "packages": _versions()},
-        "settings": plain_settings(build.settings), "settings_files": settings_files(build.settings),
+        "code": {"version": __version__, "sha256": asked["code"], "packages": _versions()},
+        "settings": plain_settings(build.settings), "settings_files": asked["settings_files"],
         "input": {"files": plan["files"], "bytes": plan["bytes"], "sha256": read.hexdigest()},
         "sources": sources, "steps": steps, "set_aside": aside,
         "output": {"documents": sum(shard["documents"] for shard in shards), "characters": sum(shard["characters"] for shard in shards), "shards": shards,

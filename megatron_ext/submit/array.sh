@@ -8,6 +8,9 @@ restarts=${SLURM_RESTART_COUNT:-0}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
+overdue="COMPLETING TimeLimit"
+state() { squeue --noheader --jobs="$job" --format='%T %r'; }
+
 say() { echo "job $job, life $((restarts + 1)), $(date +%FT%T): $*"; }
 
 again() { # why, exit code where it is not requeued, lives
@@ -16,6 +19,13 @@ again() { # why, exit code where it is not requeued, lives
         say "$1; not requeued, the same command goes on from what is done"
         exit "$2"
     fi
+    # An element that somebody cancelled, or that Slurm requeues by itself, is not RUNNING any more.
+    local now
+    now=$(state)
+    case $now in
+    RUNNING* | "$overdue") ;;
+    *) say "$1; not requeued by this script: the element is ${now:-gone}"; exit "$2" ;;
+    esac
     say "$1; requeued"
     scontrol requeue "$job" && exit 0
     exit "$2"

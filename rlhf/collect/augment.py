@@ -69,6 +69,8 @@ class Augmentation:
         sampling = own | {name: value for name, value in template.sampling.items() if f"generate.{name}" not in typed}
         if not sampling["stop"]:
             del sampling["stop"]
+        if config.checkpoint.load is not None:  # a checkpoint of our own draws by these too; endpoints know neither
+            sampling |= {"seed": config.generate.seed, "top_k": config.generate.top_k}
         return cls(config, template, file, pool, sampling)
 
     def items(self, left_out: Counter, bad: files.Skips, gate: Gate) -> Iterator[dict]:

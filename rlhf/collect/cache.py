@@ -18,7 +18,7 @@ FILE = "cache.log"  # not .jsonl: no stage should take it for records
 
 @dataclass(frozen=True)
 class Request:
-    """One reply that is wanted. draw: 0, 1, ... of the same question. max_tokens, temperature, top_p, stop, seed: of sampling."""
+    """One reply that is wanted. draw: 0, 1, ... of the same question. sampling: max_tokens, temperature, top_p, stop; of a checkpoint of our own top_k and seed."""
 
     key: str
     messages: tuple[Mapping[str, str], ...]

@@ -47,26 +47,22 @@ def _prepare(options: Options) -> int:
     if options.sweeps:
         raise UserError("--sweep", options.sweeps[0], "goes with train, not with prepare")
     jobs = curating.parts([word for word in options.overrides if word != "prepare"])
-    errors: list[UserError] = []
+    errors, said = [], []
     if not options.dry_run:
         for job in jobs:
-            errors += limits.beyond(job)[0]
+            found, warnings = limits.beyond(job)
+            errors, said = [*errors, *found], [*said, *warnings]
+    for line in dict.fromkeys(said):
+        print(f"note: {line}", file=sys.stderr, flush=True)
     if errors := list({str(error): error for error in errors}.values()):
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
     if options.dry_run:
         shown = [{"name": job.name, "script": str(job.script), "text": curating.script(job), "after": list(job.after)} for job in jobs]
         print(json.dumps({"jobs": shown}) if options.json else "\n".join(one["text"] for one in shown))
         return 0
-    numbers: dict[str, str] = {}
-    try:
-        for job in jobs:
-            make_directory(job.folder, private=job.config.run.private)
-            job.script.write_text(curating.script(job), encoding="utf-8")
-            job.script.chmod(0o700)
-            numbers[job.name] = slurm.sbatch(job, [numbers[name] for name in job.after])
-    except UserError:
-        slurm.cancel(list(numbers.values()))
-        raise
+    for job in jobs:
+        _write(job, curating.script(job))
+    numbers = _queued(jobs)
     if options.json:
         print(json.dumps({"jobs": [{"name": job.name, "id": numbers[job.name], "script": str(job.script), "after": [numbers[name] for name in job.after]} for job in jobs]}))
         return 0
@@ -78,13 +74,22 @@ def _prepare(options: Options) -> int:
 def _submit(jobs: Sequence[Job]) -> dict[str, str]:
     """Job name -> number. All of them, or none."""
     for job in jobs:
-        make_directory(job.folder, private=job.config.run.private)
-        job.script.write_text(render.script(job), encoding="utf-8")
-        job.script.chmod(0o700)
+        _write(job, render.script(job))
         if job.array:
             (job.folder / "sweep.json").write_text(job.points(), encoding="utf-8")
     if len(jobs) > 1:
         (jobs[0].folder.parent / "submit.sh").write_text(render.submission(jobs), encoding="utf-8")
+    return _queued(jobs)
+
+
+def _write(job: Job | curating.Part, text: str) -> None:
+    make_directory(job.folder, private=job.config.run.private)
+    job.script.write_text(text, encoding="utf-8")
+    job.script.chmod(0o700)
+
+
+def _queued(jobs: Sequence[Job | curating.Part]) -> dict[str, str]:
+    """Job name -> number. All of them, or none."""
     numbers: dict[str, str] = {}
     try:
         for job in jobs:

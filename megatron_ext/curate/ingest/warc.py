@@ -21,6 +21,8 @@ def records(path: Path, reading: Reading, read: Callable[[bytes, str, Reading], 
     failed = needed("warcio.exceptions", "WARC").ArchiveLoadFailed
     from megatron_ext.curate.ingest.html import page
 
+    if path.suffix.lower() == ".zst":
+        raise Unreadable("a WARC file packed with zstd is not read: pack it as .warc.gz")
     with path.open("rb") as stream:
         archive = iterator(stream)
         while True:
