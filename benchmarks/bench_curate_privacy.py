@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from privacy_corpus import corpus, documents
-from privacy_score import STRUCTURED, Score
+from privacy_score import STRUCTURED, scored
 
 Find = Callable[[str], list[tuple[int, int, str]]]
 PRESIDIO = {  # its names in ours
@@ -143,9 +143,7 @@ def main() -> None:
         cells, scores = [], []
         told = figures["rows"][row] = dict(size)
         for name, items in (("clean", clean), ("spoilt", spoilt)):
-            score = Score()
-            for item in items:
-                score.add(item.text, item.spans, find(item.text))
+            score = scored(find, items)
             measured = {kind: score.recall(of) for kind, of in (("structured", STRUCTURED & set(score.true)), ("names", {"PERSON"}), ("addresses", {"ADDRESS"}))} | {"precision": score.precision()}
             told[name] = {key: round(value, 4) for key, value in measured.items()}
             cells += [f"{100 * value:.1f} %" for value in measured.values()]

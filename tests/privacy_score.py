@@ -35,8 +35,8 @@ class Score:
             else:
                 self.wrong.append((kind, text[max(0, start - 20):start] + "<<" + text[start:end] + ">>" + text[end:end + 12]))
 
-    def recall(self, kinds: Iterable[str] | None = None) -> float:
-        kinds = set(self.true) if kinds is None else set(kinds)
+    def recall(self, kinds: Iterable[str]) -> float:
+        kinds = set(kinds)
         return sum(self.found[kind] for kind in kinds) / max(1, sum(self.true[kind] for kind in kinds))
 
     def precision(self) -> float:

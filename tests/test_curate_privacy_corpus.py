@@ -1,5 +1,4 @@
 """De-identification measured on a labelled set, fuzzed, and searched for what it should have removed."""
-import io
 import json
 import logging
 from dataclasses import dataclass, field
@@ -36,7 +35,8 @@ def cleaner() -> Cleaner:
 def holds(score) -> None:
     kinds = set(score.true)
     assert score.recall(STRUCTURED & kinds) >= 0.99, score.missed[:20]
-    assert score.recall({"PERSON", "ADDRESS"}) >= 0.90, score.missed[:20]
+    assert score.recall({"PERSON"}) >= 0.90 and score.recall({"ADDRESS"}) >= 0.90, score.missed[:20]
+    assert sum(score.named.values()) >= 0.99 * sum(score.found.values())  # by its own kind, too
     assert score.precision() >= 0.95, score.wrong[:20]
 
 
@@ -56,32 +56,33 @@ def test_recall_and_precision_in_documents(cleaner):
 
 
 def test_any_text_can_be_cleaned(cleaner):
-    """Random cuts and mixtures of anything: no error, spans in order and inside, and nothing more is found in what comes out."""
+    """Random cuts and mixtures of anything: no error, spans in order and inside, and hardly anything more is found in what comes out."""
     rng = Random(5)
     items = corpus(seed=5, rounds=2, spoil=0.5)
+    first = second = 0
     for _ in range(400):
         text = "".join(rng.choice(items).text[rng.randrange(20):][:rng.randrange(60)] + rng.choice(["", " ", "\n", "\u200b", "\ud800", "－", "①", "é", "e\u0301"]) for _ in range(rng.randrange(1, 8)))
         cleaned, at = cleaner.clean(text), 0
         for span in cleaned.spans:
             assert at <= span.start < span.end <= len(text)
             at = span.end
-        again = cleaner.clean(cleaned.text)
-        assert len(again.text) - len(cleaned.text) <= 40 * len(again.spans)
+        first += len(cleaned.spans)
+        second += len(cleaner.clean(cleaned.text).spans)
+    assert first > 400 and second <= 0.02 * first  # what was cut through, and is whole once its neighbour is a tag
 
 
 def test_nothing_of_a_removed_item_is_left(tmp_path, caplog, capfd):
     """Outputs, metadata, verdicts, reports, logs, errors, files: searched for the bytes of every value."""
     caplog.set_level(logging.DEBUG)
     block = Privacy(PrivacyConfig(samples=50))
-    seen, kept, removed = io.StringIO(), [], set()
+    kept, removed = [], set()
     for number, item in enumerate(documents(corpus(seed=9, rounds=3, spoil=0.3), each=6)):
         values = [item.text[a:b] for a, b, _ in item.spans]
         document = Doc(item.text, f"{number:032x}", {"source": f"s{number % 3}", "title": " ".join(values[:2]), "origin": f"raw/{values[0]}.hwpx" if values else "raw/x",
                                                      "images": [{"path": "a.png", "caption": item.text[:80]}], "tables": [{"rows": [["성명", "전화"], values[:2] or ["", ""]], "line": 2}]})
         found = {item.text[span.start:span.end] for span in block.cleaner.find(item.text, document.metadata["source"])}
         verdict = block.process(document)
-        seen.write(repr(verdict) + json.dumps(document.metadata, ensure_ascii=False) + document.text)
-        kept.append((found, document.text + json.dumps(document.metadata, ensure_ascii=False)))
+        kept.append((found, repr(verdict) + document.text + json.dumps(document.metadata, ensure_ascii=False)))
         removed |= found
     for found, written in kept:
         for value in found:

@@ -4,7 +4,7 @@
     cleaner.clean("연락처는 010-1234-5678입니다.").text      # 연락처는 ***-****-****입니다.
 """
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,21 +130,13 @@ class Cleaner:
         spans, normal = self.find(text, source), Normal(text)
         if self._replace.action(kinds.PERSON) == "keep" or not self._recogniser.wants(kinds.PERSON):
             return spans
-        for match in _ALONE.finditer(normal.text):
-            place = normal.original(*match.span())
-            if self._recogniser.is_name(match[0]) and not any(span.start < place[1] and place[0] < span.end for span in spans):
-                spans.append(Span(*place, kinds.PERSON, 0.7))
-        return sorted(spans)
+        return _with(spans, (Span(*normal.original(*match.span()), kinds.PERSON, 0.7) for match in _ALONE.finditer(normal.text) if self._recogniser.is_name(match[0])))
 
     def _known(self, text: str, known: tuple[Values, Mapping[str, str]], source: str, spans: list[Span] | None = None) -> list[Span]:
         """Spans of a short text, with those of values that were found elsewhere."""
         spans = self.find(text, source) if spans is None else spans
         normal = Normal(text)
-        for start, end in known[0].find(normal.text):
-            place = normal.original(start, end)
-            if not any(span.start < place[1] and place[0] < span.end for span in spans):
-                spans.append(Span(*place, known[1][normal.text[start:end]], 1.0))
-        return sorted(spans)
+        return _with(spans, (Span(*normal.original(start, end), known[1][normal.text[start:end]], 1.0) for start, end in known[0].find(normal.text)))
 
     def _rows(self, rows: list[list[str]], known: tuple[Values, Mapping[str, str]], source: str) -> tuple[list[list[str]], int]:
         """A table as one text, so that a cell is read beside its neighbours; then each cell gets its part."""
@@ -174,6 +166,18 @@ class Cleaner:
                 if mark.action == "drop" and rules.serve(source) and self._recogniser.marked(mark, normal):
                     return f"{rules.name}:{number}"
         return ""
+
+
+def _with(spans: list[Span], more: Iterable[Span]) -> list[Span]:
+    """`spans` (in order), and those of `more` (in order) that overlap none of them, nor each other. In time that grows with both."""
+    at, last, free = 0, 0, []
+    for span in more:
+        while at < len(spans) and spans[at].end <= span.start:
+            at += 1
+        if span.start >= last and (at == len(spans) or spans[at].start >= span.end):
+            free.append(span)
+            last = span.end
+    return sorted([*spans, *free])
 
 
 def _is_table(value: object) -> bool:

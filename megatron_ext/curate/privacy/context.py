@@ -11,9 +11,9 @@ S = "[ \n]{0,3}"  # what random spacing and wrapped lines put between two charac
 REACH = 32  # characters
 
 
-def digits(least: int, most: int | None = None, of: str = r"\d") -> str:
+def digits(least: int, most: int | None = None) -> str:
     """A pattern of so many digits with such noise between them."""
-    return f"{of}(?:{S}{of}){{{least - 1},{(most or least) - 1}}}"
+    return rf"\d(?:{S}\d){{{least - 1},{(most or least) - 1}}}"
 
 
 _LABELS = {
@@ -31,8 +31,6 @@ _LABELS = {
     kinds.IP: r"\bip(?:v[46])?|아이피|서버|접속|호스트|네트워크|게이트웨이|방화벽|단말|로그인|\bhost|\bdns|gateway|server|firewall|address|login|from|subnet|router",
     kinds.SSN: r"\bssn|social ?security|사회보장|\bitin\b|taxpayer ?id|\btin\b",
     kinds.NHS: r"\bnhs",
-    kinds.NINO: r"\bnino?\b|national ?insurance|국민보험",
-    kinds.BIRTH: r"생년월일|생일|출생(?:일|연월일)|\b(?:dob|d\.o\.b)|date ?of ?birth|birth ?date|birthday|\bborn(?: on)?",
 }
 _LABEL = {kind: re.compile(pattern) for kind, pattern in _LABELS.items()}
 # Numbers that say themselves that they are something else.

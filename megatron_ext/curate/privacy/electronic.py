@@ -40,7 +40,7 @@ def mails(text: str) -> Iterator[Span]:
         if after is None:
             continue
         # A word before "at" is a word: "look at example.com" has blanks and no brackets.
-        if sign[0].strip() in ("at", "AT") and (tight := _SPOKEN.match(text, sign.end())) is None:
+        if sign[0].strip() in ("at", "AT") and _SPOKEN.match(text, sign.end()) is None:
             continue
         start = before.start()
         name = before[0].rstrip()

@@ -130,7 +130,7 @@ def _run(text: str, match: re.Match) -> Iterator[Span]:
     if len(parts) == 2 and _PERSONS.match(text, match.end()) and _kept(match[0]) and not {parts[0][1], last} & _COMMON and parts[0][1] not in _OPENERS:
         yield Span(match.start(), match.end(), kinds.PERSON, 0.55)
         return
-    if _PHRASE.search(text, max(0, match.start() - 24), match.start()) and len(parts) >= 2 and _kept(match[0]) and _STRONG.search(text, max(0, match.start() - 24), match.start()):
+    if _PHRASE.search(text, max(0, match.start() - 24), match.start()) and _kept(match[0]) and _STRONG.search(text, max(0, match.start() - 24), match.start()):
         yield Span(match.start(), match.end(), kinds.PERSON, 0.6 if last not in words.NOT_LAST else 0.1)
 
 

@@ -19,6 +19,7 @@ _DIGIT = re.compile("[0-9]")
 def _hangul(character: str) -> bool:
     return _HANGUL[0] <= character <= _HANGUL[1]
 
+_PATTERNS = numbers.PATTERNS + phones.PATTERNS
 
 class Recogniser:
     """What is personal in a text. A function of the text and the arguments alone; made once, used for any number of texts.
@@ -44,10 +45,10 @@ class Recogniser:
         spans = self.normalised(normal.text, source, normal.tabbed(text))
         return [Span(*normal.original(span.start, span.end), span.kind, span.score) for span in spans]
 
-    def normalised(self, text: str, source: str = "", tabbed: str | None = None) -> list[Span]:
+    def normalised(self, text: str, source: str, tabbed: str) -> list[Span]:
         """The same in a text that is normalised; `tabbed`: with its tabs."""
         serving = [each for each in self._rules if each.serve(source)]
-        found = [span for span in self._general(text, tabbed or text) if span.score >= self._threshold and span.kind in self._wanted]
+        found = [span for span in self._general(text, tabbed) if span.score >= self._threshold and span.kind in self._wanted]
         for each in serving:
             found += [span for span in self._own(each, text) if span.score >= self._threshold]
         spans = resolve(found)
@@ -76,8 +77,8 @@ class Recogniser:
         found: list[Span] = []
         if _DIGIT.search(text):
             runs = numbers.runs(text)
+            found += numbers.tried(text, _PATTERNS, runs)
             found += numbers.find(text, runs)
-            found += numbers.tried(text, phones.PATTERNS, runs)
             found += letters.find(text)
             found += electronic.addresses(text)
             found += addresses.find(text)

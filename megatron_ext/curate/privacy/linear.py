@@ -30,7 +30,7 @@ def check(pattern: str) -> re.Pattern:
     least, most = parsed.getwidth()
     if least == 0:
         raise Unsafe("also matches nothing at all; it must need at least one character")
-    ways, _ = _ways(parsed)
+    ways = _ways(parsed)
     if most > MAX_LENGTH:
         raise Unsafe(f"has a repeat without a near end; write {{1,20}} in place of + or *, at most {MAX_LENGTH} characters in all")
     if ways > MAX_WAYS:
@@ -38,35 +38,30 @@ def check(pattern: str) -> re.Pattern:
     return compiled
 
 
-def _ways(parsed) -> tuple[int, int]:
-    """(ways to match from one place, length of the longest) of a parsed sequence."""
-    ways, length = 1, 0
+def _ways(parsed) -> int:
+    """Ways in which a parsed sequence can match from one place."""
+    ways = 1
     for code, value in parsed:
-        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT):
+        if code in (codes.MAX_REPEAT, codes.MIN_REPEAT):
             low, high, inner = value
-            each, size = _ways(inner)
-            high = int(high)
+            each, high = _ways(inner), int(high)
             if high > MAX_LENGTH:
-                ways = length = _BIG
-            elif code is codes.POSSESSIVE_REPEAT:
-                length += high * size
+                ways = _BIG
             else:
                 ways *= min(sum(min(each, 2**20) ** min(count, 64) for count in range(low, high + 1)) if each > 1 else high - low + 1, _BIG)
-                length += high * size
+        elif code is codes.POSSESSIVE_REPEAT:
+            if int(value[1]) > MAX_LENGTH:
+                ways = _BIG
+            _ways(value[2])  # one way, and no reference inside
         elif code is codes.BRANCH:
-            branches = [_ways(branch) for branch in value[1]]
-            ways *= sum(branch[0] for branch in branches)
-            length += max(branch[1] for branch in branches)
+            ways *= sum(_ways(branch) for branch in value[1])
         elif code is codes.SUBPATTERN:
-            each, size = _ways(value[3])
-            ways, length = ways * each, length + size
+            ways *= _ways(value[3])
         elif code is codes.ATOMIC_GROUP:
-            length += _ways(value)[1]
+            _ways(value)
         elif code in (codes.ASSERT, codes.ASSERT_NOT):
-            ways *= _ways(value[1])[0]
+            ways *= _ways(value[1])
         elif code is codes.GROUPREF_EXISTS or code is codes.GROUPREF:
             raise Unsafe("refers back to a group; write out what it may be")
-        elif code is not codes.AT:
-            length += 1
         ways = min(ways, _BIG)
-    return ways, length
+    return ways

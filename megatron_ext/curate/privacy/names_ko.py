@@ -22,7 +22,6 @@ _SPACED_TITLE = re.compile(rf"{_CLASS}(?<![가-힣].)[ \n]{{1,3}}[가-힣](?:[ \
 _TITLE = re.compile(rf"(?:{words.TITLES})")
 _TITLE_BEHIND = re.compile(rf"[ \n]{{1,3}}(?:전[ \n]?)?(?P<title>{words.TITLES})(?P<rest>[가-힣]{{0,6}})")
 _LATIN = re.compile(r"[A-Z][A-Za-z'-]{1,20}(?:,? [A-Z][A-Za-z'.-]{0,20}){1,3}")
-_JOIN = re.compile(r"[ \n]{0,3}(?:[,·/、&]|및|와|과)[ \n]{0,3}$")
 _AND = re.compile(r"(?:와|과|랑)?[ \n]{0,3}(?:[,·/、&]|및|와|과)?[ \n]{0,3}")
 _LIST = re.compile(rf"{_CLASS}(?<![가-힣].)[가-힣]{{1,3}}(?:[ \n]{{0,3}}·[ \n]{{0,3}}{_CLASS}[가-힣]{{1,3}}(?![가-힣])){{2,40}}")
 _ONE = re.compile(rf"{_CLASS}[가-힣]{{1,3}}")

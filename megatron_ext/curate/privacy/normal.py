@@ -5,7 +5,6 @@ Only what has no width (soft hyphens, joiners, direction marks) is left out, and
 composed; a text with any of these gets a table of offsets.
 """
 import re
-import sys
 import unicodedata
 from array import array
 
@@ -19,7 +18,7 @@ _FULL_STOPS = "\u3002\uff61\ufe52"
 
 def _table() -> dict[int, str]:
     table = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full-width ASCII
-    for code in range(128, sys.maxunicode + 1):
+    for code in range(128, 0x20000):  # none has a decimal value beyond
         if (value := unicodedata.decimal(chr(code), None)) is not None:
             table[code] = str(int(value))
     for characters, plain in ((_HYPHENS, "-"), (_SPACES, " "), (_BREAKS, "\n"), (_DOTS, "·"), (_QUOTES, "'"), (_FULL_STOPS, ".")):
@@ -28,7 +27,7 @@ def _table() -> dict[int, str]:
 
 
 _NOTHING = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
-_MARKS = "\u0300-\u034e\u0350-\u036f\u1161-\u1172\u1174-\u11a1\u11a3-\u11ff\u1173\u11a2\u20d0-\u20f0\u3099\u309a"
+_MARKS = "\u0300-\u034e\u0350-\u036f\u1161-\u11ff\u20d0-\u20f0\u3099\u309a"
 _TABLE = _table()
 # Two classes, since one with characters beyond U+FFFF is looked through range by range.
 _OTHER = re.compile("[" + re.escape("".join(chr(code) for code in _TABLE if code < 0x10000)) + "]")

@@ -32,7 +32,7 @@ class Key:
         self._key = key
 
     @classmethod
-    def read(cls, settings: PrivacyConfig, environment: Mapping[str, str] = os.environ) -> "Key":
+    def read(cls, settings: PrivacyConfig) -> "Key":
         if settings.key_file is not None:
             try:
                 key = Path(settings.key_file).read_bytes().strip()
@@ -40,7 +40,7 @@ class Key:
                 raise UserError("curate.privacy.key_file", settings.key_file, f"cannot be read: {error.strerror}") from None
             name, value = "curate.privacy.key_file", settings.key_file
         else:
-            key = environment.get(settings.key_env, "").strip().encode("utf-8", "surrogateescape")
+            key = os.environ.get(settings.key_env, "").strip().encode("utf-8", "surrogateescape")
             name, value = "curate.privacy.key_env", settings.key_env
             if not key:
                 raise UserError(name, value, f"pseudonyms need a key: put {SHORTEST_KEY} random bytes and more into that variable, or name a file in curate.privacy.key_file")
@@ -49,10 +49,10 @@ class Key:
         return cls(key)
 
     @classmethod
-    def found(cls, settings: PrivacyConfig, environment: Mapping[str, str] = os.environ) -> "Key | None":
+    def found(cls, settings: PrivacyConfig) -> "Key | None":
         """The key where one is set, else None. Raises UserError: it cannot be read, or is too short."""
-        given = settings.key_file is not None or environment.get(settings.key_env, "").strip()
-        return cls.read(settings, environment) if given else None
+        given = settings.key_file is not None or os.environ.get(settings.key_env, "").strip()
+        return cls.read(settings) if given else None
 
     def __repr__(self) -> str:
         return "Key(***)"
@@ -91,7 +91,7 @@ def mask(value: str) -> str:
 
 
 class Replacer:
-    """Args: own: kinds of the rules' files. actions: of theirs, in the order of the files."""
+    """Args: actions: of the rules' files, in their order."""
 
     def __init__(self, settings: PrivacyConfig, actions: Mapping[str, str]):
         self._default = settings.action

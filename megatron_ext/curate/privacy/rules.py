@@ -23,7 +23,7 @@ _FIELDS = {
     "patterns": {"kind", "pattern", "near", "score"}, "words": {"kind", "list", "file", "whole", "score"},
     "marks": {"mark", "action", "where", "lines"}, "allow": {"kind", "values", "pattern"},
 }
-MARK_ACTIONS = ("drop", "tag", "count")
+MARK_ACTIONS = ("drop", "tag")
 CLASSIFIED = "CLASSIFICATION"
 
 
@@ -45,7 +45,7 @@ class OwnWords:
 
 @dataclass(frozen=True)
 class Mark:
-    """A classification mark, such as 대외비: `drop` the document, `tag` the mark in it, or only `count` it; `head` = in its first `lines` lines alone on a line or in brackets."""
+    """A classification mark, such as 대외비: `drop` the document, or `tag` the mark in it; `head` = in its first `lines` lines alone on a line or in brackets."""
 
     mark: str
     action: str = "drop"
