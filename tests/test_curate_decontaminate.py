@@ -111,3 +111,16 @@ def test_words_of_the_command():
     for given, message in ((["input=a"], "did you mean inputs"), (["inputs"], "key=value"), (["inputs=a"], "output=...")):
         with pytest.raises(UserError, match=message):
             words.settings(IndexSettings, given)
+
+
+def test_packed_sets_are_not_passed_over_and_a_damaged_one_is_named(tmp_path):
+    import zstandard
+
+    line = json.dumps({"question": "국가는 평생교육을 진흥하여야 하며 모든 국민은 능력에 따라 균등하게 교육을 받을 권리를 가진다는 조항은 어디에 있는가"}, ensure_ascii=False)
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "d.jsonl.zst").write_bytes(zstandard.compress(line.encode()))
+    index(IndexSettings(inputs=(str(tmp_path / "sets"),), output=str(tmp_path / "index.npz")))
+    assert Index.load(tmp_path / "index.npz").about["files"] == ["d.jsonl.zst"]
+    (tmp_path / "sets" / "d.jsonl.zst").write_bytes(zstandard.compress(line.encode())[:-4])
+    with pytest.raises(UserError, match="^inputs=.*d.jsonl.zst"):
+        index(IndexSettings(inputs=(str(tmp_path / "sets"),), output=str(tmp_path / "again.npz")))

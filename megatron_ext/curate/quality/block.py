@@ -1,5 +1,5 @@
 """The steps of this room for the pipeline (megatron_ext/curate/blocks.py): quality, decontaminate, exact, near, paragraphs."""
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class _Numbered:
         gone: document -> paragraphs that go. firsts: document -> where they stay, (shard, document).
     """
 
-    def __init__(self, gone: Mapping[int, set[int]], firsts: Mapping[int, list[tuple[int, int]]], shards: Shards, reason: str):
+    def __init__(self, gone: Collection[int], firsts: Mapping[int, list[tuple[int, int]]], shards: Shards, reason: str):
         self.gone, self.reason, self.number = gone, reason, -1
         places = sorted({place for of in firsts.values() for place in of}) if shards.ids is not None else []
         ids = dict(zip(places, shards.ids(places))) if shards.ids is not None else {}
@@ -147,7 +147,7 @@ class ExactDuplicates:
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
         where = Path(shards.work), rank, self.settings.parts
-        return _Numbered(keep_first.removals(*where), keep_first.firsts(*where), shards, "exact_duplicate")
+        return _Numbered(*keep_first.removals(*where), shards, "exact_duplicate")
 
 
 class ParagraphDuplicates(ExactDuplicates):
@@ -158,7 +158,7 @@ class ParagraphDuplicates(ExactDuplicates):
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
         where = Path(shards.work), rank, self.settings.parts
-        return _Paragraphs(keep_first.removals(*where), keep_first.firsts(*where), shards, self.settings.min_characters)
+        return _Paragraphs(*keep_first.removals(*where), shards, self.settings.min_characters)
 
 
 class NearDuplicates:
@@ -190,5 +190,5 @@ class NearDuplicates:
         ]
 
     def decide(self, shards: Shards, rank: int) -> _Numbered:
-        work = Path(shards.work)
-        return _Numbered(clusters.removals(work, rank), clusters.firsts(work, rank), shards, "near_duplicate")
+        firsts = clusters.firsts(Path(shards.work), rank)
+        return _Numbered(firsts, firsts, shards, "near_duplicate")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.directories import whole
+from megatron_ext.curate.quality.keep_first import write
 
 PAIRS, GONE = "pairs", "gone"
 PLACE = np.dtype([("place", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
@@ -35,15 +35,10 @@ def resolve(work: Path) -> int:
     gone, stays = nodes[goes], nodes[root[goes]]
     shards, places = gone >> 32, np.empty(len(gone), dtype=PLACE)
     places["place"], places["first_shard"], places["first_place"] = gone & 0xFFFFFFFF, stays >> 32, stays & 0xFFFFFFFF
-    for shard in np.unique(shards).tolist():
-        with whole(work / GONE / f"{shard:05d}.npy", sync=False) as file:
-            np.save(file, places[shards == shard], allow_pickle=False)
+    for shard in np.unique(shards).tolist():  # ascending, as the documents are
+        start, end = np.searchsorted(shards, [shard, shard + 1])
+        write(work / GONE / f"{shard:05d}.npy", places[start:end])
     return len(gone)
-
-
-def removals(work: Path, shard: int) -> dict[int, set[int]]:
-    """Of one shard the documents that go, as keep_first.removals gives them."""
-    return {place: {0} for place in firsts(work, shard)}
 
 
 def firsts(work: Path, shard: int) -> dict[int, list[tuple[int, int]]]:

@@ -1,6 +1,6 @@
 """Evaluation sets must not be in the training data: n-grams of their texts are looked for in each document.
 
-    Index.build(files)             every string of every record of evaluation files -> hashes of n-grams
+    Index.of_texts(texts)          every string of every record of evaluation files -> hashes of n-grams
     index.hits(text)               which characters of a text stand in such an n-gram
 
 An n-gram is so many characters in a row of the text's letters and digits (text.solid): spacing, line breaks, punctuation and case do not
@@ -13,7 +13,7 @@ The hash of an n-gram has 64 bits; the index is a sorted array. A wrong hit amon
 character.
 """
 import csv
-import gzip
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ import yaml
 from megatron_ext.curate import arrays
 from megatron_ext.curate.quality.hashing import windows, windows_of
 from megatron_ext.curate.quality.text import code_points, is_korean, solid
+from megatron_ext.data.decompress import file_chunks
 from megatron_ext.errors import UserError
 
 SIZES = {False: (50, 40, 30), True: (25, 20, 15)}  # by is_korean
@@ -123,10 +124,9 @@ def strings(path: Path) -> Iterator[str]:
     Raises:
         UserError: a kind that cannot be read, or a damaged file.
     """
-    name = path.name.removesuffix(".gz")
-    kind = Path(name).suffix.lower()
-    if kind not in READABLE:
-        raise UserError("inputs", path, f"cannot be read; kinds are {', '.join(READABLE)} (text kinds also with .gz)")
+    kind = _kind(path)
+    if kind is None:
+        raise UserError("inputs", path, f"cannot be read; kinds are {', '.join(READABLE)} (text kinds also with .gz or .zst)")
     try:
         if kind == ".parquet":
             import pyarrow.parquet
@@ -134,7 +134,7 @@ def strings(path: Path) -> Iterator[str]:
             for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
                 yield from _strings(batch.to_pylist())
             return
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(io.BytesIO(b"".join(file_chunks(path))), encoding="utf-8-sig", newline="") as file:
             if kind in (".jsonl", ".ndjson"):
                 for line in file:
                     yield from _strings(json.loads(line) if line.strip() else None)
@@ -147,8 +147,17 @@ def strings(path: Path) -> Iterator[str]:
             else:
                 for row in csv.reader(file, delimiter="\t" if kind == ".tsv" else ","):
                     yield from row
-    except (OSError, ValueError, EOFError, yaml.YAMLError) as error:
+    except UserError as error:  # of the packing
+        raise UserError("inputs", path, error.reason) from error
+    except (OSError, ValueError, EOFError, csv.Error, yaml.YAMLError) as error:
         raise UserError("inputs", path, f"cannot be read as {kind} ({type(error).__name__})") from error
+
+
+def _kind(path: Path) -> str | None:
+    """One of READABLE, by the name without .gz and .zst."""
+    packed = path.suffix.lower() in (".gz", ".zst")
+    kind = Path(path.stem if packed else path.name).suffix.lower()
+    return kind if kind in READABLE and not (packed and kind == ".parquet") else None
 
 
 def _strings(value) -> Iterator[str]:
@@ -169,7 +178,7 @@ def index(settings: IndexSettings) -> None:
         path = Path(name)
         if not path.exists():
             raise UserError("inputs", name, "is not there")
-        inside = sorted(one for one in path.rglob("*") if one.is_file() and Path(one.name.removesuffix(".gz")).suffix.lower() in READABLE)
+        inside = sorted(one for one in path.rglob("*") if one.is_file() and _kind(one) is not None)
         files += inside if path.is_dir() else [path]
     made = Index.of_texts((text for path in files for text in strings(path)), {"files": [path.name for path in files]})
     if not made.about["ngrams"]:

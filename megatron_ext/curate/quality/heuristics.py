@@ -107,8 +107,9 @@ def judge(text: str, *, korean: bool, rules: Rules | None = None) -> str | None:
         return "letters"
     if _stop_words(words, rules, korean) < rules.min_stop_words:
         return "stop_words"
-    reason = _judge_lines(lines(text), count, rules, korean)
-    if reason is None and sentences(text, korean=korean) < rules.min_sentences:
+    found = lines(text)
+    reason = _judge_lines(found, count, rules, korean)
+    if reason is None and _sentences(text, found, korean) < rules.min_sentences:
         reason = "sentences"
     if reason is None and _in_runs(text) > rules.max_run * len(text):
         reason = "runs"
@@ -132,11 +133,11 @@ def _judge_lines(found: list[str], words: int, rules: Rules, korean: bool) -> st
     return None
 
 
-def sentences(text: str, *, korean: bool) -> int:
+def _sentences(text: str, found: list[str], korean: bool) -> int:
     """How many sentences there are, by the signs that end them; in Korean also lines that end in a formal ending without one."""
     count = len(_SENTENCE.findall(text))
     if korean:
-        count += sum(1 for line in lines(text) if _ENDS_KOREAN.search(line) and not _ENDS.search(line))
+        count += sum(1 for line in found if _ENDS_KOREAN.search(line) and not _ENDS.search(line))
     return count
 
 

@@ -23,7 +23,7 @@ def collect(entries: Iterable[tuple[int, int, int]], folder: Path, shard: int) -
     """Writes (key, document of the shard, paragraph or 0) of one shard; returns how many."""
     found = np.fromiter(entries, dtype=ENTRY)
     found = found[np.lexsort((found["part"], found["place"], found["key"]))]
-    _write(folder / "keys" / f"{shard:05d}.npy", found)
+    write(folder / "keys" / f"{shard:05d}.npy", found)
     return len(found)
 
 
@@ -44,35 +44,29 @@ def resolve(folder: Path, part: int, parts: int, shards: int) -> int:
     again[1:] = keys[1:] == keys[:-1]
     gone, whose = entries[order[again]], owner[order[again]]
     first = order[np.maximum.accumulate(np.where(again, 0, np.arange(len(keys))))][again]  # where each key that goes stands first
+    places = np.empty(len(gone), dtype=PLACE)
+    places["place"], places["part"] = gone["place"], gone["part"]
+    places["first_shard"], places["first_place"] = owner[first], entries["place"][first]
+    by = np.argsort(whose, kind="stable")
+    edges = np.searchsorted(whose[by], np.arange(shards + 1))
     for shard in range(shards):
-        here = whose == shard
-        mine = gone[here]
-        places = np.empty(len(mine), dtype=PLACE)
-        places["place"], places["part"] = mine["place"], mine["part"]
-        places["first_shard"], places["first_place"] = owner[first[here]], entries["place"][first[here]]
-        _write(folder / "gone" / f"{shard:05d}_{part:04d}.npy", np.sort(places))
+        write(folder / "gone" / f"{shard:05d}_{part:04d}.npy", places[by[edges[shard] : edges[shard + 1]]])
     return len(gone)
 
 
-def removals(folder: Path, shard: int, parts: int) -> dict[int, set[int]]:
-    """Of one shard: document -> paragraphs that go (0 where keys were of documents)."""
-    found: dict[int, set[int]] = defaultdict(set)
+def removals(folder: Path, shard: int, parts: int) -> tuple[dict[int, set[int]], dict[int, list[tuple[int, int]]]]:
+    """Of one shard: document -> paragraphs that go (0 where keys were of documents); and document -> where these stand first, (shard, document), ascending, each once,
+    without the document itself."""
+    gone: dict[int, set[int]] = defaultdict(set)
+    firsts: dict[int, set[tuple[int, int]]] = defaultdict(set)
     for part in range(parts):
-        for place, number, *_ in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
-            found[place].add(number)
-    return dict(found)
-
-
-def firsts(folder: Path, shard: int, parts: int) -> dict[int, list[tuple[int, int]]]:
-    """Of one shard: document -> where what goes from it stands first, (shard, document), ascending, each once. Not the document itself."""
-    found: dict[int, set[tuple[int, int]]] = defaultdict(set)
-    for part in range(parts):
-        for place, _, *first in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
+        for place, number, *first in np.load(folder / "gone" / f"{shard:05d}_{part:04d}.npy", allow_pickle=False).tolist():
+            gone[place].add(number)
             if tuple(first) != (shard, place):
-                found[place].add((first[0], first[1]))
-    return {place: sorted(of) for place, of in found.items()}
+                firsts[place].add((first[0], first[1]))
+    return dict(gone), {place: sorted(of) for place, of in firsts.items()}
 
 
-def _write(path: Path, array: np.ndarray) -> None:
+def write(path: Path, array: np.ndarray) -> None:
     with whole(path, sync=False) as file:  # a task that is killed leaves no half file under the name
         np.save(file, array, allow_pickle=False)

@@ -63,17 +63,17 @@ def repeated(text: str, *, korean: bool, limits: Limits | None = None) -> str | 
     numbers: dict[str, int] = {}
     ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), dtype=np.int64, count=len(words))
     sizes = np.fromiter(map(len, words), dtype=np.int64, count=len(words))
-    total, grams, wanted = int(sizes.sum()), ids, dict((*limits.top, *limits.repeated))
-    for n in range(2, max(wanted, default=1) + 1):
+    total, grams, top, covered = int(sizes.sum()), ids, dict(limits.top), dict(limits.repeated)
+    for n in range(2, max((*top, *covered), default=1) + 1):
         if len(words) < n + 1:
             break
         # places among the distinct (n - 1)-grams, times the words: n-grams as numbers without overflow
-        distinct, grams = np.unique(grams[:-1] * len(numbers) + ids[n - 1 :], return_inverse=True)
+        distinct, first, grams = np.unique(grams[:-1] * len(numbers) + ids[n - 1 :], return_index=True, return_inverse=True)
         if len(distinct) == len(grams):  # none occurs twice, so no longer one does
             break
-        if n in dict(limits.top) and _top(grams, sizes, n) > wanted[n] * total:
+        if n in top and _top(grams, sizes, n) > top[n] * total:
             return f"top_{n}_gram"
-        if n in dict(limits.repeated) and _covered(grams, sizes, n) > wanted[n] * total:
+        if n in covered and _covered(first, len(grams), sizes, n) > covered[n] * total:
             return f"repeated_{n}_grams"
     return None
 
@@ -94,12 +94,11 @@ def _top(grams: np.ndarray, sizes: np.ndarray, n: int) -> int:
     return int(counts.max() * sizes[first : first + n].sum())
 
 
-def _covered(grams: np.ndarray, sizes: np.ndarray, n: int) -> int:
-    """Characters of words inside n-grams that occurred before, each once."""
-    _, first = np.unique(grams, return_index=True)
-    again = np.ones(len(grams), dtype=np.int64)
+def _covered(first: np.ndarray, grams: int, sizes: np.ndarray, n: int) -> int:
+    """Characters of words inside n-grams that occurred before, each once. first: where each of the `grams` n-grams stands first."""
+    again = np.ones(grams, dtype=np.int64)
     again[first] = 0
     steps = np.zeros(len(sizes) + 1, dtype=np.int64)
-    steps[: len(grams)] += again
-    steps[n : n + len(grams)] -= again
+    steps[:grams] += again
+    steps[n : n + grams] -= again
     return int(sizes[np.cumsum(steps)[:-1] > 0].sum())

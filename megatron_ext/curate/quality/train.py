@@ -79,12 +79,13 @@ def fit(
         raise UserError("input", f"{len(hashed)} documents with text", "a model needs at least 2, one of them to measure on")
     aside = min(max(1, math.floor(held_out * len(hashed))), len(hashed) - 1)
     documents = [text for _, text in hashed]
-    passages = [cut(" ".join(text.split())) for text in documents]
+    passages = [cut(" ".join(text.split())) for text in documents[:aside]]
     folds = 1
-    if sum(map(len, passages[:aside])) >= FEWEST:
+    if sum(map(len, passages)) >= FEWEST:
         model = _fit(documents[aside:], kind, order, least)
-        found = [_measured(model, passages[:aside])]
+        found = [_measured(model, passages)]
     else:
+        passages += [cut(" ".join(text.split())) for text in documents[aside:]]
         model, aside = _fit(documents, kind, order, least), len(documents)
         folds = min(FOLDS, len(documents))
         found = [

@@ -45,7 +45,7 @@ def read(paths: tuple[str | Path, ...], *, key: str = "input") -> list[Example]:
             raise UserError(key, path, f"must end in {', '.join(_READERS)}") from None
         except OSError as error:
             raise UserError(key, path, f"cannot be read ({error.strerror})") from error
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, csv.Error, yaml.YAMLError) as error:
             raise UserError(key, path, f"cannot be read ({type(error).__name__})") from error
         for number, record in enumerate(records, 1):
             text, label = record.get("text"), record.get("label")

@@ -2,7 +2,7 @@
 evaluate`).
 
 For each domain a logistic regression with an L2 penalty, convex, so that the result does not depend on a start: scikit-learn's L-BFGS
-(extra `eval` has it). Examples of both sides weigh alike.
+(extra `curate` has it). Examples of both sides weigh alike.
 
 The threshold comes from cross-validation in FOLDS folds of groups: every example is judged by a model that did not see its group. Where
 examples of "none" are among them, it is the one with the highest mean of (the share of ours that get their domain) and (the share of
