@@ -131,6 +131,34 @@ def test_examples_and_answers_take_their_sources_along(tmp_path):
     assert found["left_out"] == {"removed": len(with_example)} and {record["prompt"] for record in read(tmp_path / "b" / "rankings.jsonl")} == {record["prompt"] for record in fewer}
 
 
+def test_a_task_of_several_sources_is_under_all_their_licences(tmp_path):
+    """Also when it is built of records again, and when a removal names the second source by its bytes."""
+    def rows(name, response, licence, digest):
+        return write(tmp_path / "in" / f"{name}.jsonl", [{"prompt": "Q?", "response": response, "source": {"id": name * 32, "sha256": digest * 64, "licence": licence, "collection": name}}])
+
+    rows("a", "First.", "KOGL-1", "1")
+    rows("b", "Second.", "KOGL-4", "2")
+    build(config(f"input={tmp_path / 'in'}", f"output={tmp_path / 'tasks'}", "collect.builder=tasks"))
+    (made,) = read(tmp_path / "tasks" / "tasks.jsonl")
+    assert made["source"]["id"] == "a" * 32 and made["source"]["derived_from"] == ["b" * 32]
+    assert made["source"]["also"] == [{"id": "b" * 32, "sha256": "2" * 64, "collection": "b", "licence": "KOGL-4"}]
+    action = {"event": "decide", "annotator": "kim", "task": made["id"], "at": 1, "order": [[one["id"]] for one in made["answers"]]}
+    (tmp_path / "tasks" / ballots.FILE).write_text(json.dumps(action) + "\n")
+    places = (f"input={tmp_path / 'tasks'}", f"output={tmp_path / 'out'}")
+    told = export(config(*places, "curate.uses=[commercial]"))
+    assert told["warnings"] == ["b: its licence (KOGL-4) forbids: commercial"] and [one["name"] for one in told["sources"]] == ["a", "b"]
+    with pytest.raises(UserError, match="holds no decision to export: licence 1"):
+        export(config(*places, "curate.uses=[commercial]", "curate.forbidden=leave_out"))
+    with pytest.raises(UserError, match="^curate.uses=commercial: b: its licence"):
+        export(config(*places, "curate.uses=[commercial]", "curate.forbidden=refuse"))
+    removals.add(tmp_path / "gone.jsonl", [{"sha256": "2" * 64}])
+    with pytest.raises(UserError, match="holds no decision to export: removed 1"):
+        export(config(*places, f"curate.removals={tmp_path / 'gone.jsonl'}"))
+    kept = write(tmp_path / "again" / "sft.jsonl", [{"prompt": "Q?", "response": "First.", "source": made["source"]}])
+    build(config(f"input={kept}", f"output={tmp_path / 'third'}", "collect.builder=qa"))
+    assert [one["source"]["also"] for one in read(tmp_path / "third" / "sft.jsonl")] == [made["source"]["also"]]
+
+
 def test_licences_that_forbid_a_use_are_told_refused_or_left_out(tmp_path):
     source = folder_of_documents(tmp_path / "mine-text")
     commercial = ("curate.uses=[commercial]",)

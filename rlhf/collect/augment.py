@@ -59,7 +59,8 @@ class Augmentation:
         if file.is_dir():
             file = next((file / name for name in READS[template.makes] if (file / name).is_file()), file / READS[template.makes][0])
         files.find(file, key="input")
-        pool = tuple(template.examples) if config.collect.examples is None else tuple(_examples(Path(config.collect.examples), config, Gate(config)))
+        pool = template.examples if config.collect.examples is None else _examples(Path(config.collect.examples), config, Gate(config))
+        pool = tuple({"id": str(number), **one} for number, one in enumerate(pool))
         if len(pool) < template.shots:
             reason = f"holds {len(pool)} examples, {template.shots} are to stand before each item"
             raise UserError("collect.examples", config.collect.examples or "null", reason)

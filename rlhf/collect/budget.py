@@ -68,11 +68,6 @@ class Budget:
     def give_back(self, usage: Usage) -> None:
         self._aside.remove(usage)
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything is set aside."""
-        return bool(self._aside)
-
     def facts(self) -> dict:
         found = {"requests": self.requests, "prompt_tokens": self.prompt, "reply_tokens": self.reply}
         return found | ({"cost": round(self.cost, 6)} if self.settings.price_in or self.settings.price_out else {})

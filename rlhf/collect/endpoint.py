@@ -81,7 +81,7 @@ class Endpoint:
                     continue
                 usage = most(request.messages, int(request.sampling["max_tokens"]))
                 async with freed:
-                    while budget.over(usage) and not budget.over(usage, alone=True) and budget.busy:
+                    while budget.over(usage) and not budget.over(usage, alone=True):  # others hold what it needs
                         await freed.wait()
                     if (key := budget.over(usage)) is not None:
                         budget.reached = key

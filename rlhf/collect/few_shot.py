@@ -4,6 +4,7 @@ Which pairs become examples is decided by a hash of each pair; which of them sta
 moves few, and no example has the source of the question it helps with.
 """
 import hashlib
+import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from megatron_ext.config.schema import Config
 from megatron_ext.errors import UserError
 from rlhf.collect import output
-from rlhf.collect.rights import Gate
+from rlhf.collect.rights import RIGHTS, Gate
 from rlhf.collect.sources import Pair, read
 from rlhf.data import files
 
@@ -65,15 +66,21 @@ def choose_pool(records: Sequence[dict], size: int) -> list[dict]:
 def choose(pool: Sequence[dict], asked: str, source: str, count: int) -> list[dict]:
     """`count` examples for the question with the id `asked`, none from its source; fewer where there are not so many."""
     others = [record for record in pool if record.get("source", {}).get("id") != source and record.get("id") != asked]
-    return sorted(others, key=lambda record: digest("shot", f"{asked}\0{record.get('id')}"))[:count]
+    return heapq.nsmallest(count, others, key=lambda record: digest("shot", f"{asked}\0{record.get('id')}"))
 
 
 def also_of(source: Mapping, examples: Sequence[Mapping]) -> dict:
-    """The source of a record that other records helped to make: it comes of theirs too (what is removed takes along what was made with it)."""
+    """The source of a record that other records helped to make: it comes of theirs too. What is removed takes along what was made with it (`derived_from`), and what
+    a licence of any of them forbids holds for it (`also`: of each other source what rights.py goes by)."""
     known = {source.get("id"), *(source.get("derived_from") or ())}
-    others = [one for example in examples for of in [example.get("source")] if isinstance(of, Mapping) for one in (of.get("id"), *(of.get("derived_from") or ()))]
-    more = [one for one in dict.fromkeys(others) if isinstance(one, str) and one not in known]
-    return dict(source) | ({"derived_from": [*(source.get("derived_from") or ()), *more]} if more else {})
+    others = [of for example in examples for of in [example.get("source")] if isinstance(of, Mapping)]
+    ids = dict.fromkeys(one for of in others for one in (of.get("id"), *(of.get("derived_from") or ())))
+    more = [one for one in ids if isinstance(one, str) and one not in known]
+    also = [dict(one) for one in source.get("also") or ()]
+    for part in (part for of in others for part in ({name: of[name] for name in RIGHTS if name in of}, *(of.get("also") or ()))):
+        if part.get("id") != source.get("id") and part not in also:
+            also.append(dict(part))
+    return dict(source) | ({"derived_from": [*(source.get("derived_from") or ()), *more]} if more else {}) | ({"also": also} if also else {})
 
 
 def messages(examples: Sequence[dict], question: str) -> list[dict]:

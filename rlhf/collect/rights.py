@@ -14,6 +14,7 @@ from megatron_ext.curate.removals import Removals, entries
 from megatron_ext.data.prepared import file_sha256
 from megatron_ext.errors import UserError
 
+RIGHTS = ("id", "sha256", "text_sha256", "derived_from", "collection", "file", "licence", "owner", "forbids")  # of a source: what is looked at here
 REMOVED, LICENCE = "removed", "licence"  # reasons, as they are counted
 
 
@@ -48,23 +49,24 @@ class Gate:
         self.left_out: Counter[str] = Counter()
 
     def admits(self, source: Mapping) -> bool:
-        """Whether a record with this `source` (as records hold it) may be used; counts it.
+        """Whether a record with this `source` (as records hold it), and with those that are `also` its, may be used; counts it.
 
         Raises:
             UserError: its licence forbids a use, and `curate.forbidden=refuse`.
         """
-        if self._removed(source):
+        parts = [source, *(one for one in source.get("also") or () if isinstance(one, Mapping))]
+        if any(map(self._removed, parts)):
             self.left_out[REMOVED] += 1
             return False
-        whose = _whose(source)
-        against = {*licences.forbidden(whose.described())} & {*self._settings.uses}
+        whose = dict.fromkeys(map(_whose, parts))
+        against = [one for one in whose if {*licences.forbidden(one.described())} & {*self._settings.uses}]
         if against and self._settings.forbidden == "leave_out":
             self.left_out[LICENCE] += 1
             return False
         if against and self._settings.forbidden == "refuse":
-            said = "; ".join(licences.warnings([whose.described()], self._settings.uses))
+            said = "; ".join(licences.warnings([one.described() for one in against], self._settings.uses))
             raise UserError("curate.uses", ",".join(self._settings.uses), f"{said}. curate.forbidden=leave_out goes on without, warn with them")
-        self._seen[whose] += 1
+        self._seen.update(whose.keys())
         return True
 
     def _removed(self, source: Mapping) -> bool:

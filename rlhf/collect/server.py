@@ -54,6 +54,7 @@ def serve(config: Config) -> int:
     with listening, AppendLog(folder / ballots.FILE, key="input") as log:
         desk = Desk(found, log, settings)
         allowed, made = links.ready(folder, settings.annotators, settings.renew)
+        server = over_http(application(desk, allowed, hosts=(settings.host,)))  # before its address is told: then it answers at once
         address = f"http://{_in_url(settings.host)}:{port}/"
         print(f"{len(found):,} tasks; {desk.progress()['total']['done']:,} are ordered. The page: {address}", flush=True)
         for reason, count in (gate.left_out + desk.misfits).items():
@@ -66,7 +67,7 @@ def serve(config: Config) -> int:
         for name in settings.annotators:
             if name not in made:
                 print(f"{name:<20}has a link already (another: collect.renew=[{name}])", flush=True)
-        over_http(application(desk, allowed, hosts=(settings.host,))).run(sockets=[listening])
+        server.run(sockets=[listening])
     return 0
 
 

@@ -35,7 +35,7 @@ class Source:
         sha256: of the document's bytes where its metadata says so, else of its text.
         part: the piece of a document, such as an article. facts: licence, owner, date, origin, language and domain, where they are known.
         text_sha256: of a cleaned document's normalised text. derived_from: ids of what the document was itself made of. forbids: what its catalogue
-        says that may not be done with it, where that is not what its licence's name says.
+        says that may not be done with it, where that is not what its licence's name says. also: other sources of a record that was made of several (few_shot.also_of).
     """
 
     id: str
@@ -47,6 +47,7 @@ class Source:
     text_sha256: str | None = None
     derived_from: tuple[str, ...] = ()
     forbids: tuple[str, ...] | None = None
+    also: tuple[Mapping, ...] = ()
 
     def of(self, part: str) -> "Source":
         return replace(self, part=part)
@@ -54,7 +55,7 @@ class Source:
     def record(self) -> dict:
         """As records hold it."""
         facts = {name: value for name, value in (self.facts or {}).items() if name not in ("language", "domain")}
-        more = {"part": self.part, "text_sha256": self.text_sha256, "derived_from": list(self.derived_from)}
+        more = {"part": self.part, "text_sha256": self.text_sha256, "derived_from": list(self.derived_from), "also": [dict(one) for one in self.also]}
         found = {"id": self.id, "file": self.file, "line": self.line, "sha256": self.sha256} | {name: value for name, value in more.items() if value} | facts
         return found if self.forbids is None else found | {"forbids": list(self.forbids)}
 
@@ -76,12 +77,11 @@ class Document:
 
 @dataclass(frozen=True)
 class Pair:
-    """A conversation that ends with an answer. values: all fields of its record."""
+    """A conversation that ends with an answer."""
 
     messages: tuple[Message, ...]
     response: str
     source: Source
-    values: Mapping
 
 
 def language_of(text: str) -> str:
@@ -137,7 +137,7 @@ def _says_more(rule: Mapping, source: Source) -> bool:
 
 def values(path: Path, bad: files.Skips, *, key: str = "input") -> Iterator[tuple[Path, int, dict]]:
     """(file, line, record) of each record that is an object."""
-    for file in files.find(Path(path), key=key):
+    for file in inputs(path, key=key):
         for line, value in files.values(file, bad, key=key):
             if isinstance(value, dict):
                 yield file, line, value
@@ -155,12 +155,12 @@ def _item(value: object, file: Path, line: int, config: Config) -> Document | Pa
             raise Bad("has an empty text")
         metadata = value.get("metadata") if isinstance(value.get("metadata"), dict) else {}
         if row := _row(text, config.chat.prompt_key, config.chat.response_key):
-            return Pair(({"role": "user", "content": row[0]},), row[1], _source(value, metadata, file, line, text, config), value)
+            return Pair(({"role": "user", "content": row[0]},), row[1], _source(value, metadata, file, line, text, config))
         title = metadata.get("title")
         return Document(text, title if isinstance(title, str) and title.strip() else None, _source(value, metadata, file, line, text, config))
     found = records.parse(value, config.chat, records.Conversation)
     text = json.dumps([dict(message) for message in found.messages], ensure_ascii=False)
-    return Pair(found.messages[:-1], found.messages[-1]["content"], _source(value, value, file, line, text, config), value)
+    return Pair(found.messages[:-1], found.messages[-1]["content"], _source(value, value, file, line, text, config))
 
 
 def _row(text: str, asked: str, answered: str) -> tuple[str, str] | None:
@@ -177,7 +177,8 @@ def _source(value: dict, metadata: Mapping, file: Path, line: int, text: str, co
         facts = {name: given[name] for name in (*_FACTS, "collection") if isinstance(given.get(name), str)}
         facts |= {name: value[name] for name in ("language", "domain") if isinstance(value.get(name), str)}
         where = given["line"] if isinstance(given.get("line"), int) else line
-        return Source(given["id"], str(given.get("file", file.name)), where, str(given.get("sha256", "")), given.get("part"), facts, *_ancestry(given))
+        return Source(given["id"], str(given.get("file", file.name)), where, str(given.get("sha256", "")), given.get("part"), facts, *_ancestry(given),
+                      tuple(one for one in given.get("also") or () if isinstance(one, Mapping)))
     name = value.get("id")
     name = str(name) if isinstance(name, str | int) and not isinstance(name, bool) and str(name).strip() else None
     facts = {key: metadata[key] for key in _FACTS if isinstance(metadata.get(key), str) and metadata[key].strip()}

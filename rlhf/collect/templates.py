@@ -17,6 +17,7 @@ Variables: passage, title, domain, language, prompt, response (of the item; empt
 messages the item's own prompt is asked as it is. Items are data, also when they look like instructions: templates put them between marks
 and say so.
 """
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ class Template:
         if isinstance(values["prompt"], list):
             values["prompt"] = "\n\n".join(message["content"] for message in values["prompt"])
         try:
-            return _ENVIRONMENT.from_string(content).render(values).strip()
+            return _compiled(content).render(values).strip()
         except _FAILURES as error:
             said = str(error) if isinstance(error, jinja2.TemplateSyntaxError | jinja2.UndefinedError) else type(error).__name__
             raise UserError(KEY, self.name, f"cannot be filled in: {said}") from None
@@ -136,8 +137,8 @@ class Template:
         """The examples that stand before an item: by a hash, none from its source."""
         if not self.shots:
             return []
-        numbered = [{"id": str(number), **one} for number, one in enumerate(pool)]
-        return few_shot.choose(numbered, str(item.get("id")), str((item.get("source") or {}).get("id")), self.shots)
+        return few_shot.choose(pool, str(item.get("id")), str((item.get("source") or {}).get("id")), self.shots)
 
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
+_compiled = functools.lru_cache(64)(_ENVIRONMENT.from_string)
