@@ -70,7 +70,7 @@ def test_eight_processes_prepare_the_same_corpus(tmp_path):
 
 def test_ranks_of_two_nodes_with_one_process_id_split_a_file(tmp_path, monkeypatch):
     """The node's name and process id are no name of their own: containers share the first, nodes that booted alike the second."""
-    monkeypatch.setattr(subset.os, "getpid", lambda: 4711)
+    monkeypatch.setattr(os, "getpid", lambda: 4711)
     path, codes = tmp_path / "splits" / "x.npy", np.arange(100, dtype=np.uint8)
     names = []
     save = np.save

@@ -62,7 +62,7 @@ def test_how_ranks_are_started(tmp_path, fake, words, wanted):
     told = " ".join(shlex.split(*fake.log()))
     assert told.startswith("srun --nodes=3 --relative=0 ") and wanted.replace("CWD", os.getcwd()).replace("RUN", f"{tmp_path}/run") in told
     if "cluster.launcher=torchrun" in words:
-        assert "-m torch.distributed.run --nnodes=3 --nproc-per-node=2 --master-addr=n1 --master-port=2000 --max-restarts=0 -m megatron_ext" in told
+        assert "-m megatron_ext.parallel.torchrun --nnodes=3 --nproc-per-node=2 --master-addr=n1 --master-port=2000 --max-restarts=0 -m megatron_ext" in told
 
 
 def test_modules_files_and_threads(tmp_path, fake):

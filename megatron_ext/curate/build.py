@@ -31,6 +31,7 @@ from megatron_ext.curate.ingest.units import SetAside, fingerprint, list_files, 
 from megatron_ext.curate.privacy.hidden import Hidden
 from megatron_ext.curate.privacy.replace import Key
 from megatron_ext.curate.removals import Removals
+from megatron_ext.data.prepared import file_sha256
 from megatron_ext.errors import UserError
 
 FIRST = ("normalise",)  # steps in front of the fingerprint of a text
@@ -265,8 +266,7 @@ def settings_files(settings: CurateConfig) -> dict[str, str]:
             for number, inner in enumerate(value):
                 walk(inner, f"{key}[{number}]")
         elif isinstance(value, str) and value and key not in ("output", "privacy.key_file") and Path(value).is_file():
-            with Path(value).open("rb") as stream:
-                found[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            found[key] = file_sha256(Path(value))
 
     walk(asdict(settings), "")
     if (name := key_name(settings)) is not None:

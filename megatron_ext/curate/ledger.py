@@ -141,10 +141,9 @@ def held(directory: Path, asked: Wanted) -> Held | None:
     if not len(found):
         return Held(directory, {}, ())
     codes = split_codes(rows, tuple(prepared.fields["settings"]["split"]))
-    numbers: dict[str, list[int]] = {}
-    for row in found:
-        code = int(codes[row])
-        numbers.setdefault(SPLITS[code], []).append(int(np.count_nonzero(codes[:row] == code)))
+    numbers = {}
+    for code in np.unique(codes[found]):  # of each row the number among those of its split
+        numbers[SPLITS[code]] = np.searchsorted(np.flatnonzero(codes == code), found[codes[found] == code]).tolist()
     entries = tuple({"id": bytes(row["id"]).hex(), "sha256": bytes(row["raw"]).hex(), "text_sha256": bytes(row["text"]).hex()} for row in rows[found])
     return Held(directory, numbers, entries)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from datatrove.pipeline.base import PipelineStep
 
 from megatron_ext.curate.documents import canonical, read_records, shard_name, write_json
-from megatron_ext.curate.ingest.items import sha256
 from megatron_ext.curate.ingest.parts import ENDINGS
 from megatron_ext.data.directories import whole
+from megatron_ext.data.prepared import file_sha256
 
 
 class TarWriter(PipelineStep):
@@ -40,7 +40,7 @@ class TarWriter(PipelineStep):
                         images += 1
                         _add(archive, f"{record['id']}.{number}.{ending}", picture.read_bytes())
         write_json(self._counts / f"{rank:06d}.json", {"name": path.name, "documents": documents, "images": images, "bytes": path.stat().st_size,
-                                                       "sha256": sha256(path.read_bytes())})
+                                                       "sha256": file_sha256(path)})
         yield from ()
 
 

@@ -140,7 +140,7 @@ def _command(job: Job) -> list[str]:
     program = [*inside, python, "-m"]
     if a_task_a_node:
         # torchrun would die of USR1, and end its ranks at TERM; Slurm gives both to every process of a task, and the ranks alone have to hear them.
-        lines += ["        " + shlex.join([*ranks, "bash", "-c", IGNORING, "torchrun", *program, "torch.distributed.run"]) + " \\",
+        lines += ["        " + shlex.join([*ranks, "bash", "-c", IGNORING, "torchrun", *program, "megatron_ext.parallel.torchrun"]) + " \\",
                   f'        --nnodes="$nodes" --nproc-per-node={tasks} --master-addr="$MASTER_ADDR" --master-port="$port" \\',
                   '        --max-restarts=0 -m megatron_ext train "${words[@]}" &']
     else:

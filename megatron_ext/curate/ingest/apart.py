@@ -4,12 +4,12 @@ The limit is on processor time, not on the clock, so that what is readable does 
 """
 import contextlib
 import ctypes
-import importlib
 import multiprocessing
 import os
 import signal
 from typing import Any
 
+from megatron_ext.curate.blocks import resolve
 from megatron_ext.curate.ingest.items import Item, Unreadable
 from megatron_ext.curate.ingest.records import Reading
 from megatron_ext.errors import UserError
@@ -65,9 +65,8 @@ def _serve(pipe: Any, parent: int) -> None:
         while True:
             function, content, reading, seconds = pipe.recv()
             _limit_time(seconds)
-            module, _, name = function.partition(":")
             try:
-                answer = True, getattr(importlib.import_module(module), name)(content, reading)
+                answer = True, resolve(function)(content, reading)
             except (Unreadable, UserError) as error:
                 answer = False, error
             except MemoryError:

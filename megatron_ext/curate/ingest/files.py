@@ -3,12 +3,12 @@
 Adding a format: a function of (content, Reading) that gives an Item or many, its line in WHOLE, and its endings in ENDINGS.
 """
 import hashlib
-import importlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from megatron_ext.curate.blocks import resolve
 from megatron_ext.curate.ingest.apart import Apart
 from megatron_ext.curate.ingest.encoding import decode
 from megatron_ext.curate.ingest.items import Item, Problem, Unreadable, needed, sha256
@@ -114,7 +114,7 @@ class Readers:
             needed("pypdfium2", "PDF")
             yield self._apart.read(PDF, content, reading)
         elif kind in WHOLE:
-            found = _function(WHOLE[kind])(content, reading)
+            found = resolve(WHOLE[kind])(content, reading)
             yield from [found] if isinstance(found, Item) else found
         elif kind in ("jsonl", "csv", "tsv"):
             yield from self._streamed(iter([content]), kind, reading)
@@ -185,11 +185,6 @@ def _limited(chunks: Iterator[bytes], most: int) -> Iterator[bytes]:
 
 def _too_large(most: int | None) -> str:
     return "larger than curate.ingest.max_bytes" + ("" if most is None else f"={most}")
-
-
-def _function(name: str) -> Callable:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def raw_sha256(path: Path, start: int, stop: int) -> str:

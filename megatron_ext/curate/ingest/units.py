@@ -15,8 +15,6 @@ from megatron_ext.curate.ingest.items import Unreadable
 from megatron_ext.curate.ingest.tabular import row_groups
 from megatron_ext.errors import UserError
 
-_BY_FORMAT = {"text": "text", "html": "html", "pdf": "pdf", "hwpx": "hwpx", "docx": "docx", "csv": "csv", "jsonl": "jsonl", "json": "json", "xml": "xml",
-              "parquet": "parquet", "warc": "warc"}
 NO_FILE = "no file: a link that leads nowhere or to a folder, a pipe, or a folder that may not be looked into"
 
 
@@ -107,7 +105,7 @@ def units_of(root: Path, files: Iterable[tuple[str, int]], catalogue: Sequence[S
         if source is None or source not in used:
             yield SetAside(path, "", "in no source of the catalogue" if source is None else "its source is left out for its licence", source and source.name)
             continue
-        kind = _BY_FORMAT.get(source.format) or kind_of(path)
+        kind = source.format if source.format != "auto" else kind_of(path)
         if kind is None:
             yield SetAside(path, "", why_not(path), source.name)
         elif size == 0:

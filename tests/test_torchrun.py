@@ -1,0 +1,54 @@
+"""Agents of two nodes end together, whichever of them does not get a turn at the end."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Node 1's process is not scheduled between its check-in at the last barrier and its look at whether that is full.
+LATE = """
+import os, runpy, sys, time
+from torch.distributed.elastic.utils import store
+inner = store._barrier_nonblocking
+def late(**settings):
+    key = inner(**settings)
+    if os.environ["PET_NODE_RANK"] == "1" and "terminal" in key:
+        time.sleep(2)
+    return key
+store._barrier_nonblocking = late
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def agents(module: str, *program: str) -> list[subprocess.CompletedProcess]:
+    """Of node 0 and node 1, as `submit` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [module, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0", "--no-python", *program]
+    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, cwd=ROOT, env={**os.environ, "PET_NODE_RANK": str(node), "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
+    try:
+        said = [each.communicate(timeout=90) for each in both]
+    finally:
+        for each in both:
+            each.kill()
+    return [subprocess.CompletedProcess(each.args, each.returncode, *texts) for each, texts in zip(both, said, strict=True)]
+
+
+def test_a_late_agent_finds_the_store_still_there():
+    first, second = agents("megatron_ext.parallel.torchrun", "true")
+    assert (first.returncode, second.returncode) == (0, 0) and first.stderr == second.stderr == ""
+
+
+def test_torchrun_alone_still_needs_it():
+    """Once this fails, torch has mended it, and the module can go."""
+    first, second = agents("torch.distributed.run", "true")
+    assert (first.returncode, second.returncode) == (0, 0) and "Error waiting on exit barrier" in second.stderr and "Traceback" in second.stderr
+
+
+def test_a_failure_is_torchruns_own():
+    for each in agents("megatron_ext.parallel.torchrun", "false"):
+        assert each.returncode == 1 and "ChildFailedError" in each.stderr and "exitcode  : 1" in each.stderr
