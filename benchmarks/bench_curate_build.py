@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import curate_made as made
+import numpy as np
 from curate_measured import Measured
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +100,7 @@ def formats(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
 
 
 def tokens(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
-    """Both tokenise the same text with the same file and as many threads. The library alone has it in memory, keeps nothing, and is asked in the same batches; `tokenising` is
+    """Both tokenise the same text with the same file and as many threads. The library alone has it in memory, keeps nothing, and is asked in the same batches, before and behind each round; `tokenising` is
     what `prepare` does (reading shards, splits, ids into files), `prepare` the whole command's half with hashes, ledger and checks."""
     from megatron_ext.config.schema import DataConfig
     from megatron_ext.curate.command import curate
@@ -126,17 +127,27 @@ def tokens(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
         return done
 
     module._tokenize = timed
-    for turn in range(options.rounds):
+    def alone() -> tuple[float, float]:
         tokenizer = Tokenizer.from_file(file)
         begin, used = time.perf_counter(), time.process_time()
         for start in range(0, len(texts), batch):
             tokenizer.encode_batch(texts[start : start + batch])
-        alone, used = time.perf_counter() - begin, time.process_time() - used
+        return time.perf_counter() - begin, time.process_time() - used
+
+    def row(clock: float, used: float, whole: float, by_clock: float, by_processor: float, of_whole: float) -> dict:
+        return {"library alone, MB/s": round(size / clock, 2), "tokenising, MB/s": round(size / used, 2), "tokenising / library": round(by_clock, 3),
+                "of the processor's time": round(by_processor, 3), "prepare, MB/s": round(size / whole, 2), "prepare / library": round(of_whole, 3)}
+
+    rows, before = [], alone()
+    for turn in range(options.rounds):
         begin = time.perf_counter()
         module.prepare(DataConfig(tokenizer=str(file), workers=1), str(found.shards), folder / f"again{turn}", False, Counted(found))
-        whole = time.perf_counter() - begin
-        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0)), "library alone, MB/s": round(size / alone, 2), "tokenising, MB/s": round(size / took[-1][0], 2),
-               "tokenising / library": round(alone / took[-1][0], 3), "of the processor's time": round(used / took[-1][1], 3), "prepare, MB/s": round(size / whole, 2), "prepare / library": round(alone / whole, 3)}
+        whole, after = time.perf_counter() - begin, alone()
+        clock, processor = (np.array(before) + after) / 2  # a machine that slows down slows one side of it as much as the other
+        rows.append((clock, took[-1][0], whole, clock / took[-1][0], processor / took[-1][1], clock / whole))
+        before = after
+        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0))} | row(*rows[-1])
+    yield {"median of rounds": len(rows)} | row(*np.median(rows, axis=0))
 
 
 def main() -> None:

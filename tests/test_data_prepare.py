@@ -94,7 +94,7 @@ def test_same_tokens_from_every_kind_of_file(ready, tmp_path):
 def test_tokenising_in_processes_gives_the_same_files(ready, tmp_path, monkeypatch):
     source, prepared = ready
     monkeypatch.setattr("megatron_ext.data.tokenize.BATCH", 500)
-    monkeypatch.setattr("megatron_ext.data.tokenize._arrays", lambda batch: pytest.fail("the parent encoded"))
+    monkeypatch.setattr("megatron_ext.data.tokenize._arrays", lambda *_: pytest.fail("the parent encoded"))
     other = prepare(replace(DATA, workers=2), str(source), tmp_path / "out")
     assert other.fields["files"] == prepared.fields["files"]
 

@@ -183,9 +183,9 @@ def _tokenize(
                 corpus.update(digest)
                 yield split_of(digest, fractions), text
 
-    with SplitWriters(directory, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod) as writers:
-        for split, ids in encoded(documents(), directory / "tokenizer.json", workers=data.workers, size=source.size):
-            writers.add(split, ids)
+    with SplitWriters(directory, vocab_size=tokenizer.vocab_size) as writers:
+        for split, document in encoded(documents(), directory / "tokenizer.json", workers=data.workers, size=source.size):
+            writers.add(split, document)
     if corpus.hexdigest() != scan.corpus_sha256:
         raise UserError("input", source.name, "changed while it was read; start again when nothing writes to it")
     return {

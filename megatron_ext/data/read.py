@@ -130,7 +130,7 @@ def _jsonl(path: Path, text_key: str, bad: BadRecords, read: Callable[[int], Non
             bad.add(path, number, f"no field {text_key!r} (data.text_key)")
         elif not isinstance(record[text_key], str):
             bad.add(path, number, f"field {text_key!r} is not text but {type(record[text_key]).__name__}")
-        elif not _encodable(record[text_key]):
+        elif b"\\u" in line and not _encodable(record[text_key]):  # only an escape can spell one: the line itself is UTF-8
             bad.add(path, number, f"field {text_key!r} holds a lone surrogate, which UTF-8 cannot hold")
         else:
             yield record[text_key]

@@ -18,6 +18,7 @@ from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.tokenizer import Tokenizer
 
 BATCH = 1 << 20  # characters encoded at once: the library takes some hundred bytes a token while it works
+BUFFER = 1 << 20  # bytes of tokens written at once
 PROCESSES_FROM = 1 << 28  # bytes of input from which starting processes pays
 
 _tokenizer: Tokenizer | None = None  # of a worker process
@@ -29,10 +30,10 @@ def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
 
 
 class SplitWriters:
-    """One megatron-core indexed dataset a split, `DIRECTORY/SPLIT.bin` and `.idx`; a document is its tokens and the end-of-document token."""
+    """One megatron-core indexed dataset a split, `DIRECTORY/SPLIT.bin` and `.idx`."""
 
-    def __init__(self, directory: Path, *, vocab_size: int, eod: int):
-        self.directory, self.dtype, self.eod = directory, token_dtype(vocab_size), eod
+    def __init__(self, directory: Path, *, vocab_size: int):
+        self.directory, self.dtype = directory, token_dtype(vocab_size)
         self.tokens = dict.fromkeys(SPLITS, 0)
         self._builders: dict = {}
 
@@ -43,16 +44,18 @@ class SplitWriters:
         for split, builder in self._builders.items():
             builder.finalize(str(self.directory / f"{split}.idx"))
 
-    def add(self, split: str, ids: np.ndarray) -> None:
+    def add(self, split: str, document: np.ndarray) -> None:
+        """`document`: of `encoded`."""
         if split not in self._builders:
-            self._builders[split] = indexed_dataset().IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
-        document = np.append(ids, self.eod).astype(self.dtype)
+            self._builders[split] = builder = indexed_dataset().IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
+            builder.data_file.close()
+            builder.data_file = (self.directory / f"{split}.bin").open("wb", buffering=BUFFER)  # documents are small, and 8 KiB is Python's default
         self._builders[split].add_document(document, [len(document)])  # it says torch.Tensor and takes what numpy.array takes
         self.tokens[split] += len(document)
 
 
 def encoded(documents: Iterable[tuple[str, str]], tokenizer_path: Path, *, workers: int, size: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, int32 ids) of each (split, text), in order.
+    """(split, ids and the end-of-document token) of each (split, text), in order; `token_dtype`.
 
     Args:
         workers: processes; 1 = none but this one, 0 = one a core where that pays, else the library's threads alone.
@@ -64,7 +67,7 @@ def encoded(documents: Iterable[tuple[str, str]], tokenizer_path: Path, *, worke
         tokenizer = Tokenizer.from_file(tokenizer_path)
         # One thread waits for the library, which needs no lock of Python's, while this one reads and writes: else a core stands still meanwhile.
         with ThreadPoolExecutor(1) as thread:
-            yield from _in_order(documents, lambda texts: thread.submit(lambda: _arrays(tokenizer.encode_batch(texts))), ahead=1)
+            yield from _in_order(documents, lambda texts: thread.submit(_arrays, tokenizer, texts), ahead=1)
         return
     yield from _in_processes(documents, tokenizer_path, processes)
 
@@ -104,11 +107,12 @@ def _start_worker(path: str) -> None:
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
     assert _tokenizer is not None
-    return _arrays(_tokenizer.encode_batch(texts))
+    return _arrays(_tokenizer, texts)
 
 
-def _arrays(batch: list[list[int]]) -> list[np.ndarray]:
-    return [np.array(ids, dtype=np.int32) for ids in batch]
+def _arrays(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    dtype, end = token_dtype(tokenizer.vocab_size), [tokenizer.eod]
+    return [np.array(ids + end, dtype) for ids in tokenizer.encode_batch(texts)]
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
