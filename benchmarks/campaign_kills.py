@@ -153,7 +153,7 @@ class Run:
 
     def begins(self) -> list[int]:
         """The steps from which its lives went on, of those that got so far."""
-        return [event["step"] for event in records(self.directory, "events") if event["kind"] in ("start", "resume")]
+        return [event["step"] for event in records(self.directory, "events", growing=True) if event["kind"] in ("start", "resume")]
 
 
 def moments(kills: int, seed: int) -> list[str]:

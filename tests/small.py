@@ -48,10 +48,11 @@ def train(run: Path, data: Path, *words: str, code: int = 0) -> subprocess.Compl
     return done
 
 
-def records(run: Path, name: str = "metrics") -> list[dict]:
-    """The lines of metrics.jsonl or events.jsonl."""
+def records(run: Path, name: str = "metrics", *, growing: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl or events.jsonl; `growing`: of a run that goes on, which may be in the middle of its last one."""
     path = run / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in (text[: text.rfind("\n") + 1] if growing else text).splitlines()]
 
 
 def losses(run: Path) -> dict[int, float]:
