@@ -1,7 +1,8 @@
 """A file of JSON lines that outlives crashes and full disks: what `metrics.jsonl` and `events.jsonl` are written with.
 
-A line is one `write` to the end of the file, so a reader sees it whole or not at all. What a crash can leave is a torn last line: it is cut
-off when the file is next opened, and cut off at once when the disk is full. Errors of the disk are warned of once and never stop a run.
+A line is one `write` to the end of the file. A reader at that moment may still see a part of it (ext4, where it crosses a page), and a crash can leave
+one: `read_lines` passes over it. It is cut off when the file is next opened, and at once when the disk is full. Errors of the disk are warned of
+once and never stop a run.
 
 JSON knows no NaN and no infinity: they are written as the strings "NaN", "Infinity" and "-Infinity", and read back as floats.
 Finite floats are written as Python's `repr`, which reads back to the same bits. Texts are written without secrets (redact.py).
