@@ -134,20 +134,21 @@ def tokens(options: argparse.Namespace, folder: Path) -> Iterator[dict]:
             tokenizer.encode_batch(texts[start : start + batch])
         return time.perf_counter() - begin, time.process_time() - used
 
-    def row(clock: float, used: float, whole: float, by_clock: float, by_processor: float, of_whole: float) -> dict:
-        return {"library alone, MB/s": round(size / clock, 2), "tokenising, MB/s": round(size / used, 2), "tokenising / library": round(by_clock, 3),
-                "of the processor's time": round(by_processor, 3), "prepare, MB/s": round(size / whole, 2), "prepare / library": round(of_whole, 3)}
-
     rows, before = [], alone()
     for turn in range(options.rounds):
         begin = time.perf_counter()
         module.prepare(DataConfig(tokenizer=str(file), workers=1), str(found.shards), folder / f"again{turn}", False, Counted(found))
         whole, after = time.perf_counter() - begin, alone()
         clock, processor = (np.array(before) + after) / 2  # a machine that slows down slows one side of it as much as the other
-        rows.append((clock, took[-1][0], whole, clock / took[-1][0], processor / took[-1][1], clock / whole))
-        before = after
-        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0))} | row(*rows[-1])
-    yield {"median of rounds": len(rows)} | row(*np.median(rows, axis=0))
+        before, (ours, used) = after, took[-1]
+        rows.append({"library alone, MB/s": size / clock, "tokenising, MB/s": size / ours, "tokenising / library": clock / ours,
+                     "of the processor's time": processor / used, "prepare, MB/s": size / whole, "prepare / library": clock / whole})
+        yield {"MB": round(size, 1), "documents": len(texts), "threads": len(os.sched_getaffinity(0))} | _rounded(rows[-1])
+    yield {"median of rounds": len(rows)} | _rounded({name: np.median([one[name] for one in rows]) for name in rows[0]})
+
+
+def _rounded(row: dict[str, float]) -> dict[str, float]:
+    return {name: round(float(value), 3) for name, value in row.items()}
 
 
 def main() -> None:

@@ -47,9 +47,10 @@ class SplitWriters:
     def add(self, split: str, document: np.ndarray) -> None:
         """`document`: of `encoded`."""
         if split not in self._builders:
-            self._builders[split] = builder = indexed_dataset().IndexedDatasetBuilder(str(self.directory / f"{split}.bin"), dtype=self.dtype)
+            path = self.directory / f"{split}.bin"
+            self._builders[split] = builder = indexed_dataset().IndexedDatasetBuilder(str(path), dtype=self.dtype)
             builder.data_file.close()
-            builder.data_file = (self.directory / f"{split}.bin").open("wb", buffering=BUFFER)  # documents are small, and 8 KiB is Python's default
+            builder.data_file = path.open("wb", buffering=BUFFER)  # documents are small, and 8 KiB is Python's default
         self._builders[split].add_document(document, [len(document)])  # it says torch.Tensor and takes what numpy.array takes
         self.tokens[split] += len(document)
 

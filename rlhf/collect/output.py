@@ -11,6 +11,7 @@ import yaml
 
 from megatron_ext.config.build import to_dict
 from megatron_ext.config.schema import Config
+from megatron_ext.data.directories import whole
 from megatron_ext.data.prepared import file_sha256
 from megatron_ext.errors import UserError
 from megatron_ext.redact import redact
@@ -83,7 +84,6 @@ def manifest(path: Path, config: Config, *, inputs: Iterable[Path], outputs: Ite
     values = redact({group: found for group, found in to_dict(config).items() if group in GROUPS})
     found = {"version": version(), "inputs": [{"file": str(file), "bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in inputs],
              "outputs": [dict(one) for one in outputs if one], "left_out": dict(sorted(left_out.items())), **more, "config": values}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=140), encoding="utf-8")
-    part.rename(path)
+    with whole(path) as stream:
+        yaml.safe_dump(found, stream, sort_keys=False, allow_unicode=True, width=140, encoding="utf-8")
     return found
