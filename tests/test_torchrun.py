@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Node 1's process is not scheduled between its check-in at the last barrier and its look at whether that is full.
+# Node 1's process is not scheduled between its check-in at the last barrier and its look at whether that is full: for LATE seconds, or until node 0 has gone.
 LATE = """
 import os, runpy, sys, time
 from torch.distributed.elastic.utils import store
@@ -14,7 +14,9 @@ inner = store._barrier_nonblocking
 def late(**settings):
     key = inner(**settings)
     if os.environ["PET_NODE_RANK"] == "1" and "terminal" in key:
-        time.sleep(2)
+        end = time.monotonic() + float(os.environ["LATE"])
+        while time.monotonic() < end and os.path.exists("/proc/" + os.environ["FIRST"]):
+            time.sleep(0.05)
     return key
 store._barrier_nonblocking = late
 sys.argv = sys.argv[1:]
@@ -22,14 +24,17 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def agents(module: str, *program: str) -> list[subprocess.CompletedProcess]:
-    """Of node 0 and node 1, as `submit` starts them."""
+def agents(module: str, *program: str, late: float = 2) -> list[subprocess.CompletedProcess]:
+    """Of node 0 and node 1, as `submit` starts them. late: seconds, for which node 1 gets no turn."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [module, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0", "--no-python", *program]
-    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, cwd=ROOT, env={**os.environ, "PET_NODE_RANK": str(node), "OMP_NUM_THREADS": "1"}) for node in (0, 1)]
+    both: list[subprocess.Popen] = []
+    for node in (0, 1):
+        more = {"PET_NODE_RANK": str(node), "OMP_NUM_THREADS": "1", "LATE": str(late), "FIRST": str(both[0].pid) if both else ""}
+        both.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                                     env={**os.environ, **more}))
     try:
         said = [each.communicate(timeout=90) for each in both]
     finally:
@@ -45,7 +50,7 @@ def test_a_late_agent_finds_the_store_still_there():
 
 def test_torchrun_alone_still_needs_it():
     """Once this fails, torch has mended it, and the module can go."""
-    first, second = agents("torch.distributed.run", "true")
+    first, second = agents("torch.distributed.run", "true", late=60)
     assert (first.returncode, second.returncode) == (0, 0) and "Error waiting on exit barrier" in second.stderr and "Traceback" in second.stderr
 
 
