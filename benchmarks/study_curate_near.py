@@ -8,8 +8,8 @@ pairs       Korean and English documents of about 1,500 characters, edited until
 pipelines   a corpus of documents and edited copies of half of them: recall (copies that go, or their originals) and precision (of what
             goes, how much has its twin still there), through datatrove's stages 1 to 4 and through our step `near`
 
-datatrove's English splits words by spaCy, its Korean by Kiwi, with the model that kiwipiepy brings (datatrove 0.10 asks for another,
-"sbg", which its package no longer has). What is not installed is left out.
+datatrove's English splits words by spaCy (`pip install spacy`, needed here alone), its Korean by Kiwi, with the model that kiwipiepy
+brings (datatrove 0.10 asks for another, "sbg", which its package no longer has). What is not installed is left out.
 """
 import argparse
 import contextlib
@@ -107,6 +107,8 @@ def theirs(language: str):
         from datatrove.utils.word_tokenizers import KiwiTokenizer
 
         step = MinhashDedupSignature(tempfile.mkdtemp(), language=language if language == "eng" else KiwiTokenizer("cong"))
+        inner = step._hash_func
+        step._hash_func = lambda words: inner(words.encode("utf-8"))  # the same hash; xxhash 4 takes no str, which datatrove 0.10 gives it
         step.get_shingles("one two three 하나 둘 셋 넷 다섯 여섯")
     except (ImportError, OSError, ValueError) as error:
         print(f"datatrove, {language}: left out ({type(error).__name__})")
