@@ -91,6 +91,7 @@ def _add_countries(registry) -> None:
         registry.add_recognizer(known.PhoneRecognizer(supported_language="ko", supported_regions=("KR", "US", "GB")))
 
 
+PACKAGES = {"presidio": "presidio-analyzer"}  # spaCy comes with it
 ROWS: dict[str, Callable[[], Find]] = {"ours": lambda: ours("kiwi"), "ours-without-kiwi": lambda: ours("none"), "presidio": presidio}
 
 
@@ -138,7 +139,7 @@ def main() -> None:
         try:
             find = ROWS[row]()
         except ImportError as error:
-            print(f"| {row} | not installed: pip install {error.name} |")
+            print(f"| {row} | not installed: pip install {PACKAGES.get(row, error.name)} |")
             continue
         cells, scores = [], []
         told = figures["rows"][row] = dict(size)
