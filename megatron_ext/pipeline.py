@@ -21,6 +21,7 @@ from megatron_ext.config.compose import compose
 from megatron_ext.config.schema import Config
 from megatron_ext.config.sizes import vocab_size
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 from megatron_ext.observe.allocation import STARTED
 from megatron_ext.parallel.job import PARENT
 from megatron_ext.parallel.launch import with_ranks
@@ -112,10 +113,8 @@ class Job(Chain):
                  f"again, remove {self.folder(stage)} and the folders of the stages after it")
         _say(f"{stage}; everything of it goes to {self.folder(stage)}")
         command("train", f"stage={stage}", *words)
-        draft = chain.with_suffix(".tmp")
         later = self.config.run.stages[self.config.run.stages.index(stage) :]
-        draft.write_text(json.dumps({name: said for name, said in done.items() if name not in later} | {stage: kept}, indent=1), encoding="utf-8")
-        os.replace(draft, chain)
+        write_whole(chain, json.dumps({name: said for name, said in done.items() if name not in later} | {stage: kept}, indent=1))
 
     def _prepare(self):
         from megatron_ext.data.prepare import prepare

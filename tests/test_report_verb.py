@@ -92,7 +92,7 @@ def test_a_run_that_goes_on(tmp_path, quick, capsys):
 @pytest.mark.parametrize(("make", "message"), [
     (lambda path: path / "none", "is not there; name the run.dir of a `train`"),
     (lambda path: path, "holds no run; name the run.dir of a `train`"),
-    (lambda path: (path / "report.md.tmp").mkdir() or (path / "events.jsonl").touch() or path, "report.md cannot be written there: Is a directory"),
+    (lambda path: (path / "report.md").mkdir() or (path / "events.jsonl").touch() or path, "report.md cannot be written there: Is a directory"),
 ])
 def test_where_there_is_nothing_to_report(tmp_path, quick, capsys, make, message):
     assert main(["report", f"run.dir={make(tmp_path)}"]) == 2

@@ -1,8 +1,10 @@
 """The one CSV schema of all benchmarks: reading, writing, merging, and a table to read on a terminal."""
 import csv
-import os
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+from megatron_ext.files import write_whole
 
 COLUMNS = (
     "op", "mode", "shape", "dtype", "provider",
@@ -49,11 +51,9 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, rows: Iterable[Row]) -> None:
     """Whole or not at all: a reader, or a job that is killed, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        print_csv(rows, file)
-    part.replace(path)
+    text = io.StringIO(newline="")
+    print_csv(rows, text)
+    write_whole(path, text.getvalue())
 
 
 def print_csv(rows: Iterable[Row], file, header: bool = True) -> None:

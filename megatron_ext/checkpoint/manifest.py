@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 
 FORMAT = "megatron_ext.checkpoint"
 VERSION = 1
@@ -120,12 +121,7 @@ def _of_chain(path: Path) -> list[Path]:
 
 def name_best(directory: Path, step: int, why: dict) -> None:
     """Writes which checkpoint of a directory is the best; a crash leaves the old word or the new one."""
-    draft = Path(directory) / f"{BEST}.tmp"
-    with open(draft, "wb") as file:
-        file.write(canonical({"checkpoint": step_name(step), **why}))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, Path(directory) / BEST)
+    write_whole(Path(directory) / BEST, canonical({"checkpoint": step_name(step), **why}))
     sync_directory(Path(directory))
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_ext.contact.disk import write_whole
+from megatron_ext.files import write_whole
 
 
 class Wrong(Exception):

@@ -79,10 +79,3 @@ def sees_word(directory: Path, word: str, *, seconds: float = 5.0) -> bool:
         with contextlib.suppress(OSError):
             os.listdir(path.parent)  # makes NFS look again
         time.sleep(0.2)
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """A file that is there whole or not at all, whoever else writes it. Raises OSError."""
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(draft, path)

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from megatron_ext.contact.disk import write_whole
 from megatron_ext.contact.findings import Limits
+from megatron_ext.files import write_whole
 
 WORD_SECONDS = 10.0  # that a file system may take to show another node's file
 

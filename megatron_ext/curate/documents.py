@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from megatron_ext.data.decompress import file_chunks, lines
-from megatron_ext.data.directories import whole
+from megatron_ext.files import whole
 
 LEVEL = 3  # of zstd: 3 takes a tenth of the time that tokenising takes
 

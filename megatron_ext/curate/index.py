@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.data.directories import whole
+from megatron_ext.files import whole
 
 ROW = np.dtype([("id", "V16"), ("raw", "V16"), ("text", "V16"), ("split", ">u8"), ("source", "<u2"), ("domain", "<u2"), ("bytes", "<u4")])
 assert ROW.itemsize == 64

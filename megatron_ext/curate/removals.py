@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.curate.documents import canonical
-from megatron_ext.data.directories import whole
 from megatron_ext.errors import UserError
+from megatron_ext.files import whole
 
 KEY = "curate.removals"
 NAMES = ("id", "sha256", "text_sha256")

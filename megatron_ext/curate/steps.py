@@ -4,7 +4,6 @@ Removed documents go where the reader meets them; copies of them by their normal
 """
 import json
 import re
-import secrets
 import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from megatron_ext.curate.privacy.hidden import NOTHING, Hidden
 from megatron_ext.curate.removals import Removals
 from megatron_ext.curate.tally import Tally
 from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.files import write_whole
 
 READ = "read"
 SHARED = "shared"  # a folder: documents that stayed, and which others hold the paragraphs that were taken out of them
@@ -120,11 +120,8 @@ class RawReader(PipelineStep):
     def _keep(self, name: str, content: bytes) -> None:
         if self._pictures is None or (path := self._pictures / name[:2] / name).exists():
             return
-        draft = path.with_name(f".{name}.{secrets.token_hex(4)}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(content)
-            draft.replace(path)
+            write_whole(path, content, sync=False)
         except OSError as error:
             raise UserError("curate.output", self._pictures, f"cannot be written: {error.strerror}") from None
 

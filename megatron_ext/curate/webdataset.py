@@ -14,8 +14,8 @@ from datatrove.pipeline.base import PipelineStep
 
 from megatron_ext.curate.documents import canonical, read_records, shard_name, write_json
 from megatron_ext.curate.ingest.parts import ENDINGS
-from megatron_ext.data.directories import whole
 from megatron_ext.data.prepared import file_sha256
+from megatron_ext.files import whole
 
 
 class TarWriter(PipelineStep):

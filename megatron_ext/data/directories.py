@@ -1,37 +1,10 @@
-"""Directories and files that appear whole or not at all: written beside their place under another name, put on disk, and renamed."""
-import contextlib
+"""Directories that appear whole or not at all: made beside their place under another name, put on disk, and renamed (files: megatron_ext/files.py)."""
 import errno
 import glob
 import os
-import secrets
 import shutil
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
-
-
-@contextlib.contextmanager
-def whole(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A stream into a file that gets its name behind the block, whoever else writes it at this moment; after an error there is none.
-
-    Args:
-        sync: the content is on disk before the name is; False where a lost file is made again.
-
-    Raises OSError.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with draft.open("wb") as stream:
-            yield stream
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
 
 
 def temporary(output: Path) -> Path:

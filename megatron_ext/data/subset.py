@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.directories import whole
 from megatron_ext.data.index import TokenFile
 from megatron_ext.data.prepared import SPLITS
 from megatron_ext.data.progress import Progress
 from megatron_ext.data.split import check_split, split_of
 from megatron_ext.errors import UserError
+from megatron_ext.files import whole
 
 
 def split_documents(file: TokenFile, split: Sequence[float], *, cache: str | Path, progress: bool | None = None) -> dict[str, np.ndarray]:

@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from megatron_ext.files import whole
+
 from .lines import LineFile, encode, read_lines
 
 
@@ -47,12 +49,8 @@ def drop_from(path: Path, first: int) -> int:
     kept = [record for record in read_metrics(path) if record["step"] < first]
     if len(kept) == lines and path.stat().st_size and _ends_with_newline(path):
         return 0
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(encode(record), ensure_ascii=False, allow_nan=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with whole(path) as file:
+        file.writelines(f"{json.dumps(encode(record), ensure_ascii=False, allow_nan=False)}\n".encode() for record in kept)
     return lines - len(kept)
 
 

@@ -4,10 +4,11 @@ It reads config.yaml, metrics.jsonl, events.jsonl and goodput.jsonl; any of them
 public: the reports of other stages are made of them (rlhf/report.py).
 """
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_ext.files import write_whole
 
 from . import markdown, plots, timeline
 from .events import read_events
@@ -212,9 +213,7 @@ def ending(run: Run) -> list[str]:
 def publish(directory: Path, parts: Sequence[str], name: str = "report.md") -> Path:
     """Writes the page in one piece: a crash leaves the old one or the new one."""
     path = Path(directory) / name
-    draft = path.with_name(f"{name}.tmp")
-    draft.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "\n\n".join(part for part in parts if part) + "\n")
     return path
 
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from megatron_ext import checkpoint, platform, private
 from megatron_ext.config.compose import to_yaml
 from megatron_ext.config.schema import Config
-from megatron_ext.contact.disk import write_whole
 from megatron_ext.errors import RunFailed, UserError
+from megatron_ext.files import write_whole
 from megatron_ext.health.evidence import record_flight
 from megatron_ext.parallel.lease import hold
 from megatron_ext.parallel.signals import Interrupted

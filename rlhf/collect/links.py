@@ -4,7 +4,6 @@ A link is shown once, when it is made; `collect.renew=[NAME]` makes another and 
 link, which no browser sends and no server logs.
 """
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from megatron_ext.errors import UserError
+from megatron_ext.files import write_whole
 
 FILE = "annotators.yaml"
 
@@ -28,11 +28,8 @@ def ready(folder: Path, names: Sequence[str], renew: Sequence[str] = ()) -> tupl
     made = {name: secrets.token_urlsafe(24) for name in names if name not in held or name in renew}
     if made:
         held = held | {name: _hash(token) for name, token in made.items()}
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as stream:
-                yaml.safe_dump(held, stream, allow_unicode=True)
-            part.rename(path)
+            write_whole(path, yaml.safe_dump(held, allow_unicode=True), mode=0o600)
         except OSError as error:
             raise UserError("input", path, f"cannot be written: {error.strerror}") from None
     return {held[name]: name for name in names}, made

@@ -11,9 +11,9 @@ import yaml
 
 from megatron_ext.config.build import to_dict
 from megatron_ext.config.schema import Config
-from megatron_ext.data.directories import whole
 from megatron_ext.data.prepared import file_sha256
 from megatron_ext.errors import UserError
+from megatron_ext.files import whole
 from megatron_ext.redact import redact
 
 GROUPS = ("collect", "chat", "generate")  # keys that decide what is made

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.data.directories import whole
+from megatron_ext.files import whole
 
 ENTRY = np.dtype([("key", "<u8"), ("place", "<u4"), ("part", "<u4")])
 PLACE = np.dtype([("place", "<u4"), ("part", "<u4"), ("first_shard", "<u4"), ("first_place", "<u4")])
