@@ -16,6 +16,7 @@ from megatron_ext import pipeline
 from megatron_ext.checkpoint import find
 from megatron_ext.checkpoint.ancestry import chain
 from megatron_ext.cli import recipe
+from megatron_ext.cli.main import main
 from megatron_ext.config.compose import compose
 
 pytestmark = pytest.mark.timeout(1500)  # five stages of two ranks, some of them twice: a minute or two of it is starting processes
@@ -40,6 +41,10 @@ def run(*words: str) -> subprocess.CompletedProcess:
 
 def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def headings(report: str) -> list[str]:
+    return [line for line in report.splitlines() if line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +114,19 @@ def test_samples_before_and_after(finished):
     assert all({"prompt", "response", "reward", "kl", "stop"} <= set(sample) for sample in samples)
 
 
-def test_a_second_call_trains_nothing_and_reports_again(finished):
+def test_another_call_trains_nothing_and_reports_again(finished, monkeypatch, capsys):
+    """The two commands that it would start, ranks and all, are answered with what they found in the call before."""
     directory, words, _ = finished
     before = {stage: (directory / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
+    text, facts = (directory / "report.md").read_text(encoding="utf-8"), json.loads((directory / "report.json").read_bytes())
+    answers, started = {"evaluate": facts["sections"]["Evaluation"], "generate": {"completions": facts["samples"]}}, []
+    monkeypatch.setattr(pipeline, "command", lambda verb, *words, capture: started.append((verb, words)) or json.dumps(answers[verb]))
     (directory / "report.md").unlink()
-    done = run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (directory / "report.md").exists() and done.stdout.count("done before") == 5
+    assert main(["run", *WORDS, *words]) == 0
+    assert capsys.readouterr().out.count("done before") == 5 and [verb for verb, _ in started] == ["evaluate", "generate"]
+    assert all(f"checkpoint.load={directory / 'pretrain'}" in words for _, words in started)
     assert before == {stage: (directory / stage / "metrics.jsonl").read_bytes() for stage in STAGES}
+    assert headings((directory / "report.md").read_text(encoding="utf-8")) == headings(text)
 
 
 @pytest.mark.parametrize("typed, wanted", [

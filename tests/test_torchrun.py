@@ -1,5 +1,6 @@
-"""Agents of two nodes end together, whichever of them does not get a turn at the end."""
+"""Agents of two nodes end together, whichever of them does not get a turn at the end; and what a rank's failure leaves behind."""
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,19 @@ store._barrier_nonblocking = late
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+# Says the pid of its rank once it has it; torch's agent that is told to stop before leaves the rank behind.
+WATCHES = """
+import runpy, sys
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent as Agent
+inner = Agent._monitor_workers
+def once(self, group):
+    print(*self._pcontext.pids().values(), flush=True)
+    Agent._monitor_workers = inner
+    return inner(self, group)
+Agent._monitor_workers = once
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 def agents(module: str, *program: str, late: float = 2) -> list[subprocess.CompletedProcess]:
@@ -36,7 +50,7 @@ def agents(module: str, *program: str, late: float = 2) -> list[subprocess.Compl
         both.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                                      env={**os.environ, **more}))
     try:
-        said = [each.communicate(timeout=90) for each in both]
+        said = [each.communicate(timeout=240) for each in both]
     finally:
         for each in both:
             each.kill()
@@ -54,6 +68,20 @@ def test_torchrun_alone_still_needs_it():
     assert (first.returncode, second.returncode) == (0, 0) and "Error waiting on exit barrier" in second.stderr and "Traceback" in second.stderr
 
 
-def test_a_failure_is_torchruns_own():
-    for each in agents("megatron_ext.parallel.torchrun", "false"):
-        assert each.returncode == 1 and "ChildFailedError" in each.stderr and "exitcode  : 1" in each.stderr
+def test_a_failure_is_one_line_of_ours(tmp_path):
+    """Both ranks run before either fails: an agent that has nobody left to meet ends for that reason."""
+    program = f"touch {tmp_path}/$RANK; until [ -e {tmp_path}/0 ] && [ -e {tmp_path}/1 ]; do sleep 0.05; done; [ $RANK = 1 ] || exit 7; kill -KILL $BASHPID"
+    both = agents("megatron_ext.parallel.torchrun", "bash", "-c", program)
+    for node, (each, code, told) in enumerate(zip(both, (7, 137), ("ended with exit code 7", "was ended by SIGKILL"), strict=True)):
+        said = [line for line in each.stderr.splitlines() if not re.match(r"[EW]\d{4} ", line)]  # torch's log
+        assert each.returncode == code and len(said) == 1 and re.fullmatch(rf"torchrun: rank {node} \(node {node}, local rank 0, pid \d+\) {told}", said[0]), each
+
+
+def test_told_to_stop_it_says_so_and_ends_its_ranks():
+    words = ["megatron_ext.parallel.torchrun", "--nnodes=1", "--nproc-per-node=1", "--max-restarts=0", "--no-python", "sleep", "600"]
+    started = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WATCHES, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    rank = Path("/proc", started.stdout.readline().strip())
+    assert (rank / "comm").read_text() == "sleep\n"
+    started.terminate()
+    said = started.communicate(timeout=240)[1]
+    assert started.returncode == 143 and "torchrun: ended by SIGTERM" in said and "Traceback" not in said and not rank.exists()

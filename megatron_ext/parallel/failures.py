@@ -9,7 +9,7 @@ fails for a reason of its own links a file into a folder of this life of the job
 The others look for that file (each second; less often where many look) and leave with the same code after one line. A rank that merely lost its
 peer waits a moment for the peer's word. Where none comes, the peer was killed or its node is gone, and that is what is told.
 
-The exit code of srun cannot say any of this: with --kill-on-bad-exit it is 143 whatever the first rank's was, and under torchrun it is always 1.
+The exit code of srun cannot say any of this: with --kill-on-bad-exit it is 143 whatever the first rank's was, and torchrun's is always 1 (`torchrun.py`: that of its node).
 """
 import contextlib
 import json
