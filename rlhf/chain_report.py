@@ -59,16 +59,16 @@ def render(directory: Path, stages: Sequence[str] | None = None) -> Path:
     """
     directory = Path(directory)
     if is_run(directory):
-        return _stage(directory, {})
+        return _stage(Run.read(directory), {})
     facts, stages = _facts(directory), stages or stages_of(directory)
     if not stages:
         raise UserError("run.dir", directory, "holds no run; name the run.dir of a `train`, or that of a `run` (the folder of its stages)")
     parts = [f"# {_named(directory / stages[-1])[0]}: {' -> '.join(stages)}", markdown.table(facts["summary"]) if facts else "", *_times(directory, stages)]
     for stage in stages:
-        folder = directory / stage
-        _stage(folder, facts)
+        run = Run.read(directory / stage)
+        _stage(run, facts)
         parts.append(f"## {stage}\n\n[All of it]({stage}/report.md).")
-        parts += stage_parts(Run.read(folder), bytes_per_token=facts.get("bytes_per_token"), prefix=f"{stage}/", level=3)
+        parts += stage_parts(run, bytes_per_token=facts.get("bytes_per_token"), prefix=f"{stage}/", level=3)
         if stage == facts.get("evaluated"):
             parts += [markdown.table({"validation, bits per byte": facts["evaluation_bits_per_byte"],
                                       "interpolated trigram, bits per byte": facts["baseline_bits_per_byte"]})]
@@ -88,13 +88,13 @@ def stages_of(directory: Path) -> list[str]:
     return [stage for stage in (*TEXT, *CHAT) if is_run(directory / stage)]
 
 
-def _stage(folder: Path, facts: Mapping) -> Path:
-    name, stage = _named(folder)
+def _stage(run: Run, facts: Mapping) -> Path:
+    name, stage = _named(run.directory)
     if stage == "pretrain":
         own = facts if facts.get("evaluated") == stage else {}
-        return report.write_report(folder, title=f"{name}, {stage}", sections=own.get("sections"), samples=own.get("samples", ()),
+        return report.write_report(run, title=f"{name}, {stage}", sections=own.get("sections"), samples=own.get("samples", ()),
                                    bytes_per_token=facts.get("bytes_per_token"), baseline_bits_per_byte=own.get("baseline_bits_per_byte"))
-    return write_stage(folder, title=f"{name}, {stage}", chain=_chain(folder), bytes_per_token=facts.get("bytes_per_token"))
+    return write_stage(run, title=f"{name}, {stage}", chain=_chain(run.directory), bytes_per_token=facts.get("bytes_per_token"))
 
 
 def _times(directory: Path, stages: Sequence[str]) -> list[str]:

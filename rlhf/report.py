@@ -25,9 +25,9 @@ ENDS = 10  # the first and the last tenth of an iteration's numbers are compared
 ON_PAGE = 3  # samples in the report itself
 
 
-def write_report(run_dir: Path, *, title: str, chain: Sequence[Mapping] = (), sections: Mapping[str, Section] | None = None,
+def write_report(run: Path | Run, *, title: str, chain: Sequence[Mapping] = (), sections: Mapping[str, Section] | None = None,
                  bytes_per_token: float | None = None) -> Path:
-    """Write `run_dir`/report.md, its plots, and samples.md where there are samples.
+    """Write report.md, its plots, and samples.md where there are samples into a run's directory.
 
     Args:
         chain: as `checkpoint.ancestry.chain` gives it, the youngest first.
@@ -37,7 +37,7 @@ def write_report(run_dir: Path, *, title: str, chain: Sequence[Mapping] = (), se
     Returns:
         The path of the report.
     """
-    run = Run.read(run_dir)
+    run = run if isinstance(run, Run) else Run.read(run)
     parts = [f"# {title}", *stage_parts(run, bytes_per_token=bytes_per_token), *report.sections_of(sections or {})]
     if chain:
         parts.append("## Where it comes from\n\n" + chain_table(chain))
@@ -53,8 +53,8 @@ def stage_parts(run: Run, *, bytes_per_token: float | None = None, prefix: str =
     config, pairs = _config(run), read_pairs(run.directory / "samples.jsonl")
     bytes_per_token = bytes_per_token or run.bytes_per_token
     parts = [verdict(run), markdown.table(summary(run, config, pairs, bytes_per_token)),
-             report.pictures(run.directory, wanted(run, config, bytes_per_token), level=level, prefix=prefix),
-             *report.time_parts(run.directory, level=level, prefix=prefix)]
+             report.pictures(run, wanted(run, config, bytes_per_token), level=level, prefix=prefix),
+             *report.time_parts(run, level=level, prefix=prefix)]
     if pairs:
         report.publish(run.directory, [page(pairs, "Samples, before and after")], "samples.md")
         parts.append(f"{'#' * level} Samples, before and after\n\n[All {len(pairs):,} of them]({prefix}samples.md).")

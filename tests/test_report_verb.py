@@ -146,6 +146,13 @@ def test_a_job_is_rendered_again_as_it_was_written(folder, quick, capsys):
     assert capsys.readouterr().out.splitlines()[0] == str(page)
 
 
+def test_a_picture_is_drawn_once_for_both_pages_and_the_baseline_stays_in_it(folder, quick, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_loss", lambda path, records, *, baseline, **_: drawn.append((path.parent.name, baseline)) or True)
+    chain_report.write(finished(folder))
+    assert drawn == [("pretrain", ("interpolated trigram", 2.25)), ("sft", None)]
+
+
 @pytest.mark.parametrize("facts", [None, "", "[]", '{"summary": {}}', '{"summary": 1, "samples": 2}'])
 def test_a_job_that_goes_on_or_whose_facts_are_broken(folder, quick, facts):
     if facts is not None:

@@ -5,7 +5,7 @@ public: the reports of other stages are made of them (rlhf/report.py).
 """
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ext.files import write_whole
@@ -27,6 +27,7 @@ class Run:
     directory: Path
     records: list[dict]
     events: list[dict]
+    _drawn: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
@@ -42,6 +43,12 @@ class Run:
         """The newest event of a kind; {} where there is none."""
         return next((event for event in reversed(self.events) if event.get("kind") == kind), {})
 
+    def draw(self, name: str, draw: Callable[[Path], bool]) -> bool:
+        """Whether there is something to draw. Draws it into the directory the first time, however many pages show it."""
+        if name not in self._drawn:
+            self._drawn[name] = draw(self.directory / name)
+        return self._drawn[name]
+
     @property
     def bytes_per_token(self) -> float | None:
         """Of the validation data, where the validations tell: a loss of l nats a token is l / ln 2 / bytes bits per byte."""
@@ -51,10 +58,10 @@ class Run:
 
 
 def write_report(
-    run_dir: Path, *, title: str, sections: Mapping[str, Section] | None = None, samples: Sequence[Mapping[str, str]] = (),
+    run: Path | Run, *, title: str, sections: Mapping[str, Section] | None = None, samples: Sequence[Mapping[str, str]] = (),
     bytes_per_token: float | None = None, baseline_bits_per_byte: float | None = None, baseline_name: str = "interpolated trigram",
 ) -> Path:
-    """Write `run_dir`/report.md and its plots.
+    """Write report.md and its plots into a run's directory.
 
     Args:
         sections: heading -> a table of names and values, or Markdown text; in this order (evaluation, corpus, hardware, versions, ...).
@@ -65,13 +72,13 @@ def write_report(
     Returns:
         The path of the report.
     """
-    run = Run.read(run_dir)
+    run = run if isinstance(run, Run) else Run.read(run)
     bytes_per_token = bytes_per_token or run.bytes_per_token
     baseline = None if baseline_bits_per_byte is None else (baseline_name, baseline_bits_per_byte)
     parts = [f"# {title}", verdict(run.events)]
     parts.append(markdown.table(progress(run) | losses(run, bytes_per_token, baseline) | resources(run)))
-    parts.append(pictures(run.directory, loss_pictures(run, bytes_per_token, baseline)))
-    parts += time_parts(run.directory)
+    parts.append(pictures(run, loss_pictures(run, bytes_per_token, baseline)))
+    parts += time_parts(run)
     parts += foretold(run)
     parts += sections_of(sections or {})
     if samples:
@@ -172,24 +179,24 @@ def loss_pictures(run: Run, bytes_per_token: float | None = None, baseline: tupl
     ]
 
 
-def time_parts(directory: Path, *, level: int = 2, prefix: str = "") -> list[str]:
+def time_parts(run: Run, *, level: int = 2, prefix: str = "") -> list[str]:
     """Where the time went: goodput, the timeline, the classes and the lives; nothing where there is no ledger. prefix: as in `pictures`."""
-    goodput = read_goodput(directory)
+    goodput = read_goodput(run.directory)
     if not goodput.lives:
         return []
     parts = [f"{'#' * level} Where the time went", timeline.sentence(goodput), timeline.class_table(goodput), timeline.life_table(goodput.lives)]
     try:
-        if timeline.plot_timeline(directory / "timeline.png", goodput):
+        if run.draw("timeline.png", lambda path: timeline.plot_timeline(path, goodput)):
             parts.insert(1, f"![Where the time went]({prefix}timeline.png)")
     except ImportError:
         pass  # that there are no plots is said where the others would be
     return parts
 
 
-def pictures(directory: Path, wanted: Sequence[Picture], *, level: int = 2, prefix: str = "") -> str:
-    """Draws them into `directory`; the Markdown that shows those that were drawn. prefix: the way there from the page."""
+def pictures(run: Run, wanted: Sequence[Picture], *, level: int = 2, prefix: str = "") -> str:
+    """Draws them into the run's directory; the Markdown that shows those that were drawn. prefix: the way there from the page."""
     try:
-        drawn = [(heading, name) for heading, name, draw in wanted if draw(directory / name)]
+        drawn = [(heading, name) for heading, name, draw in wanted if run.draw(name, draw)]
     except ImportError:
         return "There are no plots: matplotlib is not installed (`pip install matplotlib`)."
     return "\n\n".join(f"{'#' * level} {heading}\n\n![{heading}]({prefix}{name})" for heading, name in drawn)
