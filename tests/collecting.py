@@ -179,7 +179,7 @@ class Serving:
 
 def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
     """What a server answers to somebody: (status, headers, what came)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
     if method == "POST":
         sent["Content-Type"] = "application/json"
