@@ -42,7 +42,7 @@ class Browser:
         self._held, self._number = b"", 0
         self.events: list[dict] = []
 
-    def send(self, method: str, session: str | None = None, timeout: float = 60, **params: object) -> dict:
+    def send(self, method: str, session: str | None = None, timeout: float = 120, **params: object) -> dict:
         """A command's result. Raises Failed."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params} | ({"sessionId": session} if session else {})
@@ -121,7 +121,7 @@ class Page:
             raise Failed(found["exceptionDetails"].get("exception", {}).get("description", found["exceptionDetails"]["text"]))
         return found["result"].get("value")
 
-    def wait(self, expression: str, timeout: float = 20) -> object:
+    def wait(self, expression: str, timeout: float = 60) -> object:
         """Until the expression is true."""
         deadline, said = time.monotonic() + timeout, None
         while time.monotonic() < deadline:

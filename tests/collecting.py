@@ -142,7 +142,7 @@ class Serving:
                 # A shell that started the tests by `&` has them ignore SIGINT, and all that they start.
                 self.process = subprocess.Popen(["env", "--default-signal=INT", sys.executable, *words], cwd=ROOT, env=environment(), stdout=outs, stderr=errors)
         names = next(word for word in self.words if word.startswith("collect.annotators="))[20:-1].split(",")
-        deadline, lines = time.monotonic() + 60, []
+        deadline, lines = time.monotonic() + 240, []
         while len(lines) < 1 + len(names):  # the address, and a line for each annotator
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError("".join(path.read_text(encoding="utf-8") for path in said.iterdir()))
@@ -179,7 +179,7 @@ class Serving:
 
 def call(server: Serving, method: str, path: str, body: object = None, *, name: str | None = "kim", raw: bytes | None = None, **headers: str) -> tuple[int, dict, object]:
     """What a server answers to somebody: (status, headers, what came)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     sent = {"Authorization": f"Bearer {server.tokens[name]}"} if name else {}
     if method == "POST":
         sent["Content-Type"] = "application/json"
@@ -264,7 +264,7 @@ def passages(tmp_path: Path, count: int = 6) -> Path:
 
 def augmented(tmp_path: Path, endpoint: "FakeEndpoint", *words: str, name: str = "out") -> dict:
     """What `collect augment` makes of the passages; a later word replaces an earlier one."""
-    last = {word.split("=")[0]: word for word in (f"input={tmp_path / 'in'}", f"output={tmp_path / name}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=3", "collect.retries=2", "collect.timeout=5", *words)}
+    last = {word.split("=")[0]: word for word in (f"input={tmp_path / 'in'}", f"output={tmp_path / name}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=3", "collect.retries=2", "collect.timeout=120", *words)}
     from rlhf.collect.augment import Augmentation, augment
     from rlhf.collect.endpoint import Endpoint
 

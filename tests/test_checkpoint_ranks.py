@@ -187,6 +187,8 @@ class Rank:
         store = Checkpoints(self.directory / "agree", keep=2, background=True, sharding="fully_reshardable", events=log)
         kinds = []
         for step in range(1, 5):
+            if self.rank == 1 and step == 2:
+                os.kill(store.writer_pid, signal.SIGSTOP)  # else it may have answered before this rank is run again to kill it
             store.save(step, self.state(engine), {})
             if self.rank == 1 and step == 2:
                 os.kill(store.writer_pid, signal.SIGKILL)
@@ -225,7 +227,7 @@ class Rank:
 
 
 def main(directory: Path) -> None:
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(500, exit=True)  # five times what it takes on two busy cores
     rank = Rank(directory)
     for part in (rank.every_layout_into_every_other, rank.ungathered, rank.fast_format, rank.agreement):
         began = time.monotonic()
@@ -243,7 +245,7 @@ def main(directory: Path) -> None:
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
     directory = tmp_path_factory.mktemp("ranks")
-    spawn([__file__, str(directory)], 2, timeout=240)
+    spawn([__file__, str(directory)], 2, timeout=540)
     return json.loads((directory / "facts1.json").read_text()) | json.loads((directory / "facts0.json").read_text())
 
 

@@ -1,4 +1,5 @@
 """The command line as a person meets it: words in, one clear message out, the right exit code."""
+import importlib
 import json
 import os
 import subprocess
@@ -24,6 +25,18 @@ def cli(*words: str, python: tuple[str, ...] = (), cwd: Path = ROOT, **environme
                           env={**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}, timeout=120)
 
 
+def quickest(enough: float, *words: str) -> tuple[float, subprocess.CompletedProcess]:
+    """(seconds of the quickest run, the last one): what it takes is the least of several, since others run on this machine too; no more of them once it is enough."""
+    best = float("inf")
+    for _ in range(6):
+        start = time.monotonic()
+        done = cli(*words, python=("-X", "importtime"))
+        best = min(best, time.monotonic() - start)
+        if best < enough:
+            break
+    return best, done
+
+
 def imported(done: subprocess.CompletedProcess) -> set[str]:
     """Top-level modules in the output of `-X importtime`."""
     return {line.rsplit("|", 1)[1].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -31,11 +44,7 @@ def imported(done: subprocess.CompletedProcess) -> set[str]:
 
 @pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("generate", "-h"), ()])
 def test_help_is_instant_and_needs_nothing(words):
-    best = float("inf")
-    for _ in range(3):
-        start = time.monotonic()
-        done = cli(*words, python=("-X", "importtime"))
-        best = min(best, time.monotonic() - start)
+    best, done = quickest(1.0, *words)
     assert done.returncode == 0 and "python -m megatron_ext" in done.stdout
     assert not imported(done) & {"hydra", "omegaconf", "yaml", "numpy", "torch", "megatron"}
     assert best < 1.0
@@ -54,9 +63,8 @@ def test_help_knows_every_key():
 
 
 def test_check_is_quick_and_imports_no_torch():
-    start = time.monotonic()
-    done = cli("check", "stage=pretrain", "parallel=tp2", "launch.ranks=2", python=("-X", "importtime"))
-    assert time.monotonic() - start < 5 and done.returncode == 0
+    best, done = quickest(5.0, "check", "stage=pretrain", "parallel=tp2", "launch.ranks=2")
+    assert best < 5 and done.returncode == 0
     assert "hydra" in imported(done) and not imported(done) & {"torch", "numpy", "megatron"}
     assert "ranks       2 = TP 2 x DP 1" in done.stdout and "stage 0  0-1" in done.stdout
     assert "32 samples = micro-batch 8 x 4 accumulated x 1 data ranks" in done.stdout and "8,192 a step" in done.stdout
@@ -148,6 +156,7 @@ def site(tmp_path, monkeypatch):
 def write(path: Path, text: str = "") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+    importlib.invalidate_caches()  # they go by a folder's time of change, which two changes within a tick of the clock share
 
 
 def test_apex_of_pypi_is_not_nvidias(site):

@@ -50,10 +50,11 @@ def test_signals_reach_a_command(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pipeline.subprocess, "Popen", popen)
 
+    before = signal.getsignal(signal.SIGTERM)
+
     def interrupt() -> None:
-        while not started:
+        while not started or signal.getsignal(signal.SIGTERM) == before:  # until then it would end the tests
             time.sleep(0.01)
-        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=interrupt).start()

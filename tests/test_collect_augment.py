@@ -61,10 +61,10 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
     """SIGKILL while requests are under way: what was answered is not asked again, and the end is the same."""
     passages(tmp_path, 12)
     gate = threading.Event()
-    with FakeEndpoint(lambda body, number: (gate.wait(20) if number >= 5 else None, numbered(body, number))[1]) as endpoint:
+    with FakeEndpoint(lambda body, number: (gate.wait(400) if number >= 5 else None, numbered(body, number))[1]) as endpoint:
         words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", f"collect.endpoint={endpoint.url}", "collect.model=m", "collect.concurrency=2"]
         process = subprocess.Popen([sys.executable, "-m", "megatron_ext", "collect", "augment", *words], cwd=ROOT, env=environment() | {"OPENAI_API_KEY": KEY})
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(endpoint.asked) < 7 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.kill()

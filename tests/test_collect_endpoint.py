@@ -62,7 +62,7 @@ def test_an_endpoint_that_is_down_ends_the_run(tmp_path):
 
 def test_waits_between_tries():
     assert _told("3") == 3 and _told("-1") == 0 and _told("99999") == 600 and _told("soon") is None and _told(None) is None and _told("nan") is None
-    assert 5 < _told(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 8))) < 9
+    assert 400 < _told(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 500))) <= 500
     waits = [_pause(attempt, "ab") for attempt in range(12)]
     assert all(0.25 * 2**attempt <= wait <= 0.75 * 2**attempt for attempt, wait in enumerate(waits[:6])) and max(waits) <= 90 and waits[3] != _pause(3, "cd")
 
@@ -84,8 +84,8 @@ def test_a_reply_without_end_is_cut_off_in_time(tmp_path):
     with FakeEndpoint(lambda body, number: (200, {}, drip())) as endpoint:
         start = time.monotonic()
         with pytest.raises(RunFailed, match="no_reply_in_time 1"):
-            run(tmp_path, endpoint, "collect.timeout=0.8", "collect.retries=0")
-        assert time.monotonic() - start < 20
+            run(tmp_path, endpoint, "collect.timeout=4", "collect.retries=0")  # in half of it the connection has to be there
+        assert time.monotonic() - start < 60
     assert [record["lost"] for record in read(tmp_path / "out" / "cache.log")] == [True]  # it may be paid for
 
 

@@ -134,7 +134,7 @@ def test_many_people_at_once_and_three_kills_lose_nothing(tmp_path):
             server.kill()
             server.start(port)
         for person in people:
-            person.join(120)
+            person.join(300)
         stop.set()
     found = ballots.load(folder)
     assert len(found.choices) == 240 and all(len(choices) == 1 for choices in found.choices.values())

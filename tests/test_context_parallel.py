@@ -1,6 +1,5 @@
 """kernels/context_parallel.py: ring and Ulysses over gloo ranks equal attention on one rank, forward and all gradients."""
 import queue
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -84,25 +83,28 @@ def test_zigzag_of_packed_sequences():
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 def test_more_ranks_in_threads(method, size, causal, packed, monkeypatch):
     """The steps of three and four ranks without as many processes: messages are queues, the sums are the real ones."""
-    links: dict = defaultdict(queue.Queue)
+    links: dict = {}
+
+    def link(*key):
+        return links.setdefault(key, queue.Queue())  # one step: of a defaultdict, two threads could be given two queues for one key
 
     class Arrives:
         def __init__(self, rank, tag, into):
             self.rank, self.tag, self.into = rank, tag, into
 
         def wait(self):
-            self.into.copy_(links[self.rank, self.tag].get(timeout=60))
+            self.into.copy_(link(self.rank, self.tag).get(timeout=60))
 
     def shift(send, group, tag):
-        links[(group.rank() + 1) % size, tag].put(send.clone())
+        link((group.rank() + 1) % size, tag).put(send.clone())
         into = torch.full_like(send, float("nan"))
         return into, [Arrives(group.rank(), tag, into)]
 
     def all_to_all(received, send, group):
         for rank in range(size):
-            links[group.rank(), rank].put(send[rank].clone())
+            link(group.rank(), rank).put(send[rank].clone())
         for rank in range(size):
-            received[rank] = links[rank, group.rank()].get(timeout=60)
+            received[rank] = link(rank, group.rank()).get(timeout=60)
 
     monkeypatch.setattr(ring, "_shift", shift)
     monkeypatch.setattr(ulysses.dist, "all_to_all_single", all_to_all)
