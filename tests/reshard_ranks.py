@@ -218,7 +218,7 @@ def main(directory: Path) -> None:
 def run_ranks() -> list[dict]:
     """What each rank saw."""
     with tempfile.TemporaryDirectory() as directory:
-        spawn([__file__, directory], RANKS, timeout=400)
+        spawn([__file__, directory], RANKS, timeout=540)
         return [json.loads((Path(directory) / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 

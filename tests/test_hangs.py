@@ -9,7 +9,7 @@ import time
 
 from spawn import ROOT
 
-from megatron_ext.health import heartbeat
+from megatron_ext.health import heartbeat, watchdog
 
 
 def ranks_of(script: str, directory, count: int, **environment: str) -> list[subprocess.Popen]:
@@ -30,7 +30,7 @@ def ranks_of(script: str, directory, count: int, **environment: str) -> list[sub
 
 
 def wait_until(reached, processes) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not reached():
         assert all(process.poll() is None for process in processes) and time.monotonic() < deadline
         time.sleep(0.02)
@@ -51,8 +51,10 @@ def test_a_stopped_rank_ends_the_job(tmp_path):
         wait_until(lambda: heartbeat.read(health, 1).step > step + 20, ranks)
         stopped = time.monotonic()
         ranks[0].send_signal(signal.SIGSTOP)
-        assert ranks[1].wait(timeout=30) == 1
-        assert time.monotonic() - stopped < 2 + 10  # the limit, and what evidence may take
+        assert ranks[1].wait(timeout=120) == 1
+        # Evidence takes its time (py-spy reads all of torch's symbols: 2 s, 8 s on a busy machine). What comes behind it is no wait for the stopped rank.
+        kept = max(path.stat().st_mtime for path in health.iterdir() if path.suffix in (".stacks", ".pyspy"))
+        assert time.time() - kept < watchdog.GRACE and time.monotonic() - stopped < 2 + 3 * watchdog.GRACE  # nor was it the last resort that ended it
     finally:
         for rank in ranks:
             rank.kill()
@@ -67,9 +69,10 @@ def test_a_stopped_rank_ends_the_job(tmp_path):
 
 def test_a_rank_stuck_in_python_ends_the_job(tmp_path):
     """Rank 1 is stuck at step 30, and the collective that rank 0 waits in is one that was begun before (`handle.wait()`), of a group with a name."""
-    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, HANG_TIMEOUT="2", STUCK_RANK="1")
+    # Not shorter: a quarter of it without a heartbeat, which a disk may hold up, and rank 1 is said to be silent.
+    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, HANG_TIMEOUT="6", STUCK_RANK="1")
     try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [1, 1]
+        assert [rank.wait(timeout=240) for rank in ranks] == [1, 1]
     finally:
         for rank in ranks:
             rank.kill()

@@ -34,28 +34,32 @@ def body():
     elif what == "raise_1":
         if RANK == 1:
             raise RuntimeError("the true cause")
-        time.sleep(0.2)
+        while not os.path.exists(os.path.join(os.environ[launch.FAILURES], "rank_00001.json")):  # no peer is lost before: ranks may start in any order
+            time.sleep(0.02)
         raise ConnectionError("connection closed by peer")
     elif what == "user_error":
         raise UserError("data.path", "x", "is wrong on every rank")
     elif what == "kill_1":
+        victim = os.path.join(os.environ[launch.FAILURES], "victim")
         if RANK == 1:
             print("last words", flush=True)
+            os.symlink(str(os.getpid()), victim)
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(0.05)
+        while not os.path.islink(victim) or os.path.exists("/proc/" + os.readlink(victim)):  # until the parent has seen its end
+            time.sleep(0.02)
         raise ConnectionError("connection closed by peer")
     elif what == "hang_0":
         if RANK == 1:
             raise RuntimeError("the true cause")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        time.sleep(60)
+        time.sleep(600)
     elif what == "exit_3":
-        sys.stderr.write("before leaving\\n")
+        sys.stderr.write(f"rank {RANK} before leaving\\n")
         os._exit(3 if RANK == 1 else 0)
     elif what == "sleep":
-        child = subprocess.Popen(["sleep", "61"])
+        child = subprocess.Popen(["sleep", "601"])
         open(sys.argv[2] + str(RANK), "w").write(f"{os.getpid()} {child.pid}")
-        time.sleep(60)
+        time.sleep(600)
     elif what == "graceful":
         asked = []
         signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -104,10 +108,10 @@ def command(scripts: Path, *words: object, ranks: int = 2) -> list[str]:
 
 
 def run(scripts: Path, *words: object, ranks: int = 2) -> subprocess.CompletedProcess:
-    return subprocess.run(command(scripts, *words, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command(scripts, *words, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
-def wait_for(condition, seconds: float = 20.0) -> None:
+def wait_for(condition, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -135,7 +139,7 @@ def test_every_rank_reads_standard_input(scripts, tmp_path):
 def test_first_exception_ends_the_job_and_is_shown_once(scripts):
     start = time.monotonic()
     done = run(scripts, "raise_1")
-    assert done.returncode == 1 and time.monotonic() - start < 10
+    assert done.returncode == 1 and time.monotonic() - start < 60
     assert done.stderr.startswith("error: rank 1 of 2 failed first:\nTraceback") and done.stderr.count("the true cause") == 2  # source and message
     assert "closed by peer" not in done.stderr
 
@@ -155,12 +159,12 @@ def test_killed_rank_is_named_with_its_last_output(scripts):
 def test_rank_that_ignores_sigterm_does_not_hold_the_job(scripts):
     start = time.monotonic()
     done = run(scripts, "hang_0")
-    assert done.returncode == 1 and "the true cause" in done.stderr and time.monotonic() - start < 10
+    assert done.returncode == 1 and "the true cause" in done.stderr and time.monotonic() - start < 60
 
 
 def test_exit_code_without_exception(scripts):
     done = run(scripts, "exit_3")
-    assert done.returncode == 3 and "ended with exit code 3" in done.stderr and "before leaving" in done.stderr
+    assert done.returncode == 3 and "ended with exit code 3" in done.stderr and "rank 1 before leaving" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
@@ -173,7 +177,7 @@ def test_ranks_die_with_a_killed_parent(scripts, tmp_path):
     pids = [int(file.read_text().split()[0]) for file in files]
     children = [int(file.read_text().split()[1]) for file in files]
     try:
-        wait_for(lambda: not any(map(alive, pids)), 5)
+        wait_for(lambda: not any(map(alive, pids)), 60)
     finally:
         for pid in children:  # of ranks that were killed: not ours to promise
             os.kill(pid, signal.SIGKILL)
@@ -185,9 +189,9 @@ def test_signals_reach_ranks_and_what_they_started(scripts, tmp_path, number):
     files = [tmp_path / f"rank{i}" for i in (0, 1)]
     wait_for(lambda: all(file.is_file() and file.read_text() for file in files))
     parent.send_signal(number)
-    assert parent.wait(timeout=10) == 128 + number and "Traceback" not in parent.stderr.read()
+    assert parent.wait(timeout=60) == 128 + number and "Traceback" not in parent.stderr.read()
     pids = [int(pid) for file in files for pid in file.read_text().split()]
-    wait_for(lambda: not any(map(alive, pids)), 5)
+    wait_for(lambda: not any(map(alive, pids)), 60)
 
 
 def test_ranks_may_save_and_stop_on_sigterm(scripts, tmp_path):
@@ -195,7 +199,7 @@ def test_ranks_may_save_and_stop_on_sigterm(scripts, tmp_path):
     files = [tmp_path / f"rank{i}" for i in (0, 1)]
     wait_for(lambda: all(file.is_file() and file.read_text() == "ready" for file in files))
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=10) == 0
+    assert parent.wait(timeout=60) == 0
     assert [file.read_text() for file in files] == ["saved"] * 2
 
 

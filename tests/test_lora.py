@@ -178,7 +178,7 @@ def test_layers_of_another_library_are_refused():
 def runs(tmp_path_factory) -> dict[str, dict]:
     """Facts of every job; both ranks of a layout have the same (hashes only its first)."""
     directory = tmp_path_factory.mktemp("lora")
-    spawn([str(Path(__file__).with_name("lora_ranks.py")), str(directory)], 2, timeout=300)
+    spawn([str(Path(__file__).with_name("lora_ranks.py")), str(directory)], 2, timeout=540)
     found: dict[str, dict] = {}
     for rank in range(2):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():

@@ -148,7 +148,7 @@ def test_a_rank_that_never_comes_is_named(tmp_path, monkeypatch, capsys):
                         "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(session.Session, "leave", lambda self: None)  # nobody else has to hear
-    options = node_check.options_of(["--dir", str(tmp_path / "run"), "--device", "cpu", "--seconds", "0.01", "--file", "1", "--timeout", "1", "--json"])
+    options = node_check.options_of(["--dir", str(tmp_path / "run"), "--device", "cpu", "--seconds", "0.01", "--file", "1", "--timeout", "5", "--json"])
     assert node_check.rank(options) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["exclude"] == ["n1"] and found["network"] is None and (tmp_path / "run" / "node_check.bad").read_text() == "n1\n"
@@ -159,7 +159,7 @@ def test_two_ranks_on_this_machine(tmp_path):
     (tmp_path / "node_check.bad").write_text("an-earlier-one\n")
     done = subprocess.run([str(ROOT / "slurm" / "node_check"), "--ranks", "2", "--dir", str(tmp_path), "--device", "cpu", "--seconds", "0.05", "--file", "2",
                            "--gemm-share", "0", "--pair-share", "0", "--json"], env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, check=False, timeout=120)
+                          capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["good"] and found["exclude"] == [] and len(found["nodes"]) == 1 and len(found["ranks"]) == 2
@@ -190,7 +190,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED)
     with pytest.raises(AssertionError):  # every rank ends with 1, the hanging one is killed
-        spawn([str(script), "--dir", str(tmp_path / "run"), "--device", "cpu", "--seconds", "0.01", "--file", "1", "--limit", "3", "--gemm-share", "0"], 2, timeout=100)
+        spawn([str(script), "--dir", str(tmp_path / "run"), "--device", "cpu", "--seconds", "0.01", "--file", "1", "--limit", "3", "--gemm-share", "0"], 2, timeout=300)
     found = json.loads((tmp_path / "run" / "node_check.json").read_text())
     assert not found["good"] and found["exclude"] == ["n1"], found["problems"]
     assert (tmp_path / "run" / "node_check.bad").read_text() == "n1\n"
@@ -216,7 +216,7 @@ def batch(tmp_path: Path, command: str, *, before: str = "(null)", **environment
     for name, content in (("log", ""), ("tries", "0"), ("state", before)):
         (tmp_path / name).write_text(content)
     script = f'set -euo pipefail\nsource {ROOT}/megatron_ext/contact/hook.sh\ncheck_nodes "$RUN" 2 bash -c {command!r}\necho went on\n'
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=30, env={
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=120, env={
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "TRIES": str(tmp_path / "tries"), "STATE": str(tmp_path / "state"),
         "RUN": str(tmp_path), "SLURM_JOB_ID": "5", **environment})
     return done.returncode, (tmp_path / "log").read_text().splitlines(), done.stdout + done.stderr

@@ -34,10 +34,10 @@ def test_a_bad_node_is_left_out_of_the_next_life(lab: Lab, tmp_path):
     script.write_text(BATCH.format(root=ROOT, run=run, python=sys.executable))
     number = lab.run("sbatch", "--parsable", f"--chdir={ROOT}", f"--output={log}", "--nodelist=vn[1-2]", "--exclude=vn4", script).strip()
     # Pinned only to begin there: a job that stays pinned to a bad node could not go on.
-    job = ended_or_pending(lab, number, 60)
+    job = ended_or_pending(lab, number, 240)
     assert job["ReqNodeList"] == "vn[1-2]", job
     lab.run("scontrol", "update", f"JobId={number}", "ReqNodeList=")
-    job = ended(lab, number, 120)
+    job = ended(lab, number, 300)
     said = log.read_text()
     assert job["JobState"] == "COMPLETED" and job["Restarts"] == "1", said
     assert job["NodeList"] == "vn[1,3]" and set(job["ExcNodeList"].split(",")) == {"vn2", "vn4"}, job
@@ -62,7 +62,7 @@ def test_acceptance_as_a_job(lab: Lab, tmp_path):
     number = lab.run("sbatch", "--parsable", f"--output={log}", "--cpus-per-task=1", "--export=ALL,OMP_NUM_THREADS=1,GLOO_SOCKET_IFNAME=lo,PYTHON="
                      f"{sys.executable},ACCEPTANCE_DIR={tmp_path}/run,ACCEPTANCE_ARGS=--device cpu --checks collectives bandwidth --limit 60,"
                      "NODE_CHECK_ARGS=--device cpu --seconds 0.02 --file 1 --gemm-share 0", f"--chdir={ROOT}", ROOT / "slurm" / "acceptance.sbatch").strip()
-    job = ended(lab, number, 120)
+    job = ended(lab, number, 500)
     said = log.read_text()
     assert job["JobState"] == "COMPLETED", said
     assert "node check: good" in said and "acceptance: all good" in said and "2 rank(s) on 2 node(s), CPU, gloo" in said

@@ -111,6 +111,8 @@ def test_killed_at_any_byte_every_record_is_whole(tmp_path):
     for life in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
         process.stdout.readline()
+        while process.poll() is None and path.read_bytes().count(b"\n") < 10 * (life + 1):  # it has begun, however little of the machine it gets
+            time.sleep(0.001)
         time.sleep(0.02 * (life + 1))
         process.kill()
         process.wait()

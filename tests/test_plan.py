@@ -28,7 +28,7 @@ def test_the_planner_runs_without_torch():
     code = ("import sys; from megatron_ext.config.compose import compose; from megatron_ext.plan import text, search, calibration, acquisition, fit; "
             "c = compose(['model=llama3_8b', 'hardware=h100_sxm', 'train.micro_batch_size=1', 'train.global_batch_size=8']); "
             "text.page(text.make(c, calibration.load(), 128256)); search.search(c, calibration.load(), 128256); assert 'torch' not in sys.modules")
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=300, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", options_of("model"))

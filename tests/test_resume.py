@@ -109,8 +109,15 @@ class Life:
         )
 
     def until(self, condition) -> None:
-        deadline = time.monotonic() + 120
-        while not condition():
+        """Returns with the life stopped (SIGSTOP) in such a moment. One that was over before it stopped, as a short save may be, is waited for anew."""
+        deadline = time.monotonic() + 240
+        while True:
+            if condition():
+                os.killpg(self.process.pid, signal.SIGSTOP)
+                os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+                if condition():
+                    return
+                os.killpg(self.process.pid, signal.SIGCONT)
             assert self.process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.0005)

@@ -86,6 +86,8 @@ def test_other_processes(scratch, barriers):
         done = set(outcome.stdout.split())
         # Root's priorities need root's privileges, which the program has not got in any case.
         assert done == set() if barriers else done >= {"kill", "stop", "limits"}, outcome
+        if not barriers:
+            assert victims["kill"].wait(60) == -signal.SIGKILL
         assert (victims["kill"].poll() is None) == bool(barriers)
     finally:
         for victim in victims.values():

@@ -101,7 +101,7 @@ class _Rank:
 
     def __init__(self, rank: int, command: Sequence[str], environment: dict[str, str], ended: queue.Queue, stdin: Path | None):
         self.rank = rank
-        self.tail = b""
+        self.tail, self.drain = b"", None
         output = None if rank == 0 else subprocess.PIPE
         # A session of its own: Ctrl-C reaches ranks only through us, and a kill reaches what a rank started.
         with open(stdin or os.devnull, "rb") as source, held_back():
@@ -110,12 +110,19 @@ class _Rank:
                 stderr=None if rank == 0 else subprocess.STDOUT, start_new_session=True,
             )
         if rank:
-            threading.Thread(target=self._drain, daemon=True).start()
+            self.drain = threading.Thread(target=self._drain, daemon=True)
+            self.drain.start()
         threading.Thread(target=self._wait, args=(ended,), daemon=True).start()
 
     def _drain(self) -> None:
         while chunk := self.process.stdout.read1(4096):
             self.tail = (self.tail + chunk)[-TAIL_BYTES:]
+
+    def said(self) -> str:
+        """The tail of what it printed, once it has ended. What it left running may hold the pipe open: that is not waited for."""
+        if self.drain is not None:
+            self.drain.join(1.0)
+        return self.tail.decode("utf-8", "replace").strip()
 
     def _wait(self, ended: queue.Queue) -> None:
         code = self.process.wait()
@@ -220,7 +227,7 @@ class _Job:
             content = json.loads(said.read_text("utf-8"))
             return Failure(rank, content["time"], content["code"], content["text"])
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        tail = self.ranks[rank].tail.decode("utf-8", "replace").strip()
+        tail = self.ranks[rank].said()
         text = f"{how} without a Python exception" + (f"; its last output:\n{tail}" if tail else "")
         return Failure(rank, when, 128 - code if code < 0 else code, text)
 
