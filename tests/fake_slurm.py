@@ -137,5 +137,5 @@ def life(fake: FakeSlurm, script: Path, step: str, *, signals: Sequence[str] = (
             time.sleep(0.01)
         there.unlink(missing_ok=True)
         process.send_signal(getattr(signal, name))
-    said = process.communicate(timeout=20)[0]
+    said = process.communicate(timeout=120)[0]
     return process.returncode, said, [line for line in fake.log() if not line.startswith("srun")]

@@ -88,7 +88,8 @@ def nothing_left(monkeypatch, tmp_path):
     sys.modules.pop("odd_rewards", None)
     assert list(scratch.iterdir()) == []
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    assert [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.37"]] == []
+    left = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "61.37"]]
+    assert psutil.wait_procs(left, timeout=30)[1] == []  # killed a moment ago, it may still be there
 
 
 def functions(*names: str, timeout: float = 60.0, workers: int | None = None) -> Functions:
@@ -172,7 +173,9 @@ def test_scores_do_not_depend_on_how_many_processes_there_are():
     for workers in (1, 3):
         with functions("chance", "length", "slow", workers=workers) as asked:
             found.append([ask(asked, responses).values, ask(asked, responses).values])
-        assert len(set(found[-1][1]["slow"])) == workers
+            while len(set(found[-1][-1]["slow"])) < workers:  # a process that has just been started may be late for all of a scoring
+                found[-1].append(ask(asked, responses).values)
+        assert len(set(found[-1][-1]["slow"])) == workers
     assert all(one[name] == found[0][0][name] for both in found for one in both for name in ("chance", "length"))
     assert len(set(found[0][0]["chance"])) == 24 and found[0][0]["length"][1] == math.exp(-38 / 20)
 
@@ -180,15 +183,17 @@ def test_scores_do_not_depend_on_how_many_processes_there_are():
 def test_code_is_run():
     records = [{"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}, {"tests": "assert add(2, 2) == 4"}, {"tests": ["assert add(1, 1) == 2"] * 4},
                {"stdin": ["1 2\n", "5"], "stdout": ["3\n", "5"]}, {"stdout": "hello\n"}, {"prefix": "def add(a, b):\n", "tests": ["assert add(1, 2) == 3"]},
-               {}, {"tests": []}, {"stdin": ["1"], "stdout": ["1", "2"]}, {"tests": ["1"]}]  # fmt: skip
+               {}, {"tests": []}, {"stdin": ["1"], "stdout": ["1", "2"]}]  # fmt: skip
     responses = ["So:\n```python\ndef add(a, b):\n    return a + b\n```", "def add(a, b): return a * b", "def add(a, b): return a - b",
-                 "print(sum(map(int, input().split())) if 1 else 0)", "print('hello  ')", "    return a + b", "1", "1", "1", "while True: pass"]  # fmt: skip
-    with functions("code:seconds=1", "code:seconds=1:partial=false") as asked:
+                 "print(sum(map(int, input().split())) if 1 else 0)", "print('hello  ')", "    return a + b", "1", "1", "1"]  # fmt: skip
+    with functions("code:seconds=30", "code:seconds=30:partial=false") as asked:
         values, failures = ask(asked, responses, records)
-    known = [1, 1, 0, 1, 1, 1, None, None, None, 0]
-    assert values["code"] == values["code_2"] == [5 / 7 if one is None else one for one in known]
+    known = [1, 1, 0, 1, 1, 1, None, None, None]
+    assert values["code"] == values["code_2"] == [5 / 6 if one is None else one for one in known]
     assert failures[:3] == [("code", reason, 1) for reason in ("the record has neither tests nor stdout", "the record's tests is no text and no list of texts",
                                                               "the record's stdin and stdout differ in number")]  # fmt: skip
+    with functions("code:seconds=1", "code:seconds=1:partial=false") as asked:
+        assert ask(asked, ["while True: pass"], [{"tests": ["1"]}]) == ({"code": [0.0], "code_2": [0.0]}, [])
     with functions("code", "code:partial=false") as asked:
         values, _ = ask(asked, ["def f(): return 1"] * 2, [{"tests": ["assert f() == 1", "assert f() == 2"]}, {"stdout": ["", "no"]}])
     assert values == {"code": [0.5, 0.5], "code_2": [0.0, 0.0]}
@@ -217,6 +222,14 @@ def test_processes_that_die_between_scorings_are_replaced():
         assert values["good"] == [1, 4] and failures == []
 
 
+def line(process: psutil.Process) -> list[str]:
+    """Its command line; none where it has ended since it was found, as a sandbox does all the time."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def test_the_end_of_the_run_is_the_end_of_its_functions(tmp_path):
     """Killed while a function hangs; and none of it imported torch."""
     script = """
@@ -229,18 +242,18 @@ functions(["a"] * 2, ["bad"] * 2, [{}] * 2, [None] * 2)
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "TMPDIR": str(tmp_path)}
     run = subprocess.Popen([sys.executable, "-c", script], env=environment)
-    children, end = [], time.monotonic() + 60
-    while not any(child.cmdline() == ["sleep", "61.37"] for child in children):
+    children, end = [], time.monotonic() + 180
+    while not any(line(child) == ["sleep", "61.37"] for child in children):
         assert time.monotonic() < end and run.poll() is None
         time.sleep(0.1)
         children = psutil.Process(run.pid).children(recursive=True)
-    workers = [child for child in children if "rlhf.rewards.worker" in child.cmdline()]
+    workers = [child for child in children if "rlhf.rewards.worker" in line(child)]
     assert workers
     run.send_signal(signal.SIGKILL)
     run.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
     for child in children:  # what a function has started by itself is its own business when everything is killed
-        if child.is_running() and child.cmdline() == ["sleep", "61.37"]:
+        if line(child) == ["sleep", "61.37"]:
             child.kill()
             child.wait()

@@ -70,11 +70,16 @@ def test_tests_that_did_not_run_have_not_passed(code):
                          ids=["loop", "sleep", "blocked"])
 def test_without_end(scratch, barriers, code):
     outcome = run(code, limits=Limits(seconds=0.3), barriers=barriers)
-    assert outcome.end == "timeout" and outcome.exit == -signal.SIGKILL and 0.3 <= outcome.seconds < 10
+    assert outcome.end == "timeout" and outcome.exit == -signal.SIGKILL and 0.3 <= outcome.seconds < 60
+
+
+def test_the_time_begins_with_the_code():
+    """A limit shorter than what the barriers take, as they do on a machine with too much to do: the sandbox works all the same."""
+    assert run("while True: pass", limits=Limits(seconds=0.001)).end == "timeout"
 
 
 def test_tests_passed_before_the_time_was_up_count():
-    outcome = run("", tests=["1", "while True: pass", "1"], limits=Limits(seconds=0.3))
+    outcome = run("", tests=["1", "while True: pass", "1"], limits=Limits(seconds=1.5))
     assert outcome.end == "timeout" and outcome.passed == {0}
 
 
@@ -127,8 +132,8 @@ for _ in range(20):
 time.sleep({{}})
 print("left them")
 """
-    for wait, end in ((0.1, "ended"), (60, "timeout")):
-        outcome = run(code.format(wait), limits=Limits(seconds=1, threads=100_000), barriers=barriers)
+    for wait, seconds, end in ((0.1, 60, "ended"), (60, 1, "timeout")):
+        outcome = run(code.format(wait), limits=Limits(seconds=seconds, threads=100_000), barriers=barriers)
         assert outcome.end == end and (outcome.stdout == "left them\n") == (end == "ended")
         assert holders(marker) == []
 

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -58,7 +57,7 @@ def project(tmp_path):
 
 def setup(project: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", ".ci/environment", ".venv", *words], cwd=project, capture_output=True, text=True, check=False, timeout=120,
+        ["bash", ".ci/environment", ".venv", *words], cwd=project, capture_output=True, text=True, check=False, timeout=300,
         env={"PATH": os.environ["PATH"], "HOME": str(project.parent), "PYTHON": sys.executable, "PIP_NO_INDEX": "1",
              "PIP_FIND_LINKS": str(project.parent / "wheels"), "PIP_CONFIG_FILE": os.devnull, "TORCH_CPU_INDEX": "http://127.0.0.1:9",
              **environment})
@@ -71,9 +70,9 @@ def test_stamp_is_written_last_and_spares_the_second_time(project):
     assert "making .venv" in first.stdout and "CPU build\n" in first.stdout and "is ready after" in first.stdout
     assert "torch 2.13.0+cpu, megatron-core 0.16.1" in first.stdout
 
-    start = time.monotonic()
+    start = sum(os.times()[2:4])  # processor seconds of children: a machine that stands still is not the script's
     again = setup(project)
-    assert (again.returncode, again.stdout, again.stderr) == (0, "", "") and time.monotonic() - start < 3
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "") and sum(os.times()[2:4]) - start < 3
 
     (project / "setup.py").write_text("# version 2\n")
     changed = setup(project)

@@ -30,13 +30,13 @@ begin, ready, answers = fork.Barrier(8), fork.Barrier(8), fork.SimpleQueue()
 publish = prepare.publish
 
 def together(made, output):
-    ready.wait(60)
+    ready.wait(300)
     return publish(made, output)
 
 prepare.publish = together
 
 def one():
-    begin.wait(60)
+    begin.wait(300)
     try:
         build.ensure_prepared(data, progress=False)
         samples = build.build_datasets(data, ("train",))["train"]
@@ -59,7 +59,7 @@ def test_eight_processes_prepare_the_same_corpus(tmp_path):
     library.mkdir()
     for number in range(12):
         (library / f"module{number}.py").write_text(f'"""Module {number}."""\n' + f"def f{number}(a, b):\n    return a + {number} * b\n" * 20)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RACE, str(library), str(cache)], capture_output=True, text=True, check=False, timeout=120,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RACE, str(library), str(cache)], capture_output=True, text=True, check=False, timeout=400,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)

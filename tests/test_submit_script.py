@@ -88,7 +88,7 @@ def script(fake, tmp_path) -> Path:
     return tmp_path / "run/pretrain.sbatch"
 
 
-OBEYS = 'trap "exit 75" USR1; touch "$FAKE/there"; for _ in {1..200}; do sleep 0.05; done; exit 9'
+OBEYS = 'trap "exit 75" USR1; touch "$FAKE/there"; for _ in {1..1200}; do sleep 0.05; done; exit 9'
 
 
 def test_how_a_life_ends(fake, script, tmp_path):
@@ -116,7 +116,7 @@ def test_signals_reach_the_ranks(fake, script):
     code, said, told = life(fake, script, OBEYS, signals=["SIGTERM"])
     assert (code, told) == (75, []) and "the job is COMPLETING" in said
     # a job whose ranks were too slow to save before the limit comes back, unless that goes on without a new checkpoint
-    slow = 'trap "" TERM; trap "touch \"$FAKE/there\"" USR1; touch "$FAKE/there"; for _ in {1..12}; do sleep 0.05; done'
+    slow = 'told=0; trap "" TERM; trap "((++told)); touch \"$FAKE/there\"" USR1; touch "$FAKE/there"; for _ in {1..1200}; do sleep 0.05; ((told < 2)) || exit; done'
     fake.say(state="COMPLETING TimeLimit\n")
     ends = [life(fake, script, slow, signals=["SIGUSR1", "SIGTERM"]) for _ in range(3)]
     assert [code for code, *_ in ends] == [0, 0, 75] and ends[0][2] == ["scontrol requeue 42"] and "a longer cluster.signal_lead" in ends[0][1]

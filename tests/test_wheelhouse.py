@@ -57,7 +57,7 @@ def project(tmp_path_factory) -> Path:
 
 
 def run(project: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", *words], cwd=project, capture_output=True, text=True, check=False, timeout=120, env={
+    return subprocess.run(["bash", *words], cwd=project, capture_output=True, text=True, check=False, timeout=300, env={
         **{name: value for name, value in os.environ.items() if not name.startswith("PIP_")}, "PYTHON": sys.executable, "PIP_CONFIG_FILE": os.devnull,
         "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(project / "index"), **environment})
 
@@ -141,5 +141,5 @@ def test_what_the_recipe_runs_exists():
     commands = [line.split("-m megatron_ext ")[1].split() for line in parts["test"].splitlines() if line.strip()]
     assert commands[0] == ["--version"] and commands[1][0] in VERBS
     for words in commands:
-        done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+        done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], capture_output=True, text=True, check=False, cwd=ROOT, timeout=300)
         assert done.returncode == 0, done.stderr

@@ -42,6 +42,7 @@ trap 'stop TERM' TERM
 
 launch &
 step=$!
+[ -z "$asked" ] || stop "$asked" # it came before
 wait "$step"
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step"

@@ -117,6 +117,7 @@ code=$?
 if [ "$code" = 0 ] && [ -z "$asked" ]; then
     launch
     step=$!
+    [ -z "$asked" ] || stop "$asked" # it came between the two
     # A signal ends `wait` early; the step's own exit code is what the last one says.
     wait "$step"
     while kill -0 "$step" 2>/dev/null; do wait "$step"; done

@@ -13,6 +13,7 @@ import os
 import platform
 import resource
 import struct
+import time
 from collections.abc import Iterable
 
 import seccomp
@@ -115,9 +116,9 @@ def system_calls() -> bool:
 
 
 def resources(*, seconds: float, memory: int, file: int, files: int) -> None:
-    """Limits that are only ever lowered: CPU time (rounded up), bytes of addresses, bytes of a file, open files."""
+    """Limits that are only ever lowered: CPU time (beside what was used so far; rounded up), bytes of addresses, bytes of a file, open files."""
     _limit({
-        resource.RLIMIT_CPU: max(1, math.ceil(seconds)), resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file, resource.RLIMIT_NOFILE: files,
+        resource.RLIMIT_CPU: math.ceil(seconds + time.process_time()), resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: file, resource.RLIMIT_NOFILE: files,
         resource.RLIMIT_CORE: 0, resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,
     })  # fmt: skip
 
