@@ -145,7 +145,7 @@ class Campaign(Runs):
         ranks = children(process.pid)
         rank = self.draw.choice(sorted(ranks))
         if fault.kind in ("flipped", "truncated"):
-            told = [event for event in records(run.directory, "events") if event["kind"] == "checkpoint_damaged"]
+            told = [event for event in records(run.directory, "events", growing=True) if event["kind"] == "checkpoint_damaged"]
             fault.expect(bool(told) and told[-1]["checkpoint"] == str(self.spoiled), "events.jsonl does not name the damaged checkpoint")
             kept = Path(told[-1]["set_aside"]) / self.content[0] if told else None
             fault.expect(kept is not None and kept.is_file() and kept.read_bytes() == self.content[1], "the damaged checkpoint was not kept")
@@ -176,7 +176,7 @@ class Campaign(Runs):
     def fill(self, fault: Fault, life: Life, run: Run, disk: "Disk") -> None:
         """The disk is full until a save has failed; then there is room again, and the run goes to its end."""
         def told(kind: str) -> int:
-            return sum(event["kind"] == kind for event in records(run.directory, "events"))
+            return sum(event["kind"] == kind for event in records(run.directory, "events", growing=True))
 
         fault.hit, failed = time.monotonic(), told("save_failed")
         disk.fill()

@@ -3,7 +3,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from pathlib import Path
 from campaign_kills import ROOT, Life, descendants
 from fault_kinds import HANG
 from small import TINY, command, environment, newest, prepare_text, records
+
+from megatron_ext.parallel.job import held_port
 
 STEPS, EVERY, AHEAD, LENGTH = 150, 4, 9, 6  # steps of a run, between checkpoints, of a life at most; faults of a run
 AFTER = 4  # steps compared after a change of layout: rounding grows with every step
@@ -68,9 +69,9 @@ class Nodes(Started):
     """
 
     def __init__(self, typed: list[str], log: Path, *, lost: int):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self.held = contextlib.ExitStack()
+        port = self.held.enter_context(held_port())
+
         def agent(node: int) -> list[str]:
             return [typed[0], "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1",
                     f"--master-port={port}", *typed[1:]]
@@ -88,6 +89,7 @@ class Nodes(Started):
     def kill(self) -> None:
         self.lose()
         super().kill()
+        self.held.close()
 
 
 class Runs:

@@ -4,6 +4,8 @@ Two tests with ranks at once spin against each other on two cores and run into t
 named here run in the other worker, which gives way (nice 19), file by file. A file that is not named is in the lane of the ranks: slower, never
 wrong. Without -n there are no lanes.
 """
+import contextlib
+import functools
 import os
 
 RANKS = "ranks"
@@ -48,4 +50,18 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_runtest_setup(item) -> None:
     if hasattr(item.config, "workerinput") and lane(item.nodeid) != RANKS:
-        os.setpriority(os.PRIO_PROCESS, 0, 19)  # for good: the lane of the ranks is one piece, given out first (--no-loadscope-reorder)
+        _give_way()  # for good: the lane of the ranks is one piece, given out first (--no-loadscope-reorder)
+
+
+@functools.cache
+def _give_way() -> None:
+    """One thread, too: two that wait for one another, of which the ranks let one run now and then, spin away ten times the work."""
+    import torch
+
+    os.setpriority(os.PRIO_PROCESS, 0, 19)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what is started or loaded from now on
+    torch.set_num_threads(1)
+    with contextlib.suppress(ImportError):  # NumPy's OpenBLAS
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(1)

@@ -247,14 +247,18 @@ HOSTILE = ["1" * 60_000, "1 " * 30_000, "1-" * 30_000, "010-" * 15_000, "0 1 0 "
 
 def test_time_is_linear(plain):
     """Four times the text takes about four times the time, not sixteen times, whatever it is made of. (Of what is done at once nothing can be said.)"""
+    def seconds(text: str) -> float:
+        start = time.process_time()
+        plain.find(text)
+        return time.process_time() - start
+
     slow = []
     for text in HOSTILE:
         text = text[:40_000]
-        start = time.process_time()
-        plain.find(text[:len(text) // 4])
-        quarter = time.process_time() - start
-        plain.find(text)
-        whole = time.process_time() - start - quarter
+        quarter, whole = seconds(text[:len(text) // 4]), seconds(text)
+        for _ in range(2):  # the least of three: garbage of other tests that is collected meanwhile comes once, what a text takes each time
+            if whole > 0.4 and whole > 8 * quarter:
+                quarter, whole = min(quarter, seconds(text[:len(text) // 4])), min(whole, seconds(text))
         if whole > 0.4 and whole > 8 * quarter:
             slow.append((text[:12], quarter, whole))
     assert not slow

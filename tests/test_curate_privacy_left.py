@@ -137,7 +137,7 @@ def test_the_whole_command(raw, tmp_path):
     process.send_signal(signal.SIGKILL)
     first = b"".join(process.communicate())
     assert work.exists() and not [one for one in searched(work) if one[2] not in {path.name for path in (work / "tasks").iterdir()}], "killed: names of files in tasks/ alone"
-    output = b"".join(start().communicate(timeout=120))
+    output = b"".join(start().communicate(timeout=500))
     text, tokens = tmp_path / "tokens-text", tmp_path / "tokens"
     assert tokens.exists(), output.decode()
     records = [record for path in sorted((text / "shards").iterdir()) for record in read_records(path)]

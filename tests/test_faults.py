@@ -11,6 +11,7 @@ import fault_campaign
 from fault_kinds import DECLARED, chains, drawn
 
 
+@pytest.mark.timeout(1500)  # a dozen lives, half of them a minute where imports are slow
 def test_faults_come_out_as_declared_and_a_wrong_declaration_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setitem(DECLARED, "kill_rank", replace(DECLARED["kill_rank"], codes=(0,)))
     faults = fault_campaign.campaign(tmp_path, ["hang", "kill_rank", "lost_node", "truncated", "nan"], 1, print, steps=40)

@@ -257,16 +257,18 @@ def test_classes_partition_the_time_of_random_lives(tmp_path, seed):
 # ---- what goes wrong ---------------------------------------------------------------------------------------------------------------
 
 LIFE = """
-import sys, time
+import os, sys, time
 from megatron_ext.observe.goodput import Ledger
-ledger = Ledger(sys.argv[1], every=0.2)
+ledger, done = Ledger(sys.argv[1], every=0.2), os.open(sys.argv[1] + ".done", os.O_WRONLY | os.O_CREAT)
 ledger.begin(life=int(sys.argv[2]), restart=sys.argv[2] != "1")
 number = 0
 while True:
     with ledger.phase("step"):
         time.sleep(0.01)
     number += 1
+    now = time.time()
     ledger.step(number)
+    os.pwrite(done, b"%.6f" % now, 0)
     if number == 30:
         print("on", flush=True)
 """
@@ -286,7 +288,8 @@ def test_sigkill_and_a_torn_line(tmp_path):
             file.write(b'{"kind": "time", "life": 1, "from": 17')
     found = read_goodput(tmp_path)
     assert [life.clean for life in found.lives] == [False, None]
-    assert killed - 0.35 < found.lives[1].ended < killed, "no more than 0.2 s, and a step, are lost"
+    done = float((tmp_path / "goodput.jsonl.done").read_text())  # the last step that it completed; the kill may come any time later
+    assert done - 0.201 < found.lives[1].ended < killed, "no more than 0.2 s, and a step, are lost"
     assert found.wall < killed - began and found.seconds["lost work"] > 0.05 and found.seconds["step"] > 0.05
 
 
@@ -455,10 +458,11 @@ def test_without_slurm_the_process_says_when(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     submitted, started = allocation.allocation_times({})
     assert submitted is None and 0 < time.time() - started < 24 * 3600
+    before = time.time()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert allocation.process_start(child.pid) == pytest.approx(time.time(), abs=1.0)
-        assert allocation.allocation_times({"MEGATRON_EXT_PARENT": str(child.pid)})[1] == pytest.approx(time.time(), abs=1.0)
+        for began in (allocation.process_start(child.pid), allocation.allocation_times({"MEGATRON_EXT_PARENT": str(child.pid)})[1]):
+            assert before - 0.1 < began < time.time() + 0.1  # not so long ago: a machine may stand still meanwhile
     finally:
         child.communicate(b"\n")
     assert allocation.process_start(child.pid) is None
