@@ -1,10 +1,11 @@
 """Agents of two nodes end together, whichever of them does not get a turn at the end; and what a rank's failure leaves behind."""
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from megatron_ext.parallel.job import held_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # Node 1's process is not scheduled between its check-in at the last barrier and its look at whether that is full: for LATE seconds, or until node 0 has gone.
@@ -40,20 +41,18 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 def agents(module: str, *program: str, late: float = 2) -> list[subprocess.CompletedProcess]:
     """Of node 0 and node 1, as `submit` starts them. late: seconds, for which node 1 gets no turn."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [module, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0", "--no-python", *program]
     both: list[subprocess.Popen] = []
-    for node in (0, 1):
-        more = {"PET_NODE_RANK": str(node), "OMP_NUM_THREADS": "1", "LATE": str(late), "FIRST": str(both[0].pid) if both else ""}
-        both.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                                     env={**os.environ, **more}))
-    try:
-        said = [each.communicate(timeout=240) for each in both]
-    finally:
-        for each in both:
-            each.kill()
+    with held_port() as port:
+        words = [module, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}", "--max-restarts=0", "--no-python", *program]
+        for node in (0, 1):
+            more = {"PET_NODE_RANK": str(node), "OMP_NUM_THREADS": "1", "LATE": str(late), "FIRST": str(both[0].pid) if both else ""}
+            both.append(subprocess.Popen([sys.executable, "-W", "ignore", "-c", LATE, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                         cwd=ROOT, env={**os.environ, **more}))
+        try:
+            said = [each.communicate(timeout=240) for each in both]
+        finally:
+            for each in both:
+                each.kill()
     return [subprocess.CompletedProcess(each.args, each.returncode, *texts) for each, texts in zip(both, said, strict=True)]
 
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
 LEFT = "megatron_ext/agents_left"
-SECONDS = 10.0  # for the others; who has not come by then has gone another way, and Slurm ends it
+SECONDS = 30.0  # for the others; who has not come by then has gone another way, and Slurm ends it
 
 
 def main(words: Sequence[str]) -> int:
