@@ -227,7 +227,7 @@ def test_views_of_a_fused_projection_are_taken_as_they_are():
 
     for options in ({}, {"return_lse": True}):
         judge(lambda x, options=options: torch.cat([attention(*split(x), causal=True, **options)[0]]) if options else attention(*split(x), causal=True),
-              lambda x: attention_reference(*split(x), causal=True), [mixed], [dout])
+              lambda x: truth(*split(x), causal=True), [mixed], [dout])
     tokens = mixed[:, 0]
     judge(lambda x: attention(x[:, :, 0], x[:, :, 2], x[:, :, 3], causal=True, cu_seqlens_q=cumulative((2, 4))),
           lambda x: each_alone(x[:, :, 0], x[:, :, 2], x[:, :, 3], (2, 4), (2, 4), causal=True), [tokens], [dout[:, 0, :2]])
