@@ -139,7 +139,7 @@ class Campaign(Runs):
         self.spoiled, self.content = newest, (file.name, bytes(content))
         return newest
 
-    def strike(self, fault: Fault, life: Life, run: Run) -> None:
+    def strike(self, fault: Fault, life: Started, run: Run) -> None:
         """The faults that end a life. Returns when it has ended."""
         declared, process = DECLARED[fault.kind], life.process
         ranks = children(process.pid)
@@ -162,11 +162,9 @@ class Campaign(Runs):
             os.kill(process.pid, signal.SIGTERM if fault.kind == "term" else signal.SIGUSR1)
         else:
             life.kill()
-        try:
-            process.wait(timeout=declared.end + 60)
-        except subprocess.TimeoutExpired:
+        taken = time.monotonic() - began + life.lasts(declared.end + 60)
+        if process.poll() is None:
             fault.problems.append("the life did not end")
-        taken = time.monotonic() - began
         fault.expect(taken <= declared.end, f"the life ended after {taken:.1f} s, declared are {declared.end:.0f} s")
         if fault.kind == "hang":
             hangs = [event for event in records(run.directory, "events") if event["kind"] == "hang"]

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,15 @@ class Started(Life):
     def start(self, typed: list[str]) -> subprocess.Popen:
         with open(self.log, "ab") as out:
             return subprocess.Popen(typed, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT)
+
+    def lasts(self, limit: float) -> float:
+        """Seconds from now until it has ended, `limit` at most, counted by ticks as the watchdog does: while the whole machine stands still, no job can end."""
+        taken, last = 0.0, time.monotonic()
+        while self.process.poll() is None and taken < limit:
+            time.sleep(0.02)
+            now = time.monotonic()
+            taken, last = taken + min(now - last, 0.5), now
+        return taken
 
 
 class Nodes(Started):
