@@ -132,7 +132,7 @@ def test_ranks_share_the_work(tmp_path):
     """Two processes write the shards of four ranks; the checkpoint is that of one process, but for its own time and layout."""
     hf.save(hf.CASES["gpt_neox"], tmp_path / "hf")
     words = ("convert", f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}", "parallel.tp=2", "parallel.pp=2", "launch.ranks=2")
-    done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run([sys.executable, "-m", "megatron_ext", *words], env=environment(), capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("GPTNeoXForCausalLM") == 1
     assert len(list((tmp_path / "ours" / "checkpoints" / "step_00000000").glob("shard_*.bin"))) == 4
@@ -167,7 +167,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     size = (tmp_path / "hf" / "model.safetensors").stat().st_size
     assert size > 90e6
     for words in ((f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"), (f"checkpoint.load={tmp_path / 'ours'}", f"output={tmp_path / 'back'}")):
-        done = subprocess.run([sys.executable, "-c", MEMORY, "convert", *words], env=environment(), capture_output=True, text=True, check=True, timeout=200)
+        done = subprocess.run([sys.executable, "-c", MEMORY, "convert", *words], env=environment(), capture_output=True, text=True, check=True, timeout=500)
         assert int(done.stdout.split("grew")[1]) < size / 4
     assert hf.same_tensors(tmp_path / "hf", tmp_path / "back")
 
@@ -277,7 +277,7 @@ def test_licence_and_origin_go_down_the_chain(small_data, tmp_path, capsys):
     assert main(["convert", f"hf={tmp_path / 'hf'}", f"output={tmp_path / 'ours'}"]) == 0
     typed = [word for word in command(tmp_path / "run", small_data, f"checkpoint.start={tmp_path / 'ours'}", "train.steps=2", "optim.warmup_steps=0")
              if not word.startswith("model")]
-    done = subprocess.run(typed, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(typed, env=environment(), capture_output=True, text=True, check=False, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     links = ancestry.chain(find(str(tmp_path / "run"), tmp_path))
     assert [link["stage"] for link in links] == ["pretrain", "import"] and links[1]["origin"]["licence"] == "opt-175b"

@@ -22,7 +22,7 @@ def found(tmp_path_factory):
     for number, name in enumerate(NAMES):
         model = save(CASES[name], root / "models" / str(number) / "hf", max_shard_size="150KB")
         torch.save(truth(model), root / "models" / str(number) / "truth.pt")
-    spawn([str(Path(__file__).with_name("convert_ranks.py")), str(root / "models")], 2, timeout=400, show=True)
+    spawn([str(Path(__file__).with_name("convert_ranks.py")), str(root / "models")], 2, timeout=570, show=True)
     first, second = (json.loads((root / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert all(first[key]["tokens"] == second[key]["tokens"] for key in first), "ranks disagree"
     return root / "models", {key: fact | {"off": second[key]["off"]} for key, fact in first.items()}
