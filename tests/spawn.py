@@ -1,12 +1,13 @@
 """Starts the ranks of a test on this machine, and ends all of them when one fails: the others would wait for it."""
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import forked
+
+from megatron_ext.parallel.job import held_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,14 +22,11 @@ def spawn(arguments: Sequence[str], count: int, *, timeout: float, show: bool = 
     Returns: what each rank wrote to standard output ("" with `show`).
     Raises: AssertionError with what the first rank to fail has said.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        **os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment,
-    }
-    with tempfile.TemporaryDirectory() as folder:
+    with held_port() as port, tempfile.TemporaryDirectory() as folder:
+        shared = {
+            **os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **environment,
+        }
         # Files, not pipes: a rank that writes much must not wait for somebody to read.
         outs, errors = ([Path(folder) / f"{name}{rank}" for rank in range(count)] for name in ("out", "error"))
         ranks = [forked.start(arguments, env={**shared, "RANK": str(rank)}, out=None if show else outs[rank], error=errors[rank], quiet=True)
