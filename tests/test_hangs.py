@@ -7,15 +7,21 @@ import subprocess
 import sys
 import time
 
+import pytest
 from spawn import ROOT
 
 from megatron_ext.health import heartbeat, watchdog
+from megatron_ext.parallel.job import held_port
 
 
-def ranks_of(script: str, directory, count: int, **environment: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@pytest.fixture
+def port():
+    """Of the ranks' store, and nobody else's before they have imported torch."""
+    with held_port() as found:
+        yield found
+
+
+def ranks_of(script: str, directory, count: int, port: int, **environment: str) -> list[subprocess.Popen]:
     shared = {
         **os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo", **environment,
@@ -36,9 +42,9 @@ def wait_until(reached, processes) -> None:
         time.sleep(0.02)
 
 
-def test_a_stopped_rank_ends_the_job(tmp_path):
+def test_a_stopped_rank_ends_the_job(tmp_path, port):
     """Rank 0 is stopped, which serves the store and would lead. Before, both have been through a long phase and a suspension, which are no hangs."""
-    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, HANG_TIMEOUT="2", LONG_PHASE="2.5")
+    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, port, HANG_TIMEOUT="2", LONG_PHASE="2.5")
     health = tmp_path / "health"
     try:
         wait_until(lambda: (read := heartbeat.read(health, 1)) and read.step > 50, ranks)
@@ -67,10 +73,10 @@ def test_a_stopped_rank_ends_the_job(tmp_path):
     assert "watchdog_ranks.py" in (health / "rank_1.stacks").read_text() and b'"entries"' in (health / "rank_1.flight.json").read_bytes()
 
 
-def test_a_rank_stuck_in_python_ends_the_job(tmp_path):
+def test_a_rank_stuck_in_python_ends_the_job(tmp_path, port):
     """Rank 1 is stuck at step 30, and the collective that rank 0 waits in is one that was begun before (`handle.wait()`), of a group with a name."""
     # Not shorter: a quarter of it without a heartbeat, which a disk may hold up, and rank 1 is said to be silent.
-    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, HANG_TIMEOUT="6", STUCK_RANK="1")
+    ranks = ranks_of("watchdog_ranks.py", tmp_path, 2, port, HANG_TIMEOUT="6", STUCK_RANK="1")
     try:
         assert [rank.wait(timeout=240) for rank in ranks] == [1, 1]
     finally:

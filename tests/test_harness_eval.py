@@ -150,8 +150,8 @@ def same_answer(found, wanted) -> None:
     """As written in samples: a text, one number, or a number and whether it is what greedy decoding gives (as text)."""
     if isinstance(wanted, tuple):
         assert float(found[0]) == pytest.approx(wanted[0], abs=1e-4) and str(found[1]) == str(wanted[1])
-    elif isinstance(wanted, float):
-        assert float(found) == pytest.approx(wanted, abs=1e-4)
+    elif isinstance(wanted, float):  # of a whole text, windows added: 6e-5 apart of -2422 here, where fp32 has steps of 2.4e-4
+        assert float(found) == pytest.approx(wanted, rel=1e-7, abs=1e-4)
     else:
         assert found == wanted
 
@@ -174,7 +174,7 @@ def test_ranks_find_them_from_the_command_line(imported, directory, truth, tmp_p
     words = [f"checkpoint.load={imported}", f"evaluate.harness=[{','.join(harness_tasks.TASKS)}]", f"evaluate.task_dir={directory}",
              f"evaluate.fewshot={FEWSHOT}", "evaluate.bootstrap=0", "evaluate.batch_size=4", f"evaluate.output={tmp_path}", *layout]
     done = subprocess.run([sys.executable, "-m", "megatron_ext", "evaluate", "--json", *words], env=small.environment(), capture_output=True,
-                          text=True, check=False, timeout=300)
+                          text=True, check=False, timeout=540)
     assert done.returncode == 0, done.stderr[-4000:]
     told = json.loads(done.stdout)
     files = [Path(file) for file in told["files"]]

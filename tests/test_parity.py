@@ -9,7 +9,7 @@ import pytest
 from parity_ranks import difference, run_ranks
 from small import prepare_text
 
-pytestmark = pytest.mark.both
+pytestmark = [pytest.mark.both, pytest.mark.timeout(1200)]  # one spawn for all: minutes, and several times as many beside other work
 LOSS, BF16_LOSS, FP8_LOSS = 2e-6, 2e-3, 1e-3
 # bf16 keeps 8 bits: a partial sum rounded before it is added to another is off by up to 2^-9 = 2e-3, and the loss averages over 256 tokens.
 
@@ -25,7 +25,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
     """Facts of every job: {"losses", "norms", "initial", "final"}; all ranks of a job have seen the same."""
     directory = tmp_path_factory.mktemp("parity")
     prepare_text(directory, split=(1.0, 0.0, 0.0))
-    return run_ranks(directory)
+    return run_ranks(directory, timeout=1100)
 
 
 def same_training(runs: dict, name: str, reference: str) -> None:
