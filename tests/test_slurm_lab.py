@@ -1,4 +1,5 @@
 """The lab itself, and what needs a real Slurm but no training: who tasks are, what they tell when one fails."""
+import contextlib
 import os
 import re
 import subprocess
@@ -14,8 +15,10 @@ from megatron_ext.parallel import slurm
 
 def listening(pids: list[int]) -> set[tuple[str, int]]:
     """(address, port) of every listening TCP socket of these processes, IPv4 and IPv6, as the kernel has them."""
-    sockets = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir() if os.path.islink(fd)}
-    found = set()
+    sockets, found = set(), set()
+    for fd in [fd for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()]:
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile: a message that was answered
+            sockets.add(os.readlink(fd))
     for name in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
             fields = line.split()
