@@ -63,8 +63,8 @@ def test_a_restart_takes_fewer_nodes_where_it_may(lab: Lab, tmp_path):
     """Four nodes in the first life; two of them are taken away, and the second one starts on what is left."""
     python = tmp_path / "python"
     python.write_text("""#!/bin/bash
-echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS on $SLURMD_NODENAME, life ${SLURM_RESTART_COUNT:-0}"
 trap 'exit 75' USR1
+echo "rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS on $SLURMD_NODENAME, life ${SLURM_RESTART_COUNT:-0}"
 [ -n "$SLURM_RESTART_COUNT" ] && exit 0
 for _ in {1..600}; do sleep 0.1; done
 """)
