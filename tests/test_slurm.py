@@ -4,6 +4,7 @@ nothing happened, to the last bit. Jobs are made by `python -m megatron_ext subm
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,9 @@ def test_scancel_ends_it_for_good_and_the_same_script_goes_on(lab: Lab, referenc
     (job,) = lab.submit(*words(tmp_path / "run", small_data, ON_SIGNAL, "cluster.launcher=torchrun"))
     told_to_stop(job, "scancel", job.number)
     job.ends("CANCELLED")
+    until = time.monotonic() + 60
+    while lab.processes(str(job.run)) and time.monotonic() < until:
+        time.sleep(0.1)
     job.lab.run("sleep", 1)
     assert job.restarts == 0 and lab.processes(str(job.run)) == [] and len(losses(job.run)) < 40 and "Traceback" not in job.said()
     again = Job(lab, lab.run("sbatch", "--parsable", job.script).strip(), job.script, job.log, job.runs)
@@ -111,7 +115,7 @@ from pathlib import Path
 from megatron_ext.parallel import lease, slurm
 life = slurm.restarts(os.environ)
 with lease.hold(Path(sys.argv[1])), open(sys.argv[1] + "/lives", "a", buffering=1) as log:
-    for step in range(1000):
+    for step in range(10_000):  # until it is told to leave, however late Slurm believes that its node is gone
         log.write(f"{life} {time.time()}\\n")
         if life and step > 60:
             sys.exit(0)
