@@ -23,8 +23,8 @@ def summed(backend: str):
 
 
 def check(tokens: int, out: int, into: int, dtype: torch.dtype, main: torch.dtype, backend: str) -> None:
-    """Over three draws where sums are long, over 64 where they are few: the largest error of a few hundred sums of 4,097 products is a draw itself. On a CPU without AVX-512 that of
-    PyTorch lies between 5.3e-5 and 7.2e-5 in eight of them, ours between 8.3e-5 and 1.3e-4; their root mean squares are 1.2 apart. That of 17 to 99 sums
+    """Over three draws where sums are long, over 64 where they are few: the largest error of a few hundred sums of 4,097 products is a draw itself.
+    On a CPU without AVX-512 that of PyTorch lies between 5.3e-5 and 7.2e-5 in eight of them, ours between 8.3e-5 and 1.3e-4; their root mean squares are 1.2 apart. That of 17 to 99 sums
     is more than twice PyTorch's in 1 to 4 % of draws, and another CPU's way of adding is another draw; over 64 it is in 2 of 900."""
     draws = 3 if tokens > 4096 else 64 if out * into < 100 and backend == "torch" else 1
     shapes = [((out, into), main), ((tokens, out), dtype), ((tokens, into), dtype)]
