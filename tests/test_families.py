@@ -85,6 +85,6 @@ def test_the_command_line_trains_validates_evaluates_and_refuses_to_generate(wor
         inputs.read(compose([f"checkpoint.load={run}"]), Options("generate", ("generate",)))
     if "micro_t5" in words[0]:
         line = [sys.executable, "-m", "megatron_ext", "evaluate", f"checkpoint.load={run}", "evaluate.split=validation", "evaluate.samples=8", "--json"]
-        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=400)
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout)["loss"] == pytest.approx(validation[0], rel=1e-6) and json.loads(done.stdout)["bits_per_byte"] is None
