@@ -27,7 +27,7 @@ MODELS = [job.name for job in (*FIRST, *JOBS)]
 def runs(tmp_path_factory) -> dict[str, list[dict]]:
     """Facts of every layout, one of each of its ranks."""
     directory = tmp_path_factory.mktemp("rlhf")
-    spawn([str(HERE / "rlhf_ranks.py"), str(directory)], RANKS, timeout=300)
+    spawn([str(HERE / "rlhf_ranks.py"), str(directory)], RANKS, timeout=560)
     found: dict[str, list[dict]] = {}
     for rank in range(RANKS):
         for name, facts in json.loads((directory / f"rank{rank}.json").read_text()).items():
