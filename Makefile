@@ -34,14 +34,15 @@ test-312:
 bench: setup
 	@$(PY) benchmarks/run_all.py $(ARGS)
 
-## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, curation of ../shared/data and of a million documents, the full grids of the kernels; docs/learning.md where outputs/run is there
+## make campaign   what takes longer than a test run should: docs/parity.md, resume.md, faults.md, curation of ../shared/data and of a million documents, the full grids of the kernels, families over four ranks, RLHF in more layouts; docs/learning.md where outputs/run is there
 campaign: setup
 	@status=0; for each in parity kills curate curate_real; do $(PY) benchmarks/campaign_$$each.py || status=1; done; \
 	$(PY) benchmarks/fault_campaign.py || status=1; \
 	if [ -d outputs/run/ppo ]; then $(PY) benchmarks/campaign_learn.py outputs/run || status=1; fi; \
 	KERNEL_GRID=full OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_*norm.py tests/test_*glu.py tests/test_bias_gelu.py tests/test_rope.py \
 	    tests/test_gae.py tests/test_fp8.py tests/test_attention.py tests/test_adamw_triton.py tests/test_wgrad_accumulate.py \
-	    tests/test_linear_cross_entropy*.py tests/test_context_parallel.py -m "campaign or not campaign" || status=1; exit $$status
+	    tests/test_linear_cross_entropy*.py tests/test_context_parallel.py -m "campaign or not campaign" || status=1; \
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_families.py tests/test_rlhf_layouts.py -m campaign || status=1; exit $$status
 
 ## make wheelhouse everything that the project needs as wheels, for machines without a network (DEVICE=cpu, EXTRAS=cuda,dev; slurm/wheelhouse says more)
 wheelhouse:
