@@ -90,7 +90,7 @@ def test_tasks_find_themselves_and_their_gpus(lab):
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("probe") / "probe.py"
+    file = tmp_path_factory.mktemp(f"probe{'x' * 100}") / "probe.py"  # a traceback of more than the 1 KiB that Slurm sends at once
     file.write_text(PROBE)
     return file
 
@@ -107,6 +107,6 @@ def test_the_first_failure_is_told_once_and_first(lab, probe, tmp_path, launcher
     done = lab.on_login_node("srun", "--nodelist=vn1,vn2", "-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *program)
     said = re.sub(r"(?m)^srun: .*\n|^slurmstepd.*\n", "", done.stderr)
     assert done.returncode != 0 and said.startswith("error: rank 1 of 2 (vn2) failed first:\nTraceback"), done.stderr
-    assert done.stderr.count("KeyError: 'the true cause") == 1 and "closed by peer" not in done.stderr
+    assert done.stderr.count("KeyError: 'the true cause") == 1 and "closed by peer" not in done.stderr, done.stderr
     (life,) = (run / "failures").iterdir()
     assert re.fullmatch(r"\d+\.0", life.name) and (life / "code").read_text() == "1\n"
