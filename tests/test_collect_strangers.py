@@ -188,7 +188,7 @@ def test_slow_clients_are_cut_off(impatient, first):
                 continue
             except OSError:
                 gone = True
-        assert gone
+        assert gone and time.monotonic() - start < 5
     assert ask(port, token)["annotator"] == "kim"
 
 
@@ -198,6 +198,6 @@ def test_connections_that_only_stay_open_lock_nobody_out(impatient):
     for one in idle[20:]:
         one.sendall(b"GET /api/state HTTP/1.1\r\nHost: loc")
     start = time.monotonic()
-    assert ask(port, token)["annotator"] == "kim" and time.monotonic() - start < 30
+    assert ask(port, token)["annotator"] == "kim" and time.monotonic() - start < 5
     for one in idle:
         one.close()

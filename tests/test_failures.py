@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.parallel import slurm
+from megatron_ext.parallel import failures, slurm
 from megatron_ext.parallel.failures import Failures, is_lost_peer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +113,14 @@ def test_the_first_traceback_is_told_once_and_the_others_leave_with_its_code(pro
     assert "0123456789abcdef0123" not in said[1]
     for rank in (0, 2):
         assert said[rank].startswith(f"rank {rank} of 3 (") and said[rank].endswith(") ended: rank 1 failed\n") and said[rank].count("\n") == 1
+
+
+@pytest.mark.parametrize(("launcher", "stays"), [(srun, [(failures.FORWARD, True)]), (torchrun, [(0.0, True)])], ids=["srun", "torchrun alone"])
+def test_a_rank_stays_behind_its_last_word_until_srun_has_passed_that_on(tmp_path, monkeypatch, capsys, launcher, stays):
+    stayed = []
+    monkeypatch.setattr(failures.time, "sleep", lambda seconds: stayed.append((seconds, "the true cause" in capsys.readouterr().err)))
+    assert Failures.of(tmp_path / "run", {"RANK": "0", "WORLD_SIZE": "2"} | launcher(0, 2)).end(1, "Traceback\nKeyError: the true cause") == 1
+    assert stayed == stays
 
 
 def test_a_rank_that_waits_for_ever_is_ended(probe, tmp_path):

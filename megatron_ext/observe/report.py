@@ -27,7 +27,7 @@ class Run:
     directory: Path
     records: list[dict]
     events: list[dict]
-    _drawn: dict[str, bool] = field(default_factory=dict, repr=False)
+    _drawn: dict[str, bool] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, directory: Path) -> "Run":
